@@ -1,0 +1,247 @@
+"""Train the demo ViT on Fashion-MNIST: ``python -m dfq.demo.train --data DIR --out DIR``.
+
+A small convolutional network is trained first and the ViT learns from its soft
+predictions as well as from the labels (distillation as in DeiT, arXiv 2012.12877,
+section 3, with the soft loss).  Most epochs see a random half of the patches
+(PatchDropout, arXiv 2208.07220), which halves their cost; the last ones see all.
+
+``--data`` is a directory with the four ``*-ubyte.gz`` files of Fashion-MNIST; Debian's
+package ``dataset-fashion-mnist`` puts them in ``/usr/share/datasets/fashion-mnist``.
+Written to ``--out``: ``demo_vit.safetensors`` (fp16), ``fashion_mnist_test_2k.npz``
+(the first 2,000 test images) and ``card.json`` (what the model reached).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dfq.demo import CLASSES, MEAN, MODEL_ARGS, STD
+
+PATCH_DROP = ((0.67, 0.5), (0.84, 0.25), (1.0, 0.0))
+"""(share of the epochs up to which, share of patches dropped)."""
+
+SLICE = 2000
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read one gzipped IDX file of unsigned bytes."""
+    with gzip.open(path, "rb") as file:
+        raw = file.read()
+    ndim = raw[3]
+    shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def load_split(data: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Images uint8 ``[N, 1, 28, 28]`` and labels int64 ``[N]`` of ``train`` or ``t10k``."""
+    images = read_idx(data / f"{split}-images-idx3-ubyte.gz").copy()
+    labels = read_idx(data / f"{split}-labels-idx1-ubyte.gz").astype(np.int64)
+    return torch.from_numpy(images)[:, None], torch.from_numpy(labels)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 pixels to the network's input."""
+    return (images.float() / 255 - MEAN[0]) / STD[0]
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip half of the images and move each by up to two pixels."""
+    n, _, side, _ = images.shape
+    flip = torch.rand(n, generator=generator) < 0.5
+    images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    padded = F.pad(images, (2, 2, 2, 2))
+    moves = torch.randint(0, 5, (2, n), generator=generator)
+    span = torch.arange(side)
+    rows = (moves[0, :, None] + span)[:, None, :, None]
+    columns = (moves[1, :, None] + span)[:, None, None, :]
+    return padded[torch.arange(n)[:, None, None, None], torch.arange(1)[None, :, None, None], rows, columns]
+
+
+def batches(
+    images: Tensor, labels: Tensor, batch: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of augmented, normalised batches; the last partial one is dropped."""
+    order = torch.randperm(len(images), generator=generator)
+    for start in range(0, len(images) - batch + 1, batch):
+        index = order[start : start + batch]
+        yield normalise(augment(images[index], generator)), labels[index]
+
+
+def make_teacher() -> nn.Sequential:
+    """A VGG-like network of 0.7 M parameters for 28x28 grey images."""
+
+    def stage(inputs: int, outputs: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
+
+    return nn.Sequential(
+        *stage(1, 32),
+        *stage(32, 32),
+        nn.MaxPool2d(2),
+        *stage(32, 64),
+        *stage(64, 64),
+        nn.MaxPool2d(2),
+        *stage(64, 128),
+        *stage(128, 128),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(128, len(CLASSES)),
+    )
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Top-1 in float32, a share from 0 to 1."""
+    model.eval()
+    with torch.inference_mode():
+        hits = [
+            (model(normalise(x)).argmax(-1) == y).sum().item()
+            for x, y in zip(images.split(500), labels.split(500), strict=True)
+        ]
+    return sum(hits) / len(images)
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    epochs: int,
+    lr: float,
+    seed: int,
+    batch: int = 256,
+) -> None:
+    """AdamW with warm-up and cosine decay, bfloat16 autocast; prints a line an epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.98),
+    )
+    steps = epochs * (len(train[0]) // batch)
+    warmup = min(300, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: (
+            (i + 1) / warmup
+            if i < warmup
+            else 0.5 * (1 + math.cos(math.pi * (i - warmup) / (steps - warmup))) + 1e-3
+        ),
+    )
+    started = time.perf_counter()
+    for epoch in range(epochs):
+        model.train()
+        drop = getattr(model, "patch_drop", None)
+        if drop is not None:
+            drop.prob = next(p for share, p in PATCH_DROP if epoch < share * epochs)
+        total = 0.0
+        for x, y in batches(*train, batch, generator):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(x)
+            value = loss(logits.float(), x, y)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += value.item()
+        reached = accuracy(model, test[0][:SLICE], test[1][:SLICE])
+        print(
+            f"{type(model).__name__} epoch {epoch + 1}/{epochs}: "
+            f"loss {total * batch / len(train[0]):.4f}, "
+            f"test slice {reached:.4f}, {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
+
+
+def distillation_loss(teacher: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Half label cross-entropy, half cross-entropy with the teacher's predictions."""
+
+    def loss(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            soft = teacher(x).float().softmax(-1)
+        return 0.5 * F.cross_entropy(logits, y) + 0.5 * F.cross_entropy(logits, soft)
+
+    return loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--teacher-epochs", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    train, test = load_split(args.data, "train"), load_split(args.data, "t10k")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    teacher = make_teacher().to(memory_format=torch.channels_last)
+    fit(
+        teacher,
+        lambda logits, _, y: F.cross_entropy(logits, y, label_smoothing=0.05),
+        train,
+        test,
+        epochs=args.teacher_epochs,
+        lr=3e-3,
+        seed=args.seed,
+    )
+    teacher_accuracy = accuracy(teacher, *test)
+    print(f"teacher: {teacher_accuracy:.4f} on 10,000 test images", flush=True)
+
+    model = timm.create_model(**MODEL_ARGS, patch_drop_rate=PATCH_DROP[0][1])
+    fit(
+        model,
+        distillation_loss(teacher.eval()),
+        train,
+        test,
+        epochs=args.epochs,
+        lr=1.5e-3,
+        seed=args.seed + 1,
+    )
+    state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    model.load_state_dict({k: v.float() for k, v in state.items()})
+    card = {
+        "model": MODEL_ARGS,
+        "classes": CLASSES,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "teacher_top1_10k": teacher_accuracy,
+        "top1_10k": accuracy(model, *test),
+        "top1_slice": accuracy(model, test[0][:SLICE], test[1][:SLICE]),
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    save_file(state, args.out / "demo_vit.safetensors")
+    np.savez_compressed(
+        args.out / "fashion_mnist_test_2k.npz",
+        x=test[0][:SLICE, 0].numpy(),
+        y=test[1][:SLICE].numpy().astype(np.uint8),
+    )
+    (args.out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    print(json.dumps(card, indent=2))
+
+
+if __name__ == "__main__":
+    main()

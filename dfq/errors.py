@@ -1,0 +1,108 @@
+"""Every mistake that a caller can make, one class a cause.
+
+::
+
+    DfqError                     exit code of the command line
+    ├── UsageError                                           2
+    │   ├── SettingError         a setting out of its range, or an unknown choice
+    │   ├── RecipeError          a recipe file that is missing or malformed
+    │   ├── DeviceError          a device that is not there
+    │   ├── UnknownModelError    no model of that name
+    │   ├── UnsupportedModelError  a model that is no patch ViT
+    │   ├── WeightsError         weights that are missing, damaged or of another model
+    │   ├── PretrainedError      pretrained weights that cannot be downloaded
+    │   ├── DataError            images that are missing or unreadable
+    │   ├── DatasetError         a directory that is no sparse-image dataset, or another model's
+    │   │   └── DamagedError     a file whose contents are not what was written
+    │   ├── CheckpointError      a directory that is no dfq checkpoint, or a damaged one
+    │   └── OutputError          a place that cannot be written
+    └── RunError                                             1
+        └── GateError            a result below the caller's bound
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class DfqError(Exception):
+    """Base of all errors that dfq raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(DfqError):
+    """The request cannot be carried out as it was made."""
+
+    exit_code = 2
+
+
+class SettingError(UsageError):
+    """A setting is out of its range or names an unknown choice."""
+
+
+class RecipeError(UsageError):
+    """A recipe file is missing or malformed."""
+
+
+class DeviceError(UsageError):
+    """The requested device does not exist here."""
+
+
+class UnknownModelError(UsageError):
+    """No model has that name."""
+
+
+class UnsupportedModelError(UsageError):
+    """The model is not a patch vision transformer that dfq knows."""
+
+
+class WeightsError(UsageError):
+    """Weights are missing, damaged, or belong to another architecture."""
+
+
+class PretrainedError(UsageError):
+    """Pretrained weights do not exist or cannot be downloaded."""
+
+
+class DataError(UsageError):
+    """Images or labels are missing, unreadable or do not fit the model."""
+
+
+class DatasetError(UsageError):
+    """A directory is not a sparse-image dataset, or was made from another model."""
+
+
+class DamagedError(DatasetError):
+    """A dataset file does not hold what was written to it."""
+
+
+class CheckpointError(UsageError):
+    """A directory is not a dfq checkpoint, or its files are damaged."""
+
+
+class OutputError(UsageError):
+    """An output place cannot be written or holds something else."""
+
+
+class RunError(DfqError):
+    """Work that was begun could not be finished."""
+
+
+class GateError(RunError):
+    """A measured result is below the bound that the caller set.
+
+    ``result`` is what was measured, as the function would have returned it.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def nearest(name: str, known: Iterable[str], count: int = 4) -> str:
+    """The known names closest to ``name``, as the tail of an error message."""
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

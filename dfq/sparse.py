@@ -1,0 +1,134 @@
+"""Sparse images: some patches of an image and where they lie.
+
+Letters used for shapes throughout dfq: ``B`` images, ``N`` patches of the full grid,
+``L`` or ``K`` patches that are present, ``C`` channels, ``P`` patch side (height and
+width may differ), ``D = C*P*P`` values of a patch.  Position ``i`` is row ``i // columns``,
+column ``i % columns`` of the grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How an image is cut into patches.
+
+    ``image_size`` and ``patch_size`` are (height, width) in pixels.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    channels: int
+
+    @property
+    def rows(self) -> int:
+        return self.image_size[0] // self.patch_size[0]
+
+    @property
+    def columns(self) -> int:
+        return self.image_size[1] // self.patch_size[1]
+
+    @property
+    def patches(self) -> int:
+        """Number of patches ``N``."""
+        return self.rows * self.columns
+
+    @property
+    def patch_values(self) -> int:
+        """Values of a patch ``D``."""
+        return self.channels * self.patch_size[0] * self.patch_size[1]
+
+
+@dataclass(frozen=True)
+class SparseImages:
+    """A batch of images of which only some patches are kept.
+
+    Attributes:
+        patches: uint8 ``[B, K, D]``, pixel values 0..255, each patch in (C, P, P) order.
+        positions: int64 ``[B, K]``, distinct within an image, in ``[0, N)``.
+        labels: int64 ``[B]``, the class each image was made for; -1 where there is none.
+        stage: int64 ``[B]``, the stage at which each image left its trajectory, from 0.
+        trajectory: int64 ``[B]``, which optimisation trajectory each image comes from.
+    """
+
+    patches: Tensor
+    positions: Tensor
+    labels: Tensor
+    stage: Tensor
+    trajectory: Tensor
+
+    def __len__(self) -> int:
+        return self.patches.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> SparseImages:
+        return SparseImages(
+            self.patches[index],
+            self.positions[index],
+            self.labels[index],
+            self.stage[index],
+            self.trajectory[index],
+        )
+
+    def to(self, device: torch.device | str) -> SparseImages:
+        """The same images on another device."""
+        return SparseImages(
+            self.patches.to(device),
+            self.positions.to(device),
+            self.labels.to(device),
+            self.stage.to(device),
+            self.trajectory.to(device),
+        )
+
+
+def patchify(images: Tensor, grid: Grid) -> Tensor:
+    """Cut images ``[B, C, H, W]`` into patches ``[B, N, D]``, row by row.
+
+    Pixels right of or below the last whole patch are left out, as a strided
+    convolution does.
+    """
+    (ph, pw), c = grid.patch_size, grid.channels
+    images = images[:, :, : grid.rows * ph, : grid.columns * pw]
+    x = images.reshape(images.shape[0], c, grid.rows, ph, grid.columns, pw)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0], grid.patches, grid.patch_values)
+
+
+def unpatchify(patches: Tensor, positions: Tensor, grid: Grid, fill: float = 0) -> Tensor:
+    """Lay patches ``[B, L, D]`` at ``positions`` ``[B, L]`` into images ``[B, C, H, W]``.
+
+    Pixels of absent patches are ``fill``.
+    """
+    (ph, pw), c, b = grid.patch_size, grid.channels, patches.shape[0]
+    canvas = patches.new_full((b, grid.patches, grid.patch_values), fill)
+    canvas.scatter_(1, positions[..., None].expand_as(patches), patches)
+    x = canvas.reshape(b, grid.rows, grid.columns, c, ph, pw)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c, grid.rows * ph, grid.columns * pw)
+
+
+def channel_values(values: tuple[float, ...], grid: Grid) -> Tensor:
+    """Spread one value per channel over the values of a patch: float32 ``[D]``."""
+    return torch.tensor(values, dtype=torch.float32).repeat_interleave(
+        grid.patch_size[0] * grid.patch_size[1]
+    )
+
+
+def pixels_to_input(
+    pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], grid: Grid
+) -> Tensor:
+    """Patches uint8 ``[..., D]`` to the network's normalised float32 input."""
+    mean_d = channel_values(mean, grid).to(pixels.device)
+    std_d = channel_values(std, grid).to(pixels.device)
+    return (pixels.float() / 255 - mean_d) / std_d
+
+
+def input_to_pixels(
+    patches: Tensor, mean: tuple[float, ...], std: tuple[float, ...], grid: Grid
+) -> Tensor:
+    """Normalised patches ``[..., D]`` to uint8 pixels, rounded and clipped to 0..255."""
+    mean_d = channel_values(mean, grid).to(patches.device)
+    std_d = channel_values(std, grid).to(patches.device)
+    return ((patches.float() * std_d + mean_d) * 255).round_().clamp_(0, 255).to(torch.uint8)

@@ -1,0 +1,123 @@
+"""What a vision transformer is made of, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from dfq.errors import CheckpointError
+from dfq.sparse import Grid
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Pool = Literal["token", "avg"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a :class:`dfq.vit.ViT`; enough to build one without weights.
+
+    ``num_prefix_tokens`` counts the class token and the registers, which precede the
+    patch tokens.  ``num_classes`` is 0 for a backbone without a classifier.  Sizes are
+    (height, width) in pixels.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    in_channels: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    head_dim: int
+    mlp_hidden: int
+    num_classes: int
+    num_prefix_tokens: int
+    class_token: bool
+    pool: Pool
+    pool_includes_prefix: bool
+    activation: Activation
+    norm_eps: float
+    qk_norm: bool
+    patch_norm: bool
+    pre_norm: bool
+    final_norm: bool
+    pooled_norm: bool
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.image_size, self.patch_size, self.in_channels)
+
+    @property
+    def attention_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become the network's input: ``(pixel / 255 - mean) / std`` per channel.
+
+    ``interpolation`` is a Pillow resampling name; ``crop_pct`` the share of the resized
+    image's side that a centre crop keeps.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+
+def to_json(value: Architecture | Preprocessing) -> dict[str, Any]:
+    """The JSON form of a description; the inverse of :func:`from_json`."""
+    return {
+        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(value).items()
+    }
+
+
+_CHOICES = {"Pool": get_args(Pool), "Activation": get_args(Activation)}
+_LIMIT = 1 << 20
+
+
+def from_json(kind: type[Any], fields: Any) -> Any:
+    """Rebuild an :class:`Architecture` or :class:`Preprocessing` from its JSON form.
+
+    Raises:
+        CheckpointError: a field is missing, unknown, of the wrong type or out of range.
+    """
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{kind.__name__}: expected a JSON object, got {fields!r:.80}.")
+    known = {f.name: str(f.type) for f in dataclasses.fields(kind)}
+    if set(fields) != set(known):
+        odd = sorted(set(fields) ^ set(known))
+        raise CheckpointError(f"{kind.__name__}: missing or unknown fields {odd}.")
+    return kind(**{name: _field(kind, name, known[name], v) for name, v in fields.items()})
+
+
+def _field(kind: type[Any], name: str, type_name: str, value: Any) -> Any:
+    good: bool
+    if type_name == "bool":
+        good = isinstance(value, bool)
+    elif type_name == "int":
+        good = type(value) is int and 0 <= value < _LIMIT
+    elif type_name == "float":
+        good = type(value) in (int, float) and 0 <= value < _LIMIT
+    elif type_name == "tuple[int, int]":
+        good = (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(type(v) is int and 0 < v < _LIMIT for v in value)
+        )
+        value = tuple(value) if good else value
+    elif type_name == "tuple[float, ...]":
+        good = (
+            isinstance(value, list)
+            and 0 < len(value) < 1024
+            and all(type(v) in (int, float) and abs(v) < _LIMIT for v in value)
+        )
+        value = tuple(float(v) for v in value) if good else value
+    else:
+        good = isinstance(value, str) and value in _CHOICES.get(type_name, (value,))
+    if not good:
+        raise CheckpointError(
+            f"{kind.__name__}.{name}: {value!r:.80} is not a valid {type_name.lower()}."
+        )
+    return value

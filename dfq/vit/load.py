@@ -1,0 +1,273 @@
+"""From what a user names a model to a :class:`dfq.vit.ViT` with its preprocessing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+import torch
+from timm.models import get_arch_name, split_model_name_tag
+from torch import nn
+
+from dfq import demo
+from dfq.errors import (
+    PretrainedError,
+    SettingError,
+    UnknownModelError,
+    UnsupportedModelError,
+    WeightsError,
+    nearest,
+)
+from dfq.vit.architecture import Preprocessing, to_json
+from dfq.vit.convert import SUPPORTED, convert, describe
+from dfq.vit.modules import ViT
+from dfq.vit.weights import classes_in, load_into, read_weights
+
+ALIASES = {
+    "vit_tiny": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_base": "deit_base_patch16_224",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A float32 ViT, how its inputs are made, and what it is called.
+
+    ``name`` is what the caller asked for, ``timm_name`` timm's name with the pretrained
+    tag where there is one.
+    """
+
+    name: str
+    timm_name: str
+    vit: ViT
+    preprocessing: Preprocessing
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the architecture, the preprocessing and every weight."""
+        return fingerprint(self.vit, self.preprocessing)
+
+
+def fingerprint(vit: ViT, preprocessing: Preprocessing) -> str:
+    """SHA-256 (hex) over the architecture, the preprocessing and every weight."""
+    digest = hashlib.sha256()
+    facts = [to_json(vit.arch), to_json(preprocessing)]
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for key, value in sorted(vit.state_dict().items()):
+        digest.update(f"{key}{list(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def load_model(
+    model: str | nn.Module,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> LoadedModel:
+    """Load a ViT by name or take one in memory, which is left unmodified.
+
+    Args:
+        model: ``"demo"``, an alias (``vit_base``), a timm name with or without a
+            pretrained tag, a ``hf-hub:`` address, or a timm module.
+        weights: a safetensors or torch file to load instead of pretrained weights.
+        num_classes: classes of the head; told from ``weights`` where left out.
+        img_size: side of the square input in pixels; wins over timm's data config.
+        mean, std: per channel, in the range of pixels / 255; win over timm's data config.
+
+    Raises:
+        UnknownModelError, UnsupportedModelError, WeightsError, PretrainedError,
+        SettingError: as their names say.
+    """
+    for flag, value in (("--num-classes", num_classes), ("--img-size", img_size)):
+        if value is not None and value < 1:
+            raise SettingError(f"{flag} is {value}; it must be at least 1.")
+    if isinstance(model, nn.Module):
+        return _from_module(model, weights, mean, std)
+    name = ALIASES.get(model, model)
+    if name == "demo":
+        return _demo(weights, num_classes, img_size, mean, std)
+    if weights is not None:
+        timm_model = _from_file(name, Path(weights), num_classes, img_size)
+    else:
+        timm_model = _pretrained(name, num_classes, img_size)
+    tag = (timm_model.pretrained_cfg or {}).get("tag", "") if weights is None else ""
+    timm_name = f"{split_model_name_tag(name)[0]}.{tag}" if tag and ":" not in name else name
+    vit = convert(timm_model, model)
+    return LoadedModel(model, timm_name, vit, _preprocessing(timm_model, mean, std))
+
+
+def _from_module(
+    model: nn.Module,
+    weights: str | Path | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> LoadedModel:
+    if weights is not None:
+        raise SettingError("weights goes with a model's name; a module has its own weights.")
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture") or type(model).__name__
+    vit = convert(model, name)
+    return LoadedModel(name, name, vit, _preprocessing(model, mean, std))
+
+
+def _demo(
+    weights: str | Path | None,
+    num_classes: int | None,
+    img_size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> LoadedModel:
+    args = dict(demo.MODEL_ARGS)
+    if img_size is not None and img_size != args["img_size"]:
+        raise SettingError(f"--img-size {img_size}: the demo model takes {args['img_size']} pixels.")
+    path = demo.WEIGHTS if weights is None else Path(weights)
+    state = read_weights(path)
+    args["num_classes"] = num_classes or classes_in(state) or args["num_classes"]
+    timm_model = timm.create_model(**args)
+    load_into(timm_model, state, name="demo", path=path, resize=False)
+    preprocessing = Preprocessing(
+        tuple(mean) if mean else demo.MEAN, tuple(std) if std else demo.STD
+    )
+    _check_channels(timm_model, preprocessing)
+    return LoadedModel("demo", "demo", convert(timm_model, "demo"), preprocessing)
+
+
+def _from_file(
+    name: str, path: Path, num_classes: int | None, img_size: int | None
+) -> nn.Module:
+    _refuse_early(name)
+    state = read_weights(path)
+    classes = num_classes if num_classes is not None else classes_in(state)
+    arch = name if ":" in name else split_model_name_tag(name)[0]
+    kwargs: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    model = _create(arch, False, img_size, **kwargs)
+    load_into(model, state, name=name, path=path, resize=img_size is not None)
+    return model
+
+
+def _pretrained(name: str, num_classes: int | None, img_size: int | None) -> nn.Module:
+    _refuse_early(name)
+    if ":" not in name:
+        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        if config is None or not config.has_weights:
+            raise PretrainedError(
+                f"timm has no pretrained weights for {name!r}. Give a file of weights with "
+                "--weights, or a name with a tag from `dfq models`."
+            )
+        if num_classes is not None and num_classes != config.num_classes:
+            raise WeightsError(
+                f"The pretrained weights of {name!r} have {config.num_classes} classes, not "
+                f"{num_classes}. Leave --num-classes out, or give your own --weights."
+            )
+    try:
+        with _fail_fast_offline():
+            return _create(name, True, img_size)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "client" not in str(error):
+            raise
+        raise _unreachable(name, error) from error
+    except huggingface_hub.errors.HFValidationError as error:
+        raise UnknownModelError(f"{name!r} is not a model of the Hugging Face hub: {error}") from error
+
+
+def _unreachable(name: str, error: Exception) -> PretrainedError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return PretrainedError(
+        f"The pretrained weights of {name!r} cannot be downloaded and are not in the local "
+        f"Hugging Face cache ({reason:.160}). Connect to the network, or give a file of weights "
+        "with --weights FILE."
+    )
+
+
+def _create(name: str, pretrained: bool, img_size: int | None, **kwargs: Any) -> nn.Module:
+    if img_size is not None:
+        kwargs["img_size"] = img_size
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{name!r} does not take {sorted(kwargs)}: {error}. Supported: {SUPPORTED}."
+        ) from error
+    return model
+
+
+def _refuse_early(name: str) -> None:
+    """Refuse unknown names and other kinds of models before anything is downloaded."""
+    if ":" in name:
+        return
+    arch = get_arch_name(name)
+    if not timm.is_model(arch):
+        known = [*ALIASES, "demo", *timm.list_models("*vit*"), *timm.list_models("*beit*")]
+        raise UnknownModelError(
+            f"Unknown model {name!r}.{nearest(arch, known)} "
+            "`dfq models` lists the names; `dfq models FILTER` searches timm's."
+        )
+    tag = split_model_name_tag(name)[1]
+    tags = {n.partition(".")[2] for n in timm.list_pretrained(f"{arch}.*")}
+    if tag and tag not in tags:
+        raise UnknownModelError(
+            f"{arch!r} has no pretrained tag {tag!r}; it has {sorted(tags) or 'none'}."
+        )
+    with torch.device("meta"):
+        describe(timm.create_model(arch), name)
+
+
+@contextlib.contextmanager
+def _fail_fast_offline() -> Iterator[None]:
+    """Spare the hub's retries (a minute) where its name cannot even be resolved."""
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    if not before and not urllib.request.getproxies():
+        try:
+            socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _preprocessing(
+    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Preprocessing:
+    config = timm.data.resolve_model_data_config(model)
+    preprocessing = Preprocessing(
+        mean=tuple(mean) if mean else tuple(config["mean"]),
+        std=tuple(std) if std else tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=float(config["crop_pct"]),
+    )
+    _check_channels(model, preprocessing)
+    return preprocessing
+
+
+def _check_channels(model: Any, preprocessing: Preprocessing) -> None:
+    channels = model.patch_embed.proj.in_channels
+    for flag, values in (("--mean", preprocessing.mean), ("--std", preprocessing.std)):
+        if len(values) != channels:
+            raise SettingError(
+                f"The model takes {channels} channels but {flag} has {len(values)} values "
+                f"({values}). Give {flag} {channels} values."
+            )
+    if any(s <= 0 for s in preprocessing.std):
+        raise SettingError(f"--std must be above 0, got {preprocessing.std}.")

@@ -1,0 +1,135 @@
+"""Weights files: safetensors, and torch files read without running code from them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from dfq.errors import WeightsError
+from dfq.vit.convert import check_finite
+
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+"""Where training checkpoints keep weights, in the order in which timm looks for them."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict; timm's training checkpoints are unwrapped, EMA weights first.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds no state dict.
+    """
+    if not path.is_file():
+        raise WeightsError(f"Weights file {str(path)!r} does not exist or is not a file.")
+    if path.stat().st_size == 0:
+        raise WeightsError(f"Weights file {str(path)!r} is empty.")
+    with path.open("rb") as file:
+        start = file.read(9)
+    is_torch = start[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
+    content: Any = _read_torch(path) if is_torch else _read_safetensors(path)
+    for entry in ENTRIES:
+        if isinstance(content, dict) and isinstance(content.get(entry), dict):
+            content = content[entry]
+            break
+    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+        keys = f" (it has {sorted(map(str, content))[:6]})" if isinstance(content, dict) else ""
+        raise WeightsError(f"{str(path)!r} holds no model weights{keys}; expected a state dict.")
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    check_finite(tensors)
+    return dict(clean_state_dict(tensors))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"{str(path)!r} is not a whole safetensors or torch file ({error}). "
+            "Check that the download is complete."
+        ) from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{str(path)!r} cannot be read as a torch file of weights only: {reason:.200} "
+            "Nothing else is ever unpickled; save model.state_dict() or use safetensors."
+        ) from error
+
+
+def classes_in(state: dict[str, Tensor]) -> int | None:
+    """How many classes the weights' head has, where it can be told."""
+    head = state.get("head.weight", state.get("head.fc.weight"))
+    return head.shape[0] if head is not None and head.ndim == 2 else None
+
+
+def load_into(
+    model: nn.Module, state: dict[str, Tensor], *, name: str, path: Path, resize: bool
+) -> None:
+    """Load weights strictly, in timm's own formats.
+
+    ``resize`` allows position embeddings to be resampled to the model's image size.
+
+    Raises:
+        WeightsError: the weights are of another architecture.
+    """
+    own = model.state_dict()
+    theirs = state.get("pos_embed")
+    if not resize and theirs is not None and "pos_embed" in own:
+        if theirs.shape[:-1] != own["pos_embed"].shape[:-1]:
+            raise WeightsError(
+                f"{path.name!r} was trained at another image size than {name!r}: its position "
+                f"embedding has {theirs.shape[-2]} entries, the model's {own['pos_embed'].shape[-2]}. "
+                "Name the size that the weights were trained at with --img-size."
+            )
+    try:
+        state = checkpoint_filter_fn(dict(state), model)
+    except (RuntimeError, KeyError, ValueError, AssertionError, AttributeError) as error:
+        raise WeightsError(
+            f"{path.name!r} does not fit {name!r}: {str(error).splitlines()[0]:.200}"
+        ) from error
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if missing or unknown or shapes:
+        raise WeightsError(_mismatch(own, state, missing, unknown, shapes, name, path))
+    model.load_state_dict(state)
+
+
+def _mismatch(
+    own: dict[str, Tensor],
+    state: dict[str, Tensor],
+    missing: list[str],
+    unknown: list[str],
+    shapes: list[str],
+    name: str,
+    path: Path,
+) -> str:
+    if not missing and not unknown and all(k.startswith("head.") for k in shapes):
+        return (
+            f"{path.name!r} has a head of {state['head.weight'].shape[0]} classes, the model was "
+            f"asked for {own['head.weight'].shape[0]}. Use --num-classes "
+            f"{state['head.weight'].shape[0]}."
+        )
+    parts = [f"{path.name!r} holds weights of another architecture than {name!r}"]
+    if shapes:
+        k = shapes[0]
+        parts.append(
+            f"{len(shapes)} tensors differ in shape, such as {k!r}: {list(state[k].shape)} in the "
+            f"file, {list(own[k].shape)} in the model"
+        )
+    for label, keys in (("missing", missing), ("unknown", unknown)):
+        if keys:
+            parts.append(f"{len(keys)} {label}, such as {', '.join(map(repr, keys[:3]))}")
+    return "; ".join(parts) + ". Name the model that the weights were trained with."
