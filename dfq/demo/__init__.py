@@ -19,7 +19,7 @@ MODEL_ARGS: dict[str, Any] = {
     "num_classes": 10,
     "embed_dim": 128,
     "depth": 6,
-    "num_heads": 4,
+    "num_heads": 2,
     "mlp_ratio": 3.0,
 }
 """Arguments of ``timm.create_model``: 14x14 patches of 2x2 grey pixels, 1 M parameters."""

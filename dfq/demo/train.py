@@ -2,8 +2,10 @@
 
 A small convolutional network is trained first and the ViT learns from its soft
 predictions as well as from the labels (distillation as in DeiT, arXiv 2012.12877,
-section 3, with the soft loss).  Most epochs see a random half of the patches
-(PatchDropout, arXiv 2208.07220), which halves their cost; the last ones see all.
+section 3, with the soft loss).  The ViT starts on patches of 4x4 pixels, a quarter of the
+tokens; then its patch and position embeddings are resampled to 2x2 pixels, as FlexiViT
+does (arXiv 2212.08013), and it goes on with half of the tokens dropped (PatchDropout,
+arXiv 2208.07220) and finally with all.
 
 ``--data`` is a directory with the four ``*-ubyte.gz`` files of Fashion-MNIST; Debian's
 package ``dataset-fashion-mnist`` puts them in ``/usr/share/datasets/fashion-mnist``.
@@ -19,6 +21,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +29,22 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 from dfq.demo import CLASSES, MEAN, MODEL_ARGS, STD
 
-PATCH_DROP = ((0.67, 0.5), (0.84, 0.25), (1.0, 0.0))
-"""(share of the epochs up to which, share of patches dropped)."""
+@dataclass(frozen=True)
+class Phase:
+    """A part of the ViT's training, with a learning-rate decay of its own."""
+
+    epochs: int
+    patch_size: int
+    patch_drop: float
+    lr: float
+
+
+PHASES = (Phase(12, 4, 0.0, 1.5e-3), Phase(4, 2, 0.5, 7e-4), Phase(1, 2, 0.0, 2e-4))
 
 SLICE = 2000
 
@@ -126,7 +139,7 @@ def fit(
     epochs: int,
     lr: float,
     seed: int,
-    batch: int = 256,
+    batch: int = 128,
 ) -> None:
     """AdamW with warm-up and cosine decay, bfloat16 autocast; prints a line an epoch."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,21 +151,18 @@ def fit(
         betas=(0.9, 0.98),
     )
     steps = epochs * (len(train[0]) // batch)
-    warmup = min(300, steps // 10)
+    warmup = min(400, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda i: (
             (i + 1) / warmup
             if i < warmup
-            else 0.5 * (1 + math.cos(math.pi * (i - warmup) / (steps - warmup))) + 1e-3
+            else 0.5 * (1 + math.cos(math.pi * (i - warmup) / (steps - warmup))) + 1e-2
         ),
     )
     started = time.perf_counter()
     for epoch in range(epochs):
         model.train()
-        drop = getattr(model, "patch_drop", None)
-        if drop is not None:
-            drop.prob = next(p for share, p in PATCH_DROP if epoch < share * epochs)
         total = 0.0
         for x, y in batches(*train, batch, generator):
             with torch.autocast("cpu", torch.bfloat16):
@@ -188,8 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--teacher-epochs", type=int, default=10)
+    parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -209,16 +218,21 @@ def main() -> None:
     teacher_accuracy = accuracy(teacher, *test)
     print(f"teacher: {teacher_accuracy:.4f} on 10,000 test images", flush=True)
 
-    model = timm.create_model(**MODEL_ARGS, patch_drop_rate=PATCH_DROP[0][1])
-    fit(
-        model,
-        distillation_loss(teacher.eval()),
-        train,
-        test,
-        epochs=args.epochs,
-        lr=1.5e-3,
-        seed=args.seed + 1,
-    )
+    timm.layers.set_fused_attn(False)
+    model = timm.create_model(**{**MODEL_ARGS, "patch_size": PHASES[0].patch_size})
+    model.patch_drop = PatchDropout(0.0)
+    for phase in PHASES:
+        model.set_input_size(patch_size=phase.patch_size)
+        model.patch_drop.prob = phase.patch_drop
+        fit(
+            model,
+            distillation_loss(teacher.eval()),
+            train,
+            test,
+            epochs=phase.epochs,
+            lr=phase.lr,
+            seed=args.seed + 1,
+        )
     state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
     model.load_state_dict({k: v.float() for k, v in state.items()})
     card = {
@@ -228,7 +242,7 @@ def main() -> None:
         "teacher_top1_10k": teacher_accuracy,
         "top1_10k": accuracy(model, *test),
         "top1_slice": accuracy(model, test[0][:SLICE], test[1][:SLICE]),
-        "epochs": args.epochs,
+        "phases": [asdict(phase) for phase in PHASES],
         "seed": args.seed,
         "torch": torch.__version__,
         "timm": timm.__version__,

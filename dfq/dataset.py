@@ -1,0 +1,351 @@
+"""Sparse-image datasets on disk: format, writer, reader and cache keys.
+
+The format is specified in ``docs/dataset-format.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dfq.errors import DamagedError, DatasetError, OutputError
+from dfq.files import make_directory, write_bytes, write_json
+from dfq.sparse import Grid, SparseImages
+
+FORMAT = "dfq-sparse-images"
+FORMAT_VERSION = 1
+SETTINGS, MANIFEST = "settings.json", "manifest.json"
+SHARD_NAME = re.compile(r"shard-(\d{5,})-(\d{1,7})\.safetensors")
+
+_DTYPES = {
+    "patches": torch.uint8,
+    "positions": torch.int32,
+    "labels": torch.int32,
+    "stage": torch.int32,
+    "trajectory": torch.int32,
+}
+
+
+def cache_key(settings: dict[str, Any]) -> str:
+    """32 hex digits over everything in ``settings.json`` that decides the images.
+
+    Threads and library versions are recorded but do not count: a dataset made with
+    others is as good.
+    """
+    facts = {k: v for k, v in settings.items() if k not in ("threads", "versions")}
+    return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def shard_name(unit: int, patches: int) -> str:
+    """File name of the shard that holds a unit's images of ``patches`` patches."""
+    return f"shard-{unit:05d}-{patches}.safetensors"
+
+
+def encode_shard(images: SparseImages) -> bytes:
+    """A shard's bytes; the same images always give the same bytes."""
+    tensors = {
+        name: getattr(images, name).to(dtype).contiguous() for name, dtype in _DTYPES.items()
+    }
+    return save(tensors, metadata={"sha256": _content_hash(tensors)})
+
+
+def _content_hash(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}{list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
+
+
+def decode_shard(content: bytes, grid: Grid, name: str) -> SparseImages:
+    """Read a shard's bytes, checking names, types, shapes and values.
+
+    Raises:
+        DamagedError: anything is not as the format says.
+    """
+    try:
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DamagedError(f"{name}: not a whole safetensors file ({error}).") from error
+    if {k: t.dtype for k, t in tensors.items()} != _DTYPES:
+        raise DamagedError(f"{name}: its tensors are not those of a sparse-image shard.")
+    patches = tensors["patches"]
+    n, k = patches.shape[0], patches.shape[1] if patches.ndim == 3 else 0
+    shapes = [tuple(tensors[t].shape) for t in _DTYPES]
+    if shapes != [(n, k, grid.patch_values), (n, k), (n,), (n,), (n,)]:
+        raise DamagedError(f"{name}: its tensors have shapes {shapes}, which do not fit {grid}.")
+    positions = tensors["positions"].long()
+    ordered = positions.sort(dim=1).values
+    in_range = k == 0 or bool((ordered[:, 0] >= 0).all() and (ordered[:, -1] < grid.patches).all())
+    if not in_range or bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise DamagedError(f"{name}: patch positions are out of range or repeat.")
+    rest = {t: tensors[t].long() for t in ("labels", "stage", "trajectory")}
+    return SparseImages(patches=patches, positions=positions, **rest)
+
+
+class DatasetWriter:
+    """Writes a dataset shard by shard; a killed run goes on where it stopped.
+
+    ``settings`` is the content of ``settings.json``; it must hold ``grid``.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Begin or resume a dataset at ``path``.
+
+        Raises:
+            OutputError: the place cannot be written, or holds something else or a
+                dataset with other settings.
+        """
+        self.path, self.settings = path, settings
+        self.grid = grid_from_json(settings["grid"])
+        before = self._existing()
+        if before is None:
+            make_directory(path)
+            write_json(path / SETTINGS, settings)
+        elif before != settings:
+            differing = sorted(
+                k for k in {*before, *settings} if before.get(k) != settings.get(k)
+            )
+            raise OutputError(
+                f"{str(path)!r} holds a dataset that was made with other settings "
+                f"({', '.join(differing)} differ). Choose another directory or remove it."
+            )
+
+    def _existing(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        if not self.path.is_dir():
+            raise OutputError(f"{str(self.path)!r} is a file, not a directory.")
+        if (self.path / SETTINGS).is_file():
+            return read_settings(self.path)
+        others = [p.name for p in self.path.iterdir() if not p.name.endswith(".tmp")]
+        if others:
+            raise OutputError(
+                f"{str(self.path)!r} holds something else ({', '.join(sorted(others)[:3])}). "
+                "Nothing there was touched; choose another directory."
+            )
+        return None
+
+    def has(self, unit: int, shards: dict[int, int]) -> bool:
+        """Whether all shards of a unit are there and whole; damaged ones are not.
+
+        ``shards`` maps patches per image to number of images.
+        """
+        for k, n in shards.items():
+            path = self.path / shard_name(unit, k)
+            try:
+                content = path.read_bytes()
+                images = decode_shard(content, self.grid, path.name)
+            except (FileNotFoundError, DamagedError):
+                return False
+            if images.patches.shape[:2] != (n, k) or encode_shard(images) != content:
+                return False
+        return True
+
+    def write(self, unit: int, images: list[SparseImages]) -> None:
+        """Write a unit: its images, grouped by their number of patches, a shard each."""
+        groups: dict[int, list[SparseImages]] = {}
+        for batch in images:
+            groups.setdefault(batch.patches.shape[1], []).append(batch)
+        for k, batches in sorted(groups.items()):
+            write_bytes(self.path / shard_name(unit, k), encode_shard(concatenate(batches)))
+
+    def finish(self, units: list[dict[int, int]]) -> None:
+        """Write the manifest, last; ``units`` has each unit's shards as for :meth:`has`."""
+        shards = []
+        for unit, sizes in enumerate(units):
+            for k, n in sizes.items():
+                content = (self.path / shard_name(unit, k)).read_bytes()
+                shards.append(
+                    {
+                        "name": shard_name(unit, k),
+                        "images": n,
+                        "patches": k,
+                        "sha256": hashlib.sha256(content).hexdigest(),
+                    }
+                )
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "images": sum(int(s["images"]) for s in shards),
+            "shards": shards,
+        }
+        write_json(self.path / MANIFEST, manifest)
+
+
+def concatenate(batches: list[SparseImages]) -> SparseImages:
+    """Join images of one number of patches, ordered by trajectory, then stage."""
+    joined = SparseImages(
+        *(torch.cat([getattr(b, name) for b in batches]) for name in _DTYPES)
+    )
+    key = joined.trajectory * (int(joined.stage.max()) + 1) + joined.stage
+    return joined[key.argsort(stable=True)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A line of the manifest."""
+
+    name: str
+    images: int
+    patches: int
+    sha256: str
+
+
+class SparseImageDataset:
+    """A finished dataset, opened for reading; shards are read one at a time."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a dataset directory.
+
+        Raises:
+            DatasetError: it is no dataset, is unfinished, or of an unknown version.
+        """
+        self.path = Path(path)
+        self.settings = read_settings(self.path)
+        manifest_path = self.path / MANIFEST
+        if not manifest_path.is_file():
+            raise DatasetError(
+                f"The dataset {str(self.path)!r} is unfinished: it has no {MANIFEST}. "
+                "Run the command that makes it again; it goes on where it stopped."
+            )
+        manifest = _read_json(manifest_path)
+        _check_header(manifest, manifest_path)
+        try:
+            self.shards = tuple(_shard(entry) for entry in manifest["shards"])
+            self.grid = grid_from_json(self.settings["grid"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DatasetError(f"{str(self.path)!r}: a malformed field ({error}).") from error
+
+    def __len__(self) -> int:
+        return sum(shard.images for shard in self.shards)
+
+    @property
+    def method(self) -> str:
+        """Name of the method that made the images."""
+        return str(self.settings.get("inversion", {}).get("method", "unknown"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the model that the images were made from."""
+        return str(self.settings.get("model", {}).get("fingerprint", ""))
+
+    @cached_property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return sum(p.stat().st_size for p in self.path.iterdir() if p.is_file())
+
+    def read(self, shard: Shard) -> SparseImages:
+        """Read a shard whole.
+
+        Raises:
+            DamagedError: its bytes are not those that were written.
+        """
+        path = self.path / shard.name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DamagedError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+        if hashlib.sha256(content).hexdigest() != shard.sha256:
+            raise DamagedError(
+                f"{str(path)!r} is damaged: its SHA-256 is not the one in {MANIFEST}. "
+                "Remove the dataset (`dfq cache remove`, if it is in the cache) and make it again."
+            )
+        images = decode_shard(content, self.grid, str(path))
+        if images.patches.shape[:2] != (shard.images, shard.patches):
+            raise DamagedError(f"{str(path)!r} does not hold what {MANIFEST} says.")
+        return images
+
+    def verify(self) -> None:
+        """Read every shard; raise :class:`DamagedError` at the first that is not whole."""
+        for shard in self.shards:
+            self.read(shard)
+
+    def batches(self, size: int) -> Iterator[SparseImages]:
+        """Batches of at most ``size`` images of one number of patches, in stored order."""
+        for shard in self.shards:
+            images = self.read(shard)
+            for start in range(0, len(images), size):
+                yield images[start : start + size]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read ``settings.json`` of a dataset directory.
+
+    Raises:
+        DatasetError: it is missing, malformed or of an unknown version.
+    """
+    file = path / SETTINGS
+    if not file.is_file():
+        raise DatasetError(f"{str(path)!r} is not a sparse-image dataset: it has no {SETTINGS}.")
+    settings = _read_json(file)
+    _check_header(settings, file)
+    return settings
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(f"{str(path)!r} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise DatasetError(f"{str(path)!r} must hold a JSON object.")
+    return value
+
+
+def _check_header(value: dict[str, Any], path: Path) -> None:
+    if value.get("format") != FORMAT:
+        raise DatasetError(f"{str(path)!r} is not of format {FORMAT!r}.")
+    if value.get("format_version") != FORMAT_VERSION:
+        raise DatasetError(
+            f"{str(path)!r} has format version {value.get('format_version')!r}; this dfq reads "
+            f"{FORMAT_VERSION}. Make the dataset again, or install the dfq that wrote it."
+        )
+
+
+def _shard(entry: Any) -> Shard:
+    shard = Shard(entry["name"], entry["images"], entry["patches"], entry["sha256"])
+    good = (
+        isinstance(shard.name, str)
+        and SHARD_NAME.fullmatch(shard.name) is not None
+        and all(type(v) is int and v > 0 for v in (shard.images, shard.patches))
+    )
+    if not good:
+        raise ValueError(f"shard {entry!r:.120}")
+    return shard
+
+
+def grid_to_json(grid: Grid) -> dict[str, Any]:
+    """The JSON form of a grid."""
+    return {
+        "image_size": list(grid.image_size),
+        "patch_size": list(grid.patch_size),
+        "channels": grid.channels,
+    }
+
+
+def grid_from_json(value: Any) -> Grid:
+    """The inverse of :func:`grid_to_json`; raises ValueError, KeyError or TypeError."""
+    height, width = value["image_size"]
+    patch_height, patch_width = value["patch_size"]
+    numbers = (height, width, patch_height, patch_width, value["channels"])
+    if not all(type(v) is int and 0 < v < 1 << 20 for v in numbers):
+        raise ValueError(f"grid {value!r:.120}")
+    if patch_height > height or patch_width > width:
+        raise ValueError(f"patches larger than the image: {value!r:.120}")
+    return Grid((height, width), (patch_height, patch_width), value["channels"])

@@ -1,0 +1,102 @@
+"""Writing files and directories so that they appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dfq.errors import OutputError
+
+
+def explain(error: OSError, path: Path) -> OutputError:
+    """An :class:`OutputError` that says what to do about a failed write."""
+    if error.errno == errno.ENOSPC:
+        return OutputError(
+            f"No space left on the device while writing {str(path)!r}. Free some, or choose "
+            "another place; finished work is kept."
+        )
+    reason = error.strerror or str(error)
+    return OutputError(f"Cannot write {str(path)!r}: {reason}. Choose a place that can be written.")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write beside the place, flush to disk, then rename.
+
+    Raises:
+        OutputError: the place cannot be written or the disk is full.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        raise explain(error, path) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON with sorted keys, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents; it may exist.
+
+    Raises:
+        OutputError: it cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise OutputError(f"{str(path)!r} is a file, not a directory.") from error
+    except OSError as error:
+        raise explain(error, path) from error
+
+
+@contextlib.contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """A new directory that takes the place of ``path`` when the block ends well.
+
+    Until then ``path`` is untouched; if the block fails the new directory is removed.
+    The caller has checked that ``path`` may be replaced.
+    """
+    make_directory(path.parent)
+    try:
+        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        new.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise explain(error, path) from error
+    try:
+        yield new
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(new, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(new, path)
+    except OSError as error:
+        raise explain(error, path) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,205 @@
+"""The optimisation loop that all inversion methods share."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfq.errors import SettingError
+from dfq.inversion.importance import attention_importance
+from dfq.inversion.jitter import draw, mirror, move_table
+from dfq.inversion.priors import TotalVariation
+from dfq.inversion.schedule import Unit, events
+from dfq.recipe import InversionSettings
+from dfq.sparse import SparseImages, channel_values, input_to_pixels
+from dfq.vit import Preprocessing, ViT
+
+ALGORITHM_VERSION = 1
+"""Part of every cache key; raised when the same settings come to give other images."""
+
+ADAM_EPS = 1e-8
+
+
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    """Run with this many intra-op threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def unit_generator(seed: int, unit: int) -> torch.Generator:
+    """The random numbers of one unit of work, independent of all others."""
+    digest = hashlib.sha256(f"dfq unit {seed} {unit}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def targets(seed: int, first: int, count: int, classes: int) -> Tensor:
+    """Classes of trajectories ``first`` to ``first + count``, int64 ``[count]``.
+
+    Every class comes once, in random order, before any comes again.
+    """
+    labels = []
+    for index in range(first, first + count):
+        generator = unit_generator(seed, -1 - index // classes)
+        order = torch.randperm(classes, generator=generator)
+        labels.append(order[index % classes])
+    return torch.stack(labels)
+
+
+class Engine:
+    """Inverts a model into sparse images, one unit of work at a time.
+
+    The model is frozen and held in the compute precision; pixels, gradients of the
+    priors and Adam's moments are float32 and packed ``[B, L, D]`` with the live patches,
+    so that a patch that has left costs nothing.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        preprocessing: Preprocessing,
+        settings: InversionSettings,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """``settings.precision`` and ``settings.threads`` must be resolved.
+
+        Raises:
+            SettingError: the model has no classifier to invert.
+        """
+        if vit.arch.num_classes < 1:
+            raise SettingError(
+                "The model has no classifier, so there is no class to invert. "
+                "Load it with the weights of a classifier (--weights, --num-classes)."
+            )
+        self.settings, self.preprocessing = settings, preprocessing
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, settings.precision)
+        self.vit = copy.deepcopy(vit).to(self.device, self.dtype).requires_grad_(False)
+        self.grid = vit.arch.grid
+        self.events = events(settings, self.grid.patches)
+        mean = channel_values(preprocessing.mean, self.grid)
+        std = channel_values(preprocessing.std, self.grid)
+        self.low, self.high = (-mean / std).to(self.device), ((1 - mean) / std).to(self.device)
+
+    def run(self, unit: Unit, advance: Callable[[int], None] | None = None) -> list[SparseImages]:
+        """Optimise one unit; returns its images in the order in which stages finished.
+
+        ``advance`` is called with 1 after every iteration.
+        """
+        with thread_count(self.settings.threads or torch.get_num_threads()):
+            return self._run(unit, advance or (lambda _: None))
+
+    def _run(self, unit: Unit, advance: Callable[[int], None]) -> list[SparseImages]:
+        generator = unit_generator(self.settings.seed, unit.index)
+        labels = targets(
+            self.settings.seed,
+            unit.first_trajectory,
+            unit.trajectories,
+            self.vit.arch.num_classes,
+        ).to(self.device)
+        state = _State.start(unit.trajectories, self, generator)
+        found: list[SparseImages] = []
+        for event in self.events:
+            prior = TotalVariation(state.positions, self.grid)
+            while state.step < event.iteration:
+                self._step(state, prior, labels, generator)
+                advance(1)
+            leaving = self._leaving(state, event.count, event.kept)
+            if event.kept:
+                found.append(self._images(state, leaving, labels, unit, len(found)))
+            state.remove(leaving)
+        return [images for images in found if len(images)]
+
+    def _step(
+        self, state: _State, prior: TotalVariation, labels: Tensor, generator: torch.Generator
+    ) -> None:
+        move = draw(self.grid, self.settings.jitter, self.settings.flip, generator)
+        table = move_table(self.grid, *move).to(self.device)
+        patches = mirror(state.patches, self.grid) if move[2] else state.patches
+        patches = patches.to(self.dtype, copy=True).requires_grad_()
+        logits = self.vit.forward_sparse(patches, table[state.positions])
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, patches)
+        gradient = mirror(gradient, self.grid) if move[2] else gradient
+        total = prior.gradient(state.patches).mul_(self.settings.tv).add_(gradient)
+        state.descend(total, self.settings)
+        torch.clamp(state.patches, self.low, self.high, out=state.patches)
+
+    def _leaving(self, state: _State, count: int, kept: bool) -> Tensor:
+        """Indices ``[B, count]`` into the live patches, in ascending order."""
+        live = state.positions.shape[1]
+        if count == live:
+            return torch.arange(live, device=self.device).expand_as(state.positions)
+        importance = attention_importance(
+            self.vit, state.patches.to(self.dtype), state.positions
+        )
+        order = importance.argsort(dim=1, descending=kept, stable=True)
+        return order[:, :count].sort(dim=1).values
+
+    def _images(
+        self, state: _State, leaving: Tensor, labels: Tensor, unit: Unit, stage: int
+    ) -> SparseImages:
+        rows = [t for t, sizes in enumerate(unit.sizes) if stage < len(sizes)]
+        patches = state.patches.gather(1, leaving[..., None].expand(-1, -1, state.width))[rows]
+        pixels = input_to_pixels(
+            patches, self.preprocessing.mean, self.preprocessing.std, self.grid
+        )
+        trajectory = torch.tensor(rows, dtype=torch.int64) + unit.first_trajectory
+        return SparseImages(
+            patches=pixels.cpu(),
+            positions=state.positions.gather(1, leaving)[rows].cpu(),
+            labels=labels[rows].cpu(),
+            stage=torch.full((len(rows),), stage),
+            trajectory=trajectory,
+        )
+
+
+class _State:
+    """The live patches of a unit with Adam's moments, all ``[B, L, D]`` float32."""
+
+    def __init__(self, patches: Tensor, positions: Tensor) -> None:
+        self.patches, self.positions = patches, positions
+        self.first, self.second = torch.zeros_like(patches), torch.zeros_like(patches)
+        self.step = 0
+
+    @classmethod
+    def start(cls, trajectories: int, engine: Engine, generator: torch.Generator) -> _State:
+        grid, device = engine.grid, engine.device
+        shape = (trajectories, grid.patches, grid.patch_values)
+        noise = torch.randn(shape, generator=generator).to(device)
+        positions = torch.arange(grid.patches, device=device).expand(trajectories, -1)
+        return cls(torch.clamp(noise, engine.low, engine.high), positions)
+
+    @property
+    def width(self) -> int:
+        return self.patches.shape[2]
+
+    def descend(self, gradient: Tensor, settings: InversionSettings) -> None:
+        """One step of Adam (arXiv 1412.6980)."""
+        self.step += 1
+        self.first.lerp_(gradient, 1 - settings.beta1)
+        self.second.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
+        rate = settings.lr / (1 - settings.beta1**self.step)
+        root = self.second.sqrt().div_(math.sqrt(1 - settings.beta2**self.step)).add_(ADAM_EPS)
+        self.patches.addcdiv_(self.first, root, value=-rate)
+
+    def remove(self, leaving: Tensor) -> None:
+        """Drop patches by index ``[B, count]``; the others keep their order."""
+        batch, live = self.positions.shape
+        stays = torch.ones(batch, live, dtype=torch.bool, device=leaving.device)
+        stays.scatter_(1, leaving, False)
+        rest = live - leaving.shape[1]
+        self.positions = self.positions[stays].reshape(batch, rest)
+        for name in ("patches", "first", "second"):
+            setattr(self, name, getattr(self, name)[stays].reshape(batch, rest, self.width))

@@ -1,0 +1,144 @@
+"""Calibration: sparse images through the float model, watched at every quantized site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfq.errors import DatasetError
+from dfq.quantization.observers import Quantizer, RangeObserver
+from dfq.quantization.scheme import ATTENTION_SITES, layers, range_sites, weight_bits
+from dfq.recipe import QuantizationSettings
+from dfq.sparse import SparseImages, pixels_to_input
+from dfq.vit import Attention, Preprocessing, ViT
+
+
+class InputStatistics:
+    """Running mean and, on request, second moment of a linear layer's input."""
+
+    def __init__(self, features: int, *, second_moment: bool, device: torch.device) -> None:
+        self.count = 0
+        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
+        self._squares = (
+            torch.zeros(features, features, device=device) if second_moment else None
+        )
+
+    def observe(self, x: Tensor) -> None:
+        """Take inputs ``[..., in]`` into account."""
+        x = x.detach().float().flatten(0, -2)
+        self.count += x.shape[0]
+        self._sum += x.sum(0, dtype=torch.float64)
+        if self._squares is not None:
+            self._squares.addmm_(x.T, x)
+
+    @property
+    def mean(self) -> Tensor:
+        """float32 ``[in]``."""
+        return (self._sum / max(1, self.count)).float()
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """Mean of ``x x^T``, float32 ``[in, in]``; half the Hessian of the layer's error."""
+        return None if self._squares is None else self._squares / max(1, self.count)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found: a quantizer for every site, statistics for every layer."""
+
+    quantizers: dict[str, Quantizer]
+    statistics: dict[str, InputStatistics]
+    images: int
+
+
+@torch.no_grad()
+def calibrate(
+    vit: ViT,
+    batches: Iterable[SparseImages],
+    preprocessing: Preprocessing,
+    settings: QuantizationSettings,
+    advance: Callable[[int], None] | None = None,
+) -> Calibration:
+    """Run sparse images through the float model and collect ranges and statistics.
+
+    Patches keep their true positions; absent patches are absent, never black.  Memory
+    does not grow with the number of images.  ``advance`` is called with the number of
+    images after every batch.
+
+    Raises:
+        DatasetError: there are no images.
+    """
+    arch, device = vit.arch, vit.prefix.device
+    observers = {
+        site: RangeObserver(settings.observer, signed=site.endswith(ATTENTION_SITES[:3]))
+        for site in range_sites(arch, settings)
+    }
+    statistics = {
+        name: InputStatistics(
+            _linear(vit, name).in_features,
+            second_moment=settings.rounding == "gptq" and weight_bits(name, settings) < 8,
+            device=device,
+        )
+        for name in layers(arch)
+    }
+    handles = _watch_layers(vit, observers, statistics)
+    if settings.attention == "int8":
+        handles += _watch_attention(vit, observers)
+    images = 0
+    try:
+        for batch in batches:
+            moved = batch.to(device)
+            x = pixels_to_input(moved.patches, preprocessing.mean, preprocessing.std, arch.grid)
+            vit.forward_sparse(x, moved.positions)
+            images += len(batch)
+            if advance is not None:
+                advance(len(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not images:
+        raise DatasetError("The calibration set holds no images.")
+    quantizers = {site: observer.quantizer() for site, observer in observers.items()}
+    return Calibration(quantizers, statistics, images)
+
+
+def _linear(vit: ViT, name: str) -> nn.Linear:
+    layer = vit.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _watch_layers(
+    vit: ViT, observers: dict[str, RangeObserver], statistics: dict[str, InputStatistics]
+) -> list[Any]:
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            statistics[name].observe(inputs[0])
+            if name in observers:
+                observers[name].observe(inputs[0])
+
+        return hook
+
+    return [
+        vit.get_submodule(name).register_forward_pre_hook(watch(name)) for name in statistics
+    ]
+
+
+def _watch_attention(vit: ViT, observers: dict[str, RangeObserver]) -> list[Any]:
+    def watch(attention: Attention, prefix: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], qkv: Tensor) -> None:
+            q, k, v = attention.split(qkv)
+            scores = (q @ k.transpose(-2, -1)) * attention.head_dim**-0.5
+            for site, values in zip(ATTENTION_SITES, (q, k, v, scores.softmax(-1)), strict=True):
+                observers[f"{prefix}.{site}"].observe(values)
+
+        return hook
+
+    return [
+        block.attn.qkv.register_forward_hook(watch(block.attn, f"blocks.{i}"))
+        for i, block in enumerate(vit.blocks)
+    ]

@@ -1,0 +1,156 @@
+"""Linear layers and attention on integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfq import runtime
+from dfq.quantization.observers import Quantizer
+from dfq.quantization.packing import pack_int4, unpack_int4
+from dfq.runtime import reference
+from dfq.runtime.params import LinearParams, OutputFormat
+from dfq.vit.modules import attend
+
+
+class IntegerLinear(nn.Module):
+    """A linear layer with integer weights and 8-bit input.
+
+    State: ``weight`` int8 ``[out, in]``, or uint8 ``[out, ceil(in / 2)]`` with two 4-bit
+    integers a byte (:func:`dfq.quantization.packing.pack_int4`); ``weight_scale`` and
+    ``bias`` float32 ``[out]``; ``input_scale`` float32 and ``input_zero_point`` int32
+    scalars.  The backend's own copy of the weight is built at the first call and is
+    never copied, pickled or part of ``state_dict``.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bits: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.backend: str | None = None
+        packed = bits == 4
+        columns = -(-in_features // 2) if packed else in_features
+        dtype = torch.uint8 if packed else torch.int8
+        self.register_buffer("weight", torch.zeros(out_features, columns, dtype=dtype))
+        self.register_buffer("weight_scale", torch.ones(out_features))
+        self.register_buffer("bias", torch.zeros(out_features))
+        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
+        self._prepared: tuple[Any, ...] | None = None
+
+    def assign(self, integers: Tensor, scale: Tensor, bias: Tensor, quantizer: Quantizer) -> None:
+        """Take int8 ``[out, in]`` integers, their scales ``[out]``, a bias ``[out]`` and the
+        quantizer of the input."""
+        self.weight.copy_(pack_int4(integers) if self.bits == 4 else integers)
+        self.weight_scale.copy_(scale)
+        self.bias.copy_(bias)
+        self.input_scale.fill_(quantizer.scale)
+        self.input_zero_point.fill_(quantizer.zero_point)
+        self.reset()
+
+    def integers(self) -> Tensor:
+        """The weights as int8 ``[out, in]``."""
+        return unpack_int4(self.weight, self.in_features) if self.bits == 4 else self.weight
+
+    def dequantized(self) -> Tensor:
+        """The weights that the integers stand for, float32 ``[out, in]``."""
+        return self.integers().float() * self.weight_scale[:, None]
+
+    @property
+    def input_quantizer(self) -> Quantizer:
+        return Quantizer(float(self.input_scale), int(self.input_zero_point), signed=False)
+
+    def reset(self) -> None:
+        """Forget the backend's copy of the weight; it is built again when needed."""
+        self._prepared = None
+
+    def prepare(self) -> tuple[Any, LinearParams, object]:
+        """(backend, parameters, the backend's copy of the weight)."""
+        if self._prepared is None:
+            kernels = runtime.select(self.weight.device, self.backend)
+            quantizer = self.input_quantizer
+            params = LinearParams(
+                self.integers(),
+                self.weight_scale,
+                self.bias,
+                quantizer.scale,
+                quantizer.zero_point,
+            )
+            self._prepared = (kernels, params, kernels.prepack(params))
+        return self._prepared
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """Float ``[..., in]`` to uint8."""
+        _, params, _ = self.prepare()
+        return reference.quantize(x, params.input_scale, params.input_zero_point)
+
+    def integer_forward(self, x: Tensor, out: OutputFormat) -> Tensor:
+        """uint8 ``[..., in]`` to ``[..., out]`` in the given format."""
+        kernels, params, packed = self.prepare()
+        return kernels.linear(x, params, packed, out)
+
+    def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Float ``[..., in]`` to ``[..., out]`` of ``dtype``."""
+        return self.integer_forward(self.quantize_input(x), OutputFormat(dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.reset()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> IntegerLinear:
+        self.reset()
+        super()._apply(fn, recurse)
+        return self
+
+
+class IntegerPatchEmbed(IntegerLinear):
+    """The patch embedding on pixels: its input is rounded to the 256 levels of a pixel.
+
+    Takes the network's normalised patches; the normalisation's mean and spread are
+    folded into weight and bias, so that the input's quantizer is known: scale 1/255,
+    zero point 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def set_normalisation(self, mean: Tensor, std: Tensor) -> None:
+        """``mean`` and ``std`` are float32 ``[in]``, one value for each input."""
+        self.register_buffer("mean", mean.to(self.weight.device), persistent=False)
+        self.register_buffer("std", std.to(self.weight.device), persistent=False)
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        return super().quantize_input(x.float() * self.std + self.mean)
+
+
+class IntegerAttention(nn.Module):
+    """The two products of attention, on 8-bit integers or in floating point."""
+
+    scales: Tensor
+
+    def __init__(self, integer: bool) -> None:
+        """With ``integer`` the scales of q, k, v and the probabilities are its state."""
+        super().__init__()
+        self.integer = integer
+        if integer:
+            self.register_buffer("scales", torch.ones(4))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``[B, H, T, D]`` each; float output of the same shape."""
+        if not self.integer:
+            return attend(q, k, v)
+        q_scale, k_scale, v_scale, p_scale = self.scales.tolist()
+        return reference.attention(q, k, v, (q_scale, k_scale, v_scale, p_scale))

@@ -1,0 +1,209 @@
+"""The quantized vision transformer, and how a float one becomes it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dfq import runtime
+from dfq.device import resolve_precision
+from dfq.quantization import rounding
+from dfq.quantization.calibrate import Calibration, InputStatistics
+from dfq.quantization.layers import IntegerAttention, IntegerLinear, IntegerPatchEmbed
+from dfq.quantization.observers import Quantizer
+from dfq.quantization.scheme import ATTENTION_SITES, layers, weight_bits
+from dfq.recipe import QuantizationSettings
+from dfq.runtime.params import OutputFormat
+from dfq.sparse import Grid, channel_values
+from dfq.vit import Architecture, Block, Preprocessing, ViT
+from dfq.vit.modules import activate, merge_heads
+
+PIXEL = Quantizer(1 / 255, 0, signed=False)
+
+
+class QuantizedBlock(nn.Module):
+    """A transformer block whose linear layers run on integers.
+
+    The residual stream is float32.  Between fc1 and fc2 activations stay 8-bit integers
+    where the kernels can apply the nonlinearity.
+    """
+
+    def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
+        super().__init__()
+        skeleton = Block(arch)
+        self.norm1, self.norm2 = skeleton.norm1, skeleton.norm2
+        self.attn, self.mlp = skeleton.attn, skeleton.mlp
+        for parent, name in (
+            (self.attn, "qkv"),
+            (self.attn, "proj"),
+            (self.mlp, "fc1"),
+            (self.mlp, "fc2"),
+        ):
+            linear = getattr(parent, name)
+            setattr(
+                parent, name, IntegerLinear(linear.in_features, linear.out_features, settings.bits)
+            )
+        self.attn.product = IntegerAttention(settings.attention == "int8")
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Tokens ``[B, T, embed_dim]``; ``dtype`` is that of attention."""
+        attn = self.attn
+        q, k, v = attn.split(attn.qkv(self.norm1(x), dtype))
+        x = x + attn.proj(merge_heads(attn.product(q, k, v)))
+        return x + self.mlp.fc2.integer_forward(self._hidden(self.norm2(x)), OutputFormat())
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        if self.mlp.activation == "quick_gelu":
+            return cast(Tensor, fc2.quantize_input(activate(fc1(x), "quick_gelu")))
+        quantizer = fc2.input_quantizer
+        gelu = "tanh" if self.mlp.activation == "gelu_tanh" else "none"
+        out = OutputFormat(torch.uint8, quantizer.scale, quantizer.zero_point, gelu)
+        return cast(Tensor, fc1.integer_forward(fc1.quantize_input(x), out))
+
+
+class QuantizedViT(ViT):
+    """A ViT on integer arithmetic.  Called like the float one, on normalised images.
+
+    ``settings`` say what is quantized; ``preprocessing`` how images become inputs.
+    Only inference: there are no gradients.
+    """
+
+    def __init__(
+        self, arch: Architecture, settings: QuantizationSettings, preprocessing: Preprocessing
+    ) -> None:
+        super().__init__(arch)
+        self.settings, self.preprocessing = settings, preprocessing
+        self.blocks = nn.ModuleList(QuantizedBlock(arch, settings) for _ in range(arch.depth))
+        patch_embed = IntegerPatchEmbed(arch.grid.patch_values, arch.embed_dim, 8)
+        patch_embed.set_normalisation(*_normalisation(preprocessing, arch.grid))
+        self.patch_embed = patch_embed  # type: ignore[assignment]
+        if arch.num_classes:
+            self.head = IntegerLinear(arch.embed_dim, arch.num_classes, 8)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
+        return super().forward_sparse(patches, positions)
+
+    def encode(self, x: Tensor, stop: int | None = None) -> Tensor:
+        dtype = attention_dtype(x.device)
+        for block in self.blocks[:stop]:
+            x = block(x, dtype)
+        return x
+
+    @property
+    def backend(self) -> str:
+        """Name of the kernels in use."""
+        return runtime.select(self.prefix.device, self._linears()[0].backend).NAME
+
+    def set_backend(self, name: str | None) -> QuantizedViT:
+        """Choose the kernels: ``"onednn"``, ``"reference"``, or None for the fastest.
+
+        Raises:
+            SettingError: no such backend, or not on this device.
+        """
+        runtime.select(self.prefix.device, name)
+        for layer in self._linears():
+            layer.backend = name
+            layer.reset()
+        return self
+
+    def _linears(self) -> list[IntegerLinear]:
+        return [m for m in self.modules() if isinstance(m, IntegerLinear)]
+
+    def quantizers(self) -> dict[str, Quantizer]:
+        """The activation quantizer of every site."""
+        found: dict[str, Quantizer] = {}
+        for name in layers(self.arch):
+            found[name] = cast(IntegerLinear, self.get_submodule(name)).input_quantizer
+        if self.settings.attention == "int8":
+            for i, block in enumerate(self.blocks):
+                for site, scale in zip(
+                    ATTENTION_SITES, block.attn.product.scales.tolist(), strict=True
+                ):
+                    signed = site != ATTENTION_SITES[-1]
+                    found[f"blocks.{i}.{site}"] = Quantizer(scale, 0, signed)
+        return found
+
+
+def attention_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, float32 elsewhere."""
+    return torch.bfloat16 if resolve_precision("auto", device) == "bfloat16" else torch.float32
+
+
+def _normalisation(preprocessing: Preprocessing, grid: Grid) -> tuple[Tensor, Tensor]:
+    return channel_values(preprocessing.mean, grid), channel_values(preprocessing.std, grid)
+
+
+@torch.no_grad()
+def quantize_vit(
+    vit: ViT,
+    calibration: Calibration,
+    preprocessing: Preprocessing,
+    settings: QuantizationSettings,
+    advance: Callable[[int], None] | None = None,
+) -> QuantizedViT:
+    """Build the quantized model from the float one, which is left as it is.
+
+    ``advance`` is called with 1 after every layer.
+    """
+    quantized = QuantizedViT(vit.arch, settings, preprocessing).to(vit.prefix.device)
+    own = quantized.state_dict()
+    floats = {k: v for k, v in copy.deepcopy(vit.state_dict()).items() if k in own}
+    names = layers(vit.arch)
+    kept = {k: v for k, v in floats.items() if not k.rpartition(".")[0] in names}
+    quantized.load_state_dict({**own, **kept})
+    for name in names:
+        linear = vit.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        target = cast(IntegerLinear, quantized.get_submodule(name))
+        if isinstance(target, IntegerPatchEmbed):
+            _fill_patch_embed(target, linear)
+        else:
+            _fill(
+                target,
+                linear.weight,
+                linear.bias,
+                calibration.quantizers[name],
+                calibration.statistics[name],
+                settings,
+            )
+        if advance is not None:
+            advance(1)
+    if settings.attention == "int8":
+        for i, block in enumerate(quantized.blocks):
+            scales = [calibration.quantizers[f"blocks.{i}.{s}"].scale for s in ATTENTION_SITES]
+            block.attn.product.scales.copy_(torch.tensor(scales))
+    return quantized
+
+
+def _fill_patch_embed(target: IntegerPatchEmbed, linear: nn.Linear) -> None:
+    weight = linear.weight / target.std
+    bias = linear.bias - weight @ target.mean
+    scale = rounding.search_scale(weight, target.bits)
+    target.assign(rounding.round_nearest(weight, scale, target.bits), scale, bias, PIXEL)
+
+
+def _fill(
+    target: IntegerLinear,
+    weight: Tensor,
+    bias: Tensor,
+    quantizer: Quantizer,
+    statistics: InputStatistics,
+    settings: QuantizationSettings,
+) -> None:
+    hessian = statistics.hessian
+    importance = None if hessian is None else hessian.diagonal()
+    scale = rounding.search_scale(weight, target.bits, importance)
+    if hessian is not None:
+        integers = rounding.round_gptq(weight, scale, target.bits, hessian)
+    else:
+        integers = rounding.round_nearest(weight, scale, target.bits)
+    if settings.bias_correction:
+        bias = bias + rounding.bias_correction(weight, integers, scale, statistics.mean)
+    target.assign(integers, scale, bias, quantizer)

@@ -1,0 +1,64 @@
+"""Activation ranges through ``torch.ao.quantization.observer``; nothing else imports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.ao.quantization.observer import (
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    UniformQuantizationObserverBase,
+)
+
+from dfq.recipe import Observer
+
+OBSERVERS: dict[str, type[UniformQuantizationObserverBase]] = {
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageMinMaxObserver,
+    "histogram": HistogramObserver,
+}
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A uniform 8-bit quantizer: the integer ``i`` stands for ``(i - zero_point) * scale``."""
+
+    scale: float
+    zero_point: int
+    signed: bool
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest value that it can represent."""
+        low, high = (-127, 127) if self.signed else (0, 255)
+        return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
+
+
+class RangeObserver:
+    """Watches activations and gives their quantizer.
+
+    Unsigned observers give affine uint8 quantizers, signed ones symmetric int8.
+    """
+
+    def __init__(self, kind: Observer, *, signed: bool = False) -> None:
+        self.signed = signed
+        low, high = (-127, 127) if signed else (0, 255)
+        self._observer = OBSERVERS[kind](
+            dtype=torch.int8 if signed else torch.uint8,
+            qscheme=torch.per_tensor_symmetric if signed else torch.per_tensor_affine,
+            quant_min=low,
+            quant_max=high,
+        )
+
+    def observe(self, values: Tensor) -> None:
+        """Take values of any shape into account."""
+        if values.numel():
+            self._observer(values.detach().float())
+
+    def quantizer(self) -> Quantizer:
+        """The quantizer of what was observed."""
+        scale, zero_point = self._observer.calculate_qparams()
+        return Quantizer(float(scale), int(zero_point), self.signed)

@@ -1,0 +1,232 @@
+"""Settings as frozen values, and recipes: the same settings as a TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from dfq.errors import RecipeError, SettingError, nearest
+
+Method = Literal["pri", "smi", "dmi", "noise"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Observer = Literal["minmax", "moving_average", "histogram"]
+Rounding = Literal["nearest", "gptq"]
+AttentionMode = Literal["float", "int8"]
+
+
+def _setting(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
+    """A documented field; ``low`` and ``high`` are the inclusive bounds of numbers."""
+    return field(default=default, metadata={"doc": text, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class InversionSettings:
+    """How synthetic images are made.  Bounds are checked on construction.
+
+    Raises:
+        SettingError: a value is out of its range.
+    """
+
+    method: Method = _setting(
+        "pri",
+        "pri: Patch Rebirth Inversion; smi: sparse, discarding; dmi: dense; noise: no optimisation",
+    )
+    images: int = _setting(32, "images to make (pri: sparse images)", 1, 10_000_000)
+    stages: int = _setting(4, "pri: images a trajectory yields, v of the paper", 1, 1024)
+    iterations: int = _setting(100, "iterations T of a trajectory", 1, 1_000_000)
+    lr: float = _setting(0.25, "step size of Adam, in normalised pixels", 1e-6, 100.0)
+    beta1: float = _setting(0.5, "decay of Adam's first moment", 0.0, 0.9999)
+    beta2: float = _setting(0.99, "decay of Adam's second moment", 0.0, 0.9999)
+    tv: float = _setting(5.7e-4, "weight of each image's total variation", 0.0, 1e6)
+    jitter: float = _setting(
+        0.125, "largest random roll, as a share of the grid's side; whole patches", 0.0, 0.5
+    )
+    flip: bool = _setting(True, "flip half of the iterations horizontally")
+    prune_at: tuple[float, ...] = _setting(
+        (0.0125, 0.025, 0.05, 0.075), "smi: when patches are dropped, as shares of T", 0.0, 1.0
+    )
+    prune_share: float = _setting(0.3, "smi: share of the live patches dropped each time", 0.0, 0.99)
+    unit_size: int = _setting(4, "trajectories of a unit of work", 1, 4096)
+    seed: int = _setting(0, "seed of noise, targets and jitter", 0, 2**31 - 1)
+    precision: Precision = _setting(
+        "auto", "of the forward and backward pass; auto: bfloat16 where the processor is faster"
+    )
+    threads: int | None = _setting(None, "threads of a unit; left out: torch's", 1, 4096)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """What is quantized to what.  Bounds are checked on construction.
+
+    Raises:
+        SettingError: a value is out of its range.
+    """
+
+    bits: Literal[4, 8] = _setting(8, "bits of the weights; activations have 8")
+    attention: AttentionMode = _setting(
+        "float", "float: fused attention; int8: both attention products on 8-bit integers"
+    )
+    observer: Observer = _setting("minmax", "how activation ranges follow from calibration")
+    rounding: Rounding = _setting(
+        "gptq", "nearest; gptq: second-order rounding of 4-bit weights (arXiv 2210.17323)"
+    )
+    bias_correction: bool = _setting(
+        True, "shift biases by the mean error of the rounded weights (arXiv 1906.04721, 4.2)"
+    )
+    batch: int = _setting(8, "images of a calibration step", 1, 4096)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a checkpoint holds, given the model."""
+
+    inversion: InversionSettings = field(default_factory=InversionSettings)
+    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "inversion": InversionSettings,
+    "quantization": QuantizationSettings,
+}
+
+
+def check_bounds(settings: Any) -> None:
+    """Raise :class:`SettingError` if a field has the wrong type or is out of its range."""
+    hints = get_type_hints(type(settings))
+    for f in dataclasses.fields(settings):
+        value, doc = getattr(settings, f.name), f.metadata
+        allowed = _check_type(f.name, value, hints[f.name], doc)
+        if allowed is not None:
+            raise SettingError(f"{f.name} is {value!r}; allowed: {allowed}.")
+
+
+def _check_type(name: str, value: Any, hint: Any, doc: Any) -> str | None:
+    """What is allowed, if ``value`` is not."""
+    low, high = doc["low"], doc["high"]
+    span = f"{low} to {high}"
+    choices = get_args(hint)
+    if choices and all(isinstance(c, str | int) and not isinstance(c, type) for c in choices):
+        known = ", ".join(map(str, choices))
+        if isinstance(value, str):
+            known += f".{nearest(value, map(str, choices))}".removesuffix(".")
+        return None if value in choices and type(value) is not bool else known
+    if hint is bool:
+        return None if isinstance(value, bool) else "true or false"
+    if hint is int or hint == (int | None):
+        if value is None and hint is not int:
+            return None
+        good = type(value) is int and low <= value <= high
+        return None if good else f"a whole number from {span}"
+    if hint is float:
+        good = type(value) in (int, float) and low <= value <= high
+        return None if good else f"a number from {span}"
+    good = isinstance(value, tuple) and all(
+        type(v) in (int, float) and low <= v <= high for v in value
+    )
+    return None if good else f"numbers from {span}"
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a TOML recipe; fields left out keep their defaults.
+
+    Raises:
+        RecipeError: the file is missing, is not TOML, or has an unknown key.
+        SettingError: a value is out of its range.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"Recipe {str(path)!r} does not exist.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Recipe {str(path)!r} cannot be read: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"Recipe {str(path)!r} is not valid TOML: {error}.") from error
+    return recipe_from_dict(content, f"Recipe {str(path)!r}")
+
+
+def recipe_from_dict(content: Any, source: str = "Recipe") -> Recipe:
+    """Build a recipe from nested dicts, as TOML and JSON have them."""
+    if not isinstance(content, dict):
+        raise RecipeError(f"{source}: expected tables {sorted(SECTIONS)}, got {content!r:.60}.")
+    parts: dict[str, Any] = {}
+    for section, values in content.items():
+        if section not in SECTIONS:
+            fields = {f.name: s for s, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
+            hint = f" It belongs under [{fields[section]}]." if section in fields else ""
+            raise RecipeError(
+                f"{source}: unknown key {section!r}; tables are {sorted(SECTIONS)}."
+                f"{hint or nearest(section, SECTIONS)}"
+            )
+        if not isinstance(values, dict):
+            raise RecipeError(f"{source}: [{section}] must be a table, got {values!r:.60}.")
+        parts[section] = _section(section, values, source)
+    return Recipe(**parts)
+
+
+def _section(section: str, values: dict[str, Any], source: str) -> Any:
+    kind = SECTIONS[section]
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            raise RecipeError(
+                f"{source}: unknown key {key!r} in [{section}]; known: {', '.join(known)}."
+                f"{nearest(key, known)}"
+            )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return kind(**values)
+    except SettingError as error:
+        raise SettingError(f"{source}, [{section}]: {error}") from error
+
+
+def override(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    """The recipe with the values that are not None put in place of its own."""
+    given = {k: v for k, v in values.items() if v is not None}
+    changed = dataclasses.replace(getattr(recipe, section), **given)
+    return dataclasses.replace(recipe, **{section: changed})
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """Nested dicts of JSON types; fields that are None are left out."""
+    result: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        item = getattr(value, f.name)
+        if dataclasses.is_dataclass(item):
+            result[f.name] = to_dict(item)
+        elif item is not None:
+            result[f.name] = list(item) if isinstance(item, tuple) else item
+    return result
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML, every field with a comment that says what it is."""
+    lines: list[str] = []
+    for section, kind in SECTIONS.items():
+        lines.append(f"[{section}]")
+        for f in dataclasses.fields(kind):
+            value = getattr(getattr(recipe, section), f.name)
+            doc = f.metadata["doc"]
+            if value is None:
+                lines.append(f"# {f.name} =  # {doc}")
+            else:
+                lines.append(f"{f.name} = {_toml_value(value)}  # {doc}")
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else repr(value)

@@ -1,0 +1,52 @@
+"""Integer kernels behind one small interface.
+
+``reference`` defines the arithmetic in plain torch and runs anywhere; ``onednn`` runs it
+on x86 processors with 8-bit dot products.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dfq.errors import SettingError
+from dfq.runtime import onednn, reference
+from dfq.runtime.params import LinearParams, OutputFormat
+
+
+class Kernels(Protocol):
+    """What a backend provides; see :mod:`dfq.runtime.reference` for the arithmetic."""
+
+    NAME: str
+
+    def prepack(self, params: LinearParams) -> object:
+        """Weights in the backend's own layout, built once."""
+
+    def linear(
+        self, x: Tensor, params: LinearParams, packed: object, out: OutputFormat
+    ) -> Tensor:
+        """Integer linear layer: uint8 ``[..., in]`` to ``[..., out]`` as ``out`` says."""
+
+
+BACKENDS: dict[str, Kernels] = {"onednn": onednn, "reference": reference}  # type: ignore[dict-item]
+
+
+def select(device: torch.device | str = "cpu", name: str | None = None) -> Kernels:
+    """The named backend, or the fastest that is exact on this device.
+
+    Raises:
+        SettingError: no backend of that name, or not on this device.
+    """
+    device = torch.device(device)
+    if name is None:
+        return BACKENDS["onednn" if onednn.available(device) else "reference"]
+    if name not in BACKENDS:
+        raise SettingError(f"Unknown backend {name!r}; there are {sorted(BACKENDS)}.")
+    if name == "onednn" and not onednn.available(device):
+        raise SettingError(
+            f"The onednn backend needs an x86 processor with 8-bit dot products (VNNI), not "
+            f"{device.type!r} here. Use 'reference'."
+        )
+    return BACKENDS[name]
