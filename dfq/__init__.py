@@ -1,0 +1,74 @@
+"""dfq: data-free quantization of vision transformers.
+
+A pretrained timm ViT goes in, a W8A8 or W4A8 checkpoint comes out, and no image of
+anybody's is needed: the calibration images are inverted from the model itself.
+Importing dfq only defines names; PyTorch and timm load when one of them is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dfq.cache import CacheEntry, list_cache, remove_cached, verify_cache
+    from dfq.checkpoint import load
+    from dfq.dataset import SparseImageDataset
+    from dfq.errors import DfqError, GateError, RunError, UsageError
+    from dfq.inspection import DoctorReport, ModelEntry, doctor, inspect, models
+    from dfq.pipeline import evaluate, invert, quantize
+    from dfq.preview import preview
+    from dfq.quantization.model import QuantizedViT
+    from dfq.recipe import InversionSettings, QuantizationSettings, Recipe, load_recipe
+    from dfq.results import EvaluateResult, InvertResult, QuantizeResult
+    from dfq.sparse import SparseImages
+    from dfq.vit.load import LoadedModel, load_model
+
+_HOMES = {
+    "CacheEntry": "dfq.cache",
+    "DfqError": "dfq.errors",
+    "DoctorReport": "dfq.inspection",
+    "EvaluateResult": "dfq.results",
+    "GateError": "dfq.errors",
+    "InversionSettings": "dfq.recipe",
+    "InvertResult": "dfq.results",
+    "LoadedModel": "dfq.vit.load",
+    "ModelEntry": "dfq.inspection",
+    "QuantizationSettings": "dfq.recipe",
+    "QuantizeResult": "dfq.results",
+    "QuantizedViT": "dfq.quantization.model",
+    "Recipe": "dfq.recipe",
+    "RunError": "dfq.errors",
+    "SparseImageDataset": "dfq.dataset",
+    "SparseImages": "dfq.sparse",
+    "UsageError": "dfq.errors",
+    "doctor": "dfq.inspection",
+    "evaluate": "dfq.pipeline",
+    "inspect": "dfq.inspection",
+    "invert": "dfq.pipeline",
+    "list_cache": "dfq.cache",
+    "load": "dfq.checkpoint",
+    "load_model": "dfq.vit.load",
+    "load_recipe": "dfq.recipe",
+    "models": "dfq.inspection",
+    "preview": "dfq.preview",
+    "quantize": "dfq.pipeline",
+    "remove_cached": "dfq.cache",
+    "verify_cache": "dfq.cache",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dfq' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,246 @@
+"""Quantized models <-> directories, strictly.
+
+The format is specified in ``docs/checkpoint-format.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dfq.errors import CheckpointError, OutputError, UsageError
+from dfq.files import replaced_directory, write_bytes, write_json
+from dfq.quantization import QuantizedViT
+from dfq.quantization.observers import Quantizer
+from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
+from dfq.vit.architecture import Architecture, Preprocessing, from_json, to_json
+
+FORMAT = "dfq-checkpoint"
+FORMAT_VERSION = 1
+CONFIG, MODEL, REPORT, RECIPE = "config.json", "model.safetensors", "report.json", "recipe.toml"
+
+_SAFETENSORS_NAMES = {
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+}
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What ``config.json`` says.
+
+    ``model`` is the name that the user gave, ``source`` the facts about its weights and
+    its calibration set.
+    """
+
+    model: str
+    arch: Architecture
+    preprocessing: Preprocessing
+    recipe: Recipe
+    source: dict[str, Any]
+
+
+def check_output(path: Path) -> None:
+    """Raise :class:`OutputError` unless ``path`` is free, empty or a dfq checkpoint."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise OutputError(f"{str(path)!r} is a file; --out takes a directory.")
+    if not any(path.iterdir()):
+        return
+    config = path / CONFIG
+    if config.is_file():
+        try:
+            if json.loads(config.read_text(encoding="utf-8")).get("format") == FORMAT:
+                return
+        except (OSError, ValueError, AttributeError):
+            pass
+    raise OutputError(
+        f"{str(path)!r} holds something other than a dfq checkpoint. Nothing there was touched; "
+        "choose another --out or remove it."
+    )
+
+
+def save_checkpoint(
+    path: Path,
+    model: QuantizedViT,
+    *,
+    name: str,
+    recipe: Recipe,
+    source: dict[str, Any],
+    report: Callable[[int], dict[str, Any]],
+) -> int:
+    """Write a checkpoint directory in one step; an older checkpoint there is replaced.
+
+    ``report`` gives the content of ``report.json`` from the size of ``model.safetensors``
+    in bytes, which is also what is returned.
+
+    Raises:
+        OutputError: the place cannot be written or holds something else.
+    """
+    check_output(path)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": name,
+        "architecture": to_json(model.arch),
+        "preprocessing": to_json(model.preprocessing),
+        "recipe": to_dict(recipe),
+        "activation_ranges": {k: list(q.range) for k, q in model.quantizers().items()},
+        "source": source,
+    }
+    content = save(state)
+    with replaced_directory(path) as directory:
+        write_bytes(directory / MODEL, content)
+        write_bytes(directory / RECIPE, to_toml(recipe).encode())
+        write_json(directory / REPORT, report(len(content)))
+        write_json(directory / CONFIG, config)
+    return len(content)
+
+
+def read_info(path: str | Path) -> CheckpointInfo:
+    """Read and check ``config.json``.
+
+    Raises:
+        CheckpointError: the directory is no checkpoint, or a field is malformed.
+    """
+    config = _read_config(Path(path))
+    try:
+        recipe = recipe_from_dict(config["recipe"], f"{CONFIG}: recipe")
+    except KeyError as error:
+        raise CheckpointError(f"{CONFIG} of {str(path)!r} lacks the field {error}.") from error
+    except CheckpointError:
+        raise
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
+    arch = from_json(Architecture, config.get("architecture"))
+    preprocessing = from_json(Preprocessing, config.get("preprocessing"))
+    _check_arch(arch, preprocessing)
+    source = config.get("source")
+    if not isinstance(source, dict) or not isinstance(config.get("model"), str):
+        raise CheckpointError(f"{CONFIG} of {str(path)!r} lacks 'source' or 'model'.")
+    return CheckpointInfo(config["model"], arch, preprocessing, recipe, source)
+
+
+def _check_arch(arch: Architecture, preprocessing: Preprocessing) -> None:
+    channels = {arch.in_channels, len(preprocessing.mean), len(preprocessing.std)}
+    positive = (arch.in_channels, arch.embed_dim, arch.num_heads, arch.head_dim, arch.mlp_hidden)
+    if len(channels) != 1 or min(positive) < 1 or arch.grid.patches < 1:
+        raise CheckpointError("The architecture's sizes contradict each other or are 0.")
+    if arch.depth > 4096 or min(preprocessing.std) <= 0:
+        raise CheckpointError("The architecture or the preprocessing is out of bounds.")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG
+    if not file.is_file():
+        raise CheckpointError(
+            f"{str(path)!r} is not a dfq checkpoint: it has no {CONFIG}. "
+            "`dfq quantize MODEL --out DIR` makes one."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read as JSON: {error}.") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CheckpointError(f"{str(file)!r} is not the configuration of a dfq checkpoint.")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{str(file)!r} has format version {config.get('format_version')!r}; this dfq reads "
+            f"{FORMAT_VERSION}. Install the dfq that wrote it, or quantize again."
+        )
+    return config
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> QuantizedViT:
+    """Load a checkpoint: an ordinary module that takes normalised images ``[B, C, H, W]``.
+
+    Nothing is unpickled or downloaded.  Names, types and shapes of all tensors are
+    compared with what the architecture asks for before any of them is read.
+
+    Raises:
+        CheckpointError: the directory is no checkpoint, or its files are damaged.
+    """
+    path = Path(path)
+    info = read_info(path)
+    try:
+        with torch.device("meta"):
+            skeleton = QuantizedViT(info.arch, info.recipe.quantization, info.preprocessing)
+    except (RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"The architecture in {CONFIG} cannot be built: {error}") from error
+    state = _read_state(path / MODEL, skeleton.state_dict())
+    model = QuantizedViT(info.arch, info.recipe.quantization, info.preprocessing)
+    model.load_state_dict(state)
+    _check_ranges(model, _read_config(path).get("activation_ranges"))
+    return model.to(device)
+
+
+def _read_state(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(expected):
+                odd = sorted(names ^ set(expected))
+                raise CheckpointError(
+                    f"{str(path)!r} does not hold the tensors of its architecture; "
+                    f"{len(odd)} are missing or unknown, such as {odd[0]!r}."
+                )
+            for name, tensor in expected.items():
+                part = file.get_slice(name)
+                dtype, shape = _SAFETENSORS_NAMES.get(part.get_dtype()), part.get_shape()
+                if dtype != tensor.dtype or list(shape) != list(tensor.shape):
+                    raise CheckpointError(
+                        f"{str(path)!r}: {name!r} is {part.get_dtype()} {list(shape)}, but the "
+                        f"architecture asks for {tensor.dtype} {list(tensor.shape)}."
+                    )
+            state = {name: file.get_tensor(name) for name in expected}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{str(path)!r} is missing.") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is not a whole safetensors file: {error}. Quantize again."
+        ) from error
+    for name, tensor in state.items():
+        _check_values(name, tensor, path)
+    return state
+
+
+def _check_values(name: str, tensor: torch.Tensor, path: Path) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{str(path)!r}: {name!r} holds NaN or infinite values.")
+    if name.endswith(("_scale", ".scales")) and not bool((tensor > 0).all()):
+        raise CheckpointError(f"{str(path)!r}: {name!r} holds a scale that is not above 0.")
+    if name.endswith("input_zero_point") and not 0 <= int(tensor) <= 255:
+        raise CheckpointError(f"{str(path)!r}: {name!r} is {int(tensor)}, outside 0..255.")
+
+
+def _check_ranges(model: QuantizedViT, ranges: Any) -> None:
+    quantizers: dict[str, Quantizer] = model.quantizers()
+    if not isinstance(ranges, dict) or set(ranges) != set(quantizers):
+        raise CheckpointError(f"{CONFIG}: activation_ranges do not name the model's sites.")
+    for name, quantizer in quantizers.items():
+        low, high = quantizer.range
+        given = ranges[name]
+        good = (
+            isinstance(given, list)
+            and len(given) == 2
+            and all(isinstance(v, int | float) for v in given)
+            and math.isclose(given[0], low, rel_tol=1e-6, abs_tol=1e-12)
+            and math.isclose(given[1], high, rel_tol=1e-6, abs_tol=1e-12)
+        )
+        if not good:
+            raise CheckpointError(
+                f"{CONFIG} says that {name!r} spans {given!r:.60}, {MODEL} that it spans "
+                f"[{low}, {high}]: the two files are not of one checkpoint."
+            )

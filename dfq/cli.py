@@ -1,0 +1,521 @@
+"""The command line: parse, call the function of the same name, print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from typer.core import TyperGroup
+
+import dfq
+from dfq.errors import DfqError, GateError, SettingError
+
+out_console = Console(highlight=False)
+err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Group(TyperGroup):
+    """Turns dfq's errors into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GateError as error:
+            _fail(error)
+        except DfqError as error:
+            if _wants_json():
+                kind = type(error).__name__
+                _print_json({"error": {"type": kind, "message": str(error)}})
+            _fail(error)
+        except KeyboardInterrupt:
+            err_console.print("Interrupted. Finished units of work are kept; run it again to go on.")
+            raise typer.Exit(130) from None
+
+
+def _fail(error: DfqError) -> None:
+    err_console.print(f"[bold red]error:[/] {_escape(str(error))}")
+    raise typer.Exit(error.exit_code) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _wants_json() -> bool:
+    return "--json" in sys.argv[1:]
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="dfq",
+    help="Quantize a pretrained vision transformer to W8A8 or W4A8 without any data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cache_app = typer.Typer(
+    cls=_Group, no_args_is_help=True, help="List, verify and remove cached datasets."
+)
+app.add_typer(cache_app, name="cache")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out_console.print(f"dfq {dfq.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Quantize a pretrained vision transformer to W8A8 or W4A8 without any data."""
+
+
+def main() -> None:
+    """Entry point of the ``dfq`` command."""
+    app()
+
+
+class _Shown:
+    """Progress for people: bars on a terminal, plain lines elsewhere, on stderr."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        if self.quiet:
+            yield lambda _: None
+        elif err_console.is_terminal:
+            with RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=err_console,
+                transient=True,
+            ) as bars:
+                bar = bars.add_task(name, total=total)
+                yield lambda n: bars.advance(bar, n)
+        else:
+            err_console.print(f"{name}: {total} steps")
+            tenth = _Tenths(name, total)
+            yield tenth
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            err_console.print(_escape(text))
+
+
+class _Tenths:
+    """Prints a line at every tenth of the work."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done = name, total, 0
+
+    def __call__(self, steps: int) -> None:
+        before, self.done = self.done, self.done + steps
+        if before * 10 // self.total != self.done * 10 // self.total:
+            err_console.print(f"{self.name}: {self.done}/{self.total}")
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A timm name, an alias (vit_base, deit_small, ...), hf-hub:NAME, or 'demo'.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Weights to load: safetensors, or a torch file.", show_default=False),
+]
+NumClasses = Annotated[int | None, typer.Option(help="Classes of the head.", show_default=False)]
+ImgSize = Annotated[
+    int | None, typer.Option(help="Side of the input in pixels.", show_default=False)
+]
+Mean = Annotated[
+    str | None, typer.Option(help="Per channel, of pixels / 255: 0.5,0.5,0.5", show_default=False)
+]
+Std = Annotated[str | None, typer.Option(help="As --mean.", show_default=False)]
+RecipeFile = Annotated[
+    Path | None, typer.Option(help="TOML file of settings; flags override it.", show_default=False)
+]
+Images = Annotated[
+    int | None, typer.Option(help="Images to make or to calibrate on.", show_default="32")
+]
+Iterations = Annotated[
+    int | None, typer.Option(help="Iterations of a trajectory.", show_default=False)
+]
+Stages = Annotated[int | None, typer.Option(help="PRI: images a trajectory yields.", show_default="4")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same bytes.", show_default="0")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of inversion; recorded.", show_default="torch's")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Cache directory; else $DFQ_CACHE, else the user's.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(help="Fail (exit 1) below this agreement, 0 to 1.", show_default=False),
+]
+MinAccuracy = Annotated[
+    float | None, typer.Option(help="Fail (exit 1) below this top-1, 0 to 1.", show_default=False)
+]
+
+
+def _floats(text: str | None, flag: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingError(
+            f"{flag} is {text!r}; give numbers with commas, such as 0.5,0.5,0.5."
+        ) from None
+
+
+@app.command(epilog="Example: [bold]dfq quantize vit_base --bits 4[/]")
+def quantize(
+    model: Model,
+    bits: Annotated[
+        int | None, typer.Option(help="Of the weights, 4 or 8; activations have 8.", show_default="8")
+    ] = None,
+    recipe: RecipeFile = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="pri, smi, dmi, noise, or a dataset, an image folder or .npz.", show_default="pri"
+        ),
+    ] = None,
+    images: Images = None,
+    iterations: Iterations = None,
+    stages: Stages = None,
+    attention: Annotated[
+        str | None, typer.Option(help="float or int8.", show_default="float")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the checkpoint.", show_default="./MODEL-w4a8"),
+    ] = None,
+    eval: Annotated[
+        str | None,
+        typer.Option(help="Labelled image folder, .npz, or 'demo'.", show_default=False),
+    ] = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    cache: Cache = None,
+    min_agreement: MinAgreement = None,
+    min_accuracy: MinAccuracy = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a ViT without data and write a checkpoint."""
+    inversion = {"iterations": iterations, "stages": stages, "threads": threads}
+    try:
+        result = dfq.quantize(
+            model,
+            bits=bits,
+            recipe=recipe,
+            weights=weights,
+            num_classes=num_classes,
+            img_size=img_size,
+            mean=_floats(mean, "--mean"),
+            std=_floats(std, "--std"),
+            calibration=calibration,
+            images=images,
+            attention=attention,
+            out=out,
+            eval=eval,
+            seed=seed,
+            settings={"inversion": inversion},
+            device=device,
+            cache=cache,
+            min_agreement=min_agreement,
+            min_accuracy=min_accuracy,
+            progress=_Shown(quiet),
+        )
+    except GateError as error:
+        _show(error.result, json_, quiet, _quantize_table)
+        raise
+    _show(result, json_, quiet, _quantize_table)
+
+
+@app.command(epilog="Example: [bold]dfq invert vit_base --images 64 --out images[/]")
+def invert(
+    model: Model,
+    method: Annotated[
+        str | None, typer.Option(help="pri, smi, dmi or noise.", show_default="pri")
+    ] = None,
+    images: Images = None,
+    iterations: Iterations = None,
+    stages: Stages = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the dataset.", show_default="in the cache"),
+    ] = None,
+    recipe: RecipeFile = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    cache: Cache = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Invert a ViT into a sparse-image dataset."""
+    result = dfq.invert(
+        model,
+        method=method,
+        images=images,
+        out=out,
+        recipe=recipe,
+        settings={"iterations": iterations, "stages": stages, "threads": threads},
+        weights=weights,
+        num_classes=num_classes,
+        img_size=img_size,
+        mean=_floats(mean, "--mean"),
+        std=_floats(std, "--std"),
+        seed=seed,
+        device=device,
+        cache=cache,
+        progress=_Shown(quiet),
+    )
+    _show(result, json_, quiet, _field_table)
+
+
+@app.command(epilog="Example: [bold]dfq evaluate demo-w4a8 --data demo --float demo[/]")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option(help="Labelled image folder, .npz, or 'demo'.", show_default=False),
+    ],
+    float_: Annotated[
+        str | None,
+        typer.Option("--float", help="The float model, to measure agreement.", show_default=False),
+    ] = None,
+    weights: Weights = None,
+    img_size: ImgSize = None,
+    device: Device = "cpu",
+    backend: Annotated[
+        str | None, typer.Option(help="onednn or reference.", show_default="fastest")
+    ] = None,
+    min_agreement: MinAgreement = None,
+    min_accuracy: MinAccuracy = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a checkpoint on labelled images."""
+    try:
+        result = dfq.evaluate(
+            checkpoint,
+            data=data,
+            float_model=float_,
+            weights=weights,
+            img_size=img_size,
+            device=device,
+            backend=backend,
+            min_agreement=min_agreement,
+            min_accuracy=min_accuracy,
+            progress=_Shown(quiet),
+        )
+    except GateError as error:
+        _show(error.result, json_, quiet, _field_table)
+        raise
+    _show(result, json_, quiet, _field_table)
+
+
+@app.command(epilog="Example: [bold]dfq inspect demo-w4a8[/]")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A dataset or a checkpoint.", show_default=False)],
+    preview: Annotated[
+        Path | None,
+        typer.Option(help="Draw a dataset into this PNG file.", show_default=False),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Trajectories to draw.")] = 8,
+    json_: Json = False,
+) -> None:
+    """Say what a dataset or a checkpoint holds; datasets are verified."""
+    facts = dfq.inspect(path)
+    if preview is not None:
+        facts["preview"] = str(dfq.preview(path, preview, rows=rows))
+    _show(facts, json_, False, _facts_table)
+
+
+@app.command(epilog="Example: [bold]dfq models deit[/]")
+def models(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Part of the name.", show_default=False)
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """List the models that can be named."""
+    entries = dfq.models(pattern)
+    if json_:
+        _print_json([dataclasses.asdict(e) for e in entries])
+        return
+    for entry in entries:
+        weights = "" if entry.pretrained else "  (no pretrained weights)"
+        out_console.print(f"{entry.name}  [dim]{entry.kind}{weights}[/]", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]dfq doctor[/]")
+def doctor(cache: Cache = None, json_: Json = False) -> None:
+    """Say what this machine offers and what is wrong with it."""
+    _show(dfq.doctor(cache), json_, False, _field_table)
+
+
+@cache_app.command("list", epilog="Example: [bold]dfq cache list[/]")
+def cache_list(cache: Cache = None, json_: Json = False) -> None:
+    """List the cached datasets."""
+    _show_entries(dfq.list_cache(cache), json_)
+
+
+@cache_app.command("verify", epilog="Example: [bold]dfq cache verify[/]")
+def cache_verify(cache: Cache = None, json_: Json = False) -> None:
+    """Read every cached file and compare it with its checksum; exit 1 if one is damaged."""
+    entries = dfq.verify_cache(cache)
+    _show_entries(entries, json_)
+    if any(e.problem and e.problem != "unfinished" for e in entries):
+        raise typer.Exit(1)
+
+
+@cache_app.command("remove", epilog="Example: [bold]dfq cache remove all[/]")
+def cache_remove(
+    name: Annotated[
+        str, typer.Argument(help="A dataset's name or its start, or 'all'.", show_default=False)
+    ],
+    cache: Cache = None,
+    json_: Json = False,
+) -> None:
+    """Remove cached datasets."""
+    _show_entries(dfq.remove_cached(name, cache), json_, title="Removed")
+
+
+def _show(
+    result: Any, as_json: bool, quiet: bool, table: Callable[[dict[str, Any]], Table]
+) -> None:
+    values = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
+    if as_json:
+        _print_json(values)
+    elif not quiet:
+        out_console.print(table(values))
+
+
+def _show_entries(entries: list[Any], as_json: bool, title: str | None = None) -> None:
+    if as_json:
+        _print_json([dataclasses.asdict(e) for e in entries])
+        return
+    if not entries:
+        out_console.print("The cache holds no datasets.")
+        return
+    table = Table(title=title)
+    for column in ("name", "model", "method", "images", "size", "state"):
+        table.add_column(column, overflow="fold")
+    for e in entries:
+        state = e.problem or "whole"
+        table.add_row(e.name, e.model, e.method, str(e.images), _size(e.bytes), _escape(state))
+    out_console.print(table)
+
+
+def _two_columns() -> Table:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _field_table(values: dict[str, Any]) -> Table:
+    table = _two_columns()
+    for key, value in values.items():
+        if value is not None and value != () and value != {}:
+            table.add_row(key.replace("_", " "), _text(key, value))
+    return table
+
+
+def _facts_table(values: dict[str, Any]) -> Table:
+    return _field_table({k: v for k, v in values.items() if k != "report"})
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(k, v)}" for k, v in value.items() if v is not None)
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(key, v) for v in value)
+    if key == "bytes" and isinstance(value, int):
+        return _size(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return _escape(str(value))
+
+
+def _quantize_table(r: dict[str, Any]) -> Table:
+    table = _two_columns()
+    source, size, on = r["calibration"], r["bytes"], r["agreement_on"]
+    origin = "from the cache" if source["cached"] else "made now"
+    if source["method"] == "images":
+        origin = source["path"]
+    table.add_row("model", f"{_escape(r['model'])}, {r['scheme']}, attention {r['attention']}")
+    table.add_row("calibration", f"{source['images']} images, {source['method']}, {origin}")
+    ratio = size["float"] / max(1, size["quantized"])
+    table.add_row(
+        "size", f"{_size(size['float'])} -> {_size(size['quantized'])} ({ratio:.1f} times smaller)"
+    )
+    if r["accuracy"]:
+        accuracy = r["accuracy"]
+        table.add_row(
+            "top-1", f"float {accuracy['float']:.2%}, quantized {accuracy['quantized']:.2%}"
+        )
+    if on:
+        where = "freshly inverted images" if on["data"] == "inverted" else on["data"]
+        table.add_row(
+            "agreement", f"{r['agreement']:.2%} on {on['images']} images of {_escape(where)}"
+        )
+    stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items())
+    table.add_row("seconds", stages)
+    table.add_row("checkpoint", _escape(r["checkpoint"]))
+    return table
+
+
+def _size(count: int) -> str:
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.2f} GB"

@@ -1,0 +1,111 @@
+"""Accuracy of a model, and agreement of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfq.sparse import SparseImages, pixels_to_input
+from dfq.vit import Preprocessing, ViT
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares from 0 to 1 over labelled images."""
+
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A quantized model beside the float model on the same images.
+
+    ``agreement`` is the share of images with the same top-1 class, ``kl`` the mean
+    Kullback-Leibler divergence of the quantized from the float prediction in nats; both
+    None without a float model.  Accuracies are None without labels.
+    """
+
+    images: int
+    agreement: float | None
+    kl: float | None
+    float: Accuracy | None
+    quantized: Accuracy | None
+
+
+Logits = Callable[[ViT], Tensor]
+
+
+@torch.inference_mode()
+def compare(
+    quantized: ViT,
+    reference: ViT | None,
+    batches: Iterable[tuple[Logits, Tensor | None]],
+    advance: Callable[[int], None] | None = None,
+) -> Comparison:
+    """Run both models over batches, each a function from model to logits and its labels.
+
+    ``advance`` is called with the number of images after every batch.
+    """
+    count = same = 0
+    divergence = 0.0
+    hits = {"quantized": [0, 0], "float": [0, 0]}
+    labelled = True
+    for logits, labels in batches:
+        ours = logits(quantized).float()
+        count += len(ours)
+        theirs = None if reference is None else logits(reference).float()
+        if theirs is not None:
+            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+            divergence += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+        if labels is None:
+            labelled = False
+        else:
+            _count_hits(hits["quantized"], ours, labels)
+            if theirs is not None:
+                _count_hits(hits["float"], theirs, labels)
+        if advance is not None:
+            advance(len(ours))
+    compared = reference is not None and count > 0
+    return Comparison(
+        images=count,
+        agreement=same / count if compared else None,
+        kl=divergence / count if compared else None,
+        float=_accuracy(hits["float"], count) if labelled and compared else None,
+        quantized=_accuracy(hits["quantized"], count) if labelled and count else None,
+    )
+
+
+def _count_hits(hits: list[int], logits: Tensor, labels: Tensor) -> None:
+    top = logits.topk(min(5, logits.shape[1]), dim=-1).indices
+    right = top == labels[:, None].to(top.device)
+    hits[0] += int(right[:, 0].sum())
+    hits[1] += int(right.any(-1).sum())
+
+
+def _accuracy(hits: list[int], count: int) -> Accuracy:
+    return Accuracy(hits[0] / count, hits[1] / count)
+
+
+def dense_batches(
+    batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterable[tuple[Logits, Tensor | None]]:
+    """Whole images and their labels, for :func:`compare`."""
+    for images, labels in batches:
+        moved = images.to(device)
+        yield lambda model, x=moved: model(x), labels  # type: ignore[misc]
+
+
+def sparse_batches(
+    batches: Iterable[SparseImages], vit: ViT, preprocessing: Preprocessing
+) -> Iterable[tuple[Logits, Tensor | None]]:
+    """Sparse images without labels, for :func:`compare`."""
+    for batch in batches:
+        moved = batch.to(vit.prefix.device)
+        x = pixels_to_input(moved.patches, preprocessing.mean, preprocessing.std, vit.arch.grid)
+        yield lambda model, x=x, at=moved.positions: model.forward_sparse(x, at), None  # type: ignore[misc]

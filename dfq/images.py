@@ -1,0 +1,265 @@
+"""Labelled images for evaluation, and plain images for calibration."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dfq import demo
+from dfq.errors import DataError
+from dfq.sparse import SparseImages, patchify
+from dfq.vit import Architecture, Preprocessing
+
+EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGENET_CLASSES = 1000
+
+
+class ImageSource(Protocol):
+    """Images that are read one at a time."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def pixels(self, index: int) -> np.ndarray:
+        """uint8 ``[H, W, C]`` at the model's size."""
+
+    def label(self, index: int) -> int:
+        """The class; -1 where there is none."""
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images of an ``.npz``: ``x`` uint8 ``[N, H, W, C]`` or ``[N, H, W]``, ``y`` ``[N]``.
+
+    They are resized whole, without a crop.
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray | None
+    arch: Architecture
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def label(self, index: int) -> int:
+        return -1 if self.y is None else int(self.y[index])
+
+    def pixels(self, index: int) -> np.ndarray:
+        array = self.x[index]
+        image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+        return fit(image, self.arch, self.preprocessing, crop=False)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files, resized and centre-cropped as the model's data config says."""
+
+    name: str
+    files: tuple[Path, ...]
+    labels: tuple[int, ...] | None
+    arch: Architecture
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def label(self, index: int) -> int:
+        return -1 if self.labels is None else self.labels[index]
+
+    def pixels(self, index: int) -> np.ndarray:
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                return fit(image, self.arch, self.preprocessing, crop=True)
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{str(path)!r} cannot be read as an image: {error}.") from error
+
+
+def fit(
+    image: Image.Image, arch: Architecture, preprocessing: Preprocessing, *, crop: bool
+) -> np.ndarray:
+    """Resize (and centre-crop) an image to the model's input, uint8 ``[H, W, C]``.
+
+    With ``crop`` the shorter side becomes ``side / crop_pct`` first, as timm does.
+    """
+    channels = arch.in_channels
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
+    if mode is None:
+        raise DataError(f"Image files have 1, 3 or 4 channels; the model takes {channels}.")
+    image = image.convert(mode)
+    height, width = arch.image_size
+    try:
+        resample = Image.Resampling[preprocessing.interpolation.upper()]
+    except KeyError:
+        resample = Image.Resampling.BICUBIC
+    if not crop:
+        size = (width, height)
+        image = image if image.size == size else image.resize(size, resample)
+    else:
+        share = preprocessing.crop_pct or 1.0
+        scale = max(width / image.width, height / image.height) / share
+        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(size, resample)
+        left, top = (size[0] - width) // 2, (size[1] - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def open_images(
+    data: str | Path, arch: Architecture, preprocessing: Preprocessing, *, labelled: bool
+) -> ImageSource:
+    """Open an image folder, an ``.npz``, or ``"demo"`` (the demo's test slice).
+
+    With ``labelled`` a folder has one folder per class (ImageNet synsets map to ImageNet's
+    classes; otherwise classes are the sorted folder names and their number must be the
+    model's) and an ``.npz`` has ``y``.
+
+    Raises:
+        DataError: there is no such data, it is empty or unreadable, or its classes do not
+            fit the model.
+    """
+    if str(data) == "demo":
+        if arch.num_classes != len(demo.CLASSES) or arch.in_channels != 1:
+            raise DataError(
+                f"The demo's test images have {len(demo.CLASSES)} classes and 1 channel; the "
+                f"model has {arch.num_classes} and {arch.in_channels}. Give --eval your own data."
+            )
+        return _open_npz(demo.TEST_SLICE, "demo", arch, preprocessing, labelled)
+    path = Path(data)
+    if path.is_dir():
+        return _open_folder(path, arch, preprocessing, labelled)
+    if path.suffix == ".npz" and path.is_file():
+        return _open_npz(path, str(path), arch, preprocessing, labelled)
+    what = "has an unknown type" if path.exists() else "does not exist"
+    raise DataError(f"{str(path)!r} {what}; give an image folder, an .npz file, or 'demo'.")
+
+
+def _open_npz(
+    path: Path, name: str, arch: Architecture, preprocessing: Preprocessing, labelled: bool
+) -> ArrayImages:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays = {key: content[key] for key in ("x", "y") if key in content.files}
+            keys = content.files
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, MemoryError) as error:
+        raise DataError(f"{str(path)!r} cannot be read as .npz: {error}.") from error
+    x, y = arrays.get("x"), arrays.get("y")
+    if x is None or (labelled and y is None):
+        raise DataError(f"{str(path)!r} needs arrays x{' and y' if labelled else ''}, has {keys}.")
+    channels = x.shape[3] if x.ndim == 4 else 1
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or channels not in (1, 3, 4):
+        raise DataError(
+            f"{str(path)!r}: x is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W] or "
+            "[N, H, W, C] with 1, 3 or 4 channels."
+        )
+    if not x.size:
+        raise DataError(f"{str(path)!r} holds no images.")
+    if y is not None:
+        if y.ndim != 1 or len(y) != len(x) or not np.issubdtype(y.dtype, np.integer):
+            raise DataError(
+                f"{str(path)!r}: y is {y.dtype} {list(y.shape)}; expected {len(x)} whole numbers."
+            )
+        if labelled:
+            _check_labels(int(y.min()), int(y.max()), arch, str(path))
+    return ArrayImages(name, x, y, arch, preprocessing)
+
+
+def _check_labels(low: int, high: int, arch: Architecture, name: str) -> None:
+    if low < 0 or high >= arch.num_classes:
+        raise DataError(
+            f"{name!r} has labels from {low} to {high}, but the model has {arch.num_classes} "
+            f"classes (0 to {arch.num_classes - 1})."
+        )
+
+
+def _open_folder(
+    path: Path, arch: Architecture, preprocessing: Preprocessing, labelled: bool
+) -> FolderImages:
+    if not labelled:
+        files = tuple(_image_files(path))
+        if not files:
+            raise DataError(f"{str(path)!r} holds no images ({', '.join(sorted(EXTENSIONS))}).")
+        return FolderImages(str(path), files, None, arch, preprocessing)
+    classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    numbers = _class_numbers(classes, arch, path)
+    found = [(f, number) for name, number in numbers.items() for f in _image_files(path / name)]
+    if not found:
+        raise DataError(f"{str(path)!r} holds no images in its {len(classes)} class folders.")
+    files, labels = zip(*found, strict=True)
+    return FolderImages(str(path), files, labels, arch, preprocessing)
+
+
+def _image_files(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+
+
+def _class_numbers(classes: list[str], arch: Architecture, path: Path) -> dict[str, int]:
+    if not classes:
+        raise DataError(f"{str(path)!r} has no class folders; labels are the names of folders.")
+    if arch.num_classes == IMAGENET_CLASSES:
+        from timm.data import ImageNetInfo
+
+        synsets = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+        if set(classes) <= set(synsets):
+            return {name: synsets[name] for name in classes}
+    if len(classes) != arch.num_classes:
+        raise DataError(
+            f"{str(path)!r} has {len(classes)} class folders, but the model has "
+            f"{arch.num_classes} classes"
+            + (" and they are not ImageNet synsets." if arch.num_classes == 1000 else ".")
+        )
+    return {name: i for i, name in enumerate(classes)}
+
+
+def load_batches(
+    source: ImageSource, preprocessing: Preprocessing, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised float32 images ``[B, C, H, W]`` and labels int64 ``[B]``."""
+    mean = torch.tensor(preprocessing.mean)[:, None, None]
+    std = torch.tensor(preprocessing.std)[:, None, None]
+    for start in range(0, len(source), size):
+        pixels, labels = _read(source, range(start, min(start + size, len(source))))
+        yield (pixels.float() / 255 - mean) / std, labels
+
+
+def _read(source: ImageSource, indices: Any) -> tuple[Tensor, Tensor]:
+    arrays = [source.pixels(i) for i in indices]
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return pixels, torch.tensor([source.label(i) for i in indices], dtype=torch.int64)
+
+
+class DenseImages:
+    """Real images as a calibration set: every patch is present."""
+
+    def __init__(self, source: ImageSource, arch: Architecture, limit: int) -> None:
+        """At most ``limit`` images, spread evenly over the source."""
+        self.grid = arch.grid
+        self._source = source
+        count = min(limit, len(source))
+        self._indices = [i * len(source) // count for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batches(self, size: int) -> Iterator[SparseImages]:
+        """Batches of at most ``size`` images with all their patches."""
+        for start in range(0, len(self), size):
+            indices = self._indices[start : start + size]
+            pixels, labels = _read(self._source, indices)
+            patches = patchify(pixels, self.grid)
+            positions = torch.arange(self.grid.patches).expand(len(indices), -1)
+            yield SparseImages(
+                patches, positions, labels, torch.zeros_like(labels), torch.tensor(indices)
+            )

@@ -1,0 +1,628 @@
+"""The verbs: load -> invert -> quantize -> evaluate, each with the disk between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import safetensors
+import timm
+import torch
+from torch import nn
+
+import dfq
+from dfq import checkpoint as checkpoints
+from dfq.cache import cache_directory
+from dfq.dataset import (
+    DatasetWriter,
+    SparseImageDataset,
+    cache_key,
+    grid_to_json,
+    read_settings,
+)
+from dfq.device import resolve_device, resolve_precision
+from dfq.errors import DataError, DatasetError, GateError, SettingError, nearest
+from dfq.comparison import Comparison, compare, dense_batches, sparse_batches
+from dfq.files import make_directory
+from dfq.images import DenseImages, load_batches, open_images
+from dfq.inversion import ALGORITHM_VERSION, Engine, plan_units
+from dfq.progress import Progress, Silent
+from dfq.quantization import QuantizedViT, calibrate, quantize_vit
+from dfq.quantization.scheme import layers, scheme_name
+from dfq.recipe import (
+    InversionSettings,
+    Method,
+    Recipe,
+    load_recipe,
+    override,
+    to_dict,
+)
+from dfq.results import (
+    AgreementOn,
+    Bytes,
+    CalibrationSource,
+    EvaluateResult,
+    FloatQuantized,
+    InvertResult,
+    QuantizeResult,
+    Seconds,
+    to_json,
+)
+from dfq.vit import ViT
+from dfq.vit.architecture import to_json as describe
+from dfq.vit.load import LoadedModel, load_model
+
+HELD_OUT_SEED = 1_000_003
+"""Added to the seed of the images on which agreement is measured without data."""
+
+EVALUATION_BATCH = 50
+
+METHODS: tuple[str, ...] = get_args(Method)
+
+_UNUSED: dict[str, tuple[str, ...]] = {
+    "pri": ("prune_at", "prune_share"),
+    "smi": ("stages",),
+    "dmi": ("stages", "prune_at", "prune_share"),
+    "noise": (
+        "stages",
+        "prune_at",
+        "prune_share",
+        "iterations",
+        "lr",
+        "beta1",
+        "beta2",
+        "tv",
+        "jitter",
+        "flip",
+    ),
+}
+"""Settings that do not touch a method's images, and so are no part of its cache key."""
+
+
+def make_recipe(
+    recipe: str | Path | Recipe | None,
+    *,
+    inversion: dict[str, Any] | None = None,
+    quantization: dict[str, Any] | None = None,
+) -> Recipe:
+    """A recipe (a file, a value or the defaults) with single settings overridden.
+
+    Raises:
+        RecipeError, SettingError: as their names say.
+    """
+    if recipe is None:
+        recipe = Recipe()
+    elif not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    recipe = override(recipe, "inversion", **(inversion or {}))
+    return override(recipe, "quantization", **(quantization or {}))
+
+
+def invert(
+    model: str | nn.Module,
+    *,
+    method: str | None = None,
+    images: int | None = None,
+    out: str | Path | None = None,
+    seed: int | None = None,
+    recipe: str | Path | Recipe | None = None,
+    settings: dict[str, Any] | None = None,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> InvertResult:
+    """Invert a model into a sparse-image dataset, in the cache or in ``out``.
+
+    Args:
+        model, weights, num_classes, img_size, mean, std: see :func:`dfq.load_model`.
+        method: ``pri``, ``smi``, ``dmi`` or ``noise``.
+        images: how many to make.
+        out: a directory for the dataset; without it the cache keeps it.
+        seed: of noise, targets and jitter.
+        recipe: a TOML file or a :class:`dfq.Recipe`; the arguments override it.
+        settings: further fields of :class:`dfq.InversionSettings` to override.
+
+    Raises:
+        DfqError: one of its subclasses says what is wrong.
+    """
+    overrides = {**(settings or {}), "method": method, "images": images, "seed": seed}
+    chosen = make_recipe(recipe, inversion=overrides).inversion
+    target = resolve_device(device)
+    loaded = load_model(
+        model, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
+    )
+    started = time.perf_counter()
+    dataset, cached = make_dataset(
+        loaded,
+        chosen,
+        out=None if out is None else Path(out),
+        device=target,
+        cache=cache,
+        progress=progress or Silent(),
+    )
+    return InvertResult(
+        model=loaded.name,
+        method=chosen.method,
+        images=len(dataset),
+        path=str(dataset.path),
+        cached=cached,
+        seconds=time.perf_counter() - started,
+        bytes=dataset.bytes,
+    )
+
+
+def make_dataset(
+    loaded: LoadedModel,
+    settings: InversionSettings,
+    *,
+    out: Path | None,
+    device: torch.device,
+    cache: str | Path | None,
+    progress: Progress,
+    label: str = "Inverting",
+) -> tuple[SparseImageDataset, bool]:
+    """Open the dataset of these settings, making what is missing of it.
+
+    Returns the dataset and whether it was whole before.
+    """
+    resolved = dataclasses.replace(
+        settings,
+        precision=cast(Any, resolve_precision(settings.precision, device)),
+        threads=settings.threads or torch.get_num_threads(),
+    )
+    facts = _dataset_settings(loaded, resolved)
+    path = out or _cached_path(loaded, resolved, facts, cache)
+    before = _finished(path, facts)
+    if before is not None:
+        progress.note(f"Found {len(before)} images in {path}")
+        return before, True
+    facts, resolved = _resume(path, facts, resolved, in_cache=out is None)
+    writer = DatasetWriter(path, facts)
+    units = plan_units(resolved, loaded.vit.arch.grid.patches)
+    missing = [unit for unit in units if not writer.has(unit.index, unit.shards)]
+    if len(missing) < len(units):
+        progress.note(f"Resuming: {len(units) - len(missing)} of {len(units)} units are done")
+    if missing:
+        engine = Engine(loaded.vit, loaded.preprocessing, resolved, device)
+        steps = len(missing) * engine.events[-1].iteration
+        with progress.task(f"{label} ({resolved.method})", max(1, steps)) as advance:
+            for unit in missing:
+                writer.write(unit.index, engine.run(unit, advance))
+    writer.finish([unit.shards for unit in units])
+    return SparseImageDataset(path), False
+
+
+def _dataset_settings(loaded: LoadedModel, settings: InversionSettings) -> dict[str, Any]:
+    """Content of ``settings.json``."""
+    relevant = to_dict(settings)
+    threads = relevant.pop("threads")
+    for name in _UNUSED[settings.method]:
+        relevant.pop(name)
+    return {
+        "format": "dfq-sparse-images",
+        "format_version": 1,
+        "algorithm_version": ALGORITHM_VERSION,
+        "model": {
+            "name": loaded.timm_name,
+            "architecture": describe(loaded.vit.arch),
+            "fingerprint": loaded.fingerprint,
+        },
+        "preprocessing": {
+            "mean": list(loaded.preprocessing.mean),
+            "std": list(loaded.preprocessing.std),
+        },
+        "grid": grid_to_json(loaded.vit.arch.grid),
+        "inversion": relevant,
+        "threads": threads,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {
+        "dfq": dfq.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def _cached_path(
+    loaded: LoadedModel,
+    settings: InversionSettings,
+    facts: dict[str, Any],
+    cache: str | Path | None,
+) -> Path:
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in loaded.timm_name)
+    key = cache_key(facts)
+    root = cache_directory(cache) / "datasets"
+    make_directory(root)
+    return root / f"{name}-{settings.method}-{settings.images}-{key[:16]}"
+
+
+def _finished(path: Path, facts: dict[str, Any]) -> SparseImageDataset | None:
+    """The whole dataset at ``path``, if it is the one that ``facts`` describe."""
+    if not (path / "manifest.json").is_file():
+        return None
+    dataset = SparseImageDataset(path)
+    return dataset if cache_key(dataset.settings) == cache_key(facts) else None
+
+
+def _resume(
+    path: Path, facts: dict[str, Any], settings: InversionSettings, *, in_cache: bool
+) -> tuple[dict[str, Any], InversionSettings]:
+    """Take over the recorded threads of an unfinished run, so that its bytes are the same.
+
+    In the cache, an unfinished run of other library versions is begun anew.
+    """
+    if not (path / "settings.json").is_file():
+        return facts, settings
+    before = read_settings(path)
+    if cache_key(before) != cache_key(facts):
+        return facts, settings
+    if before.get("versions") != facts["versions"]:
+        if in_cache:
+            shutil.rmtree(path)
+        return facts, settings
+    threads = before.get("threads")
+    if not isinstance(threads, int) or threads < 1:
+        raise DatasetError(f"{str(path)!r}: settings.json has no valid number of threads.")
+    return before, dataclasses.replace(settings, threads=threads)
+
+
+def quantize(
+    model: str | nn.Module,
+    *,
+    bits: int | None = None,
+    calibration: str | Path | None = None,
+    images: int | None = None,
+    attention: str | None = None,
+    out: str | Path | None = None,
+    eval: str | Path | None = None,
+    recipe: str | Path | Recipe | None = None,
+    seed: int | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    min_agreement: float | None = None,
+    min_accuracy: float | None = None,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Quantize a ViT without data and write a checkpoint.
+
+    Args:
+        model, weights, num_classes, img_size, mean, std: see :func:`dfq.load_model`.
+        bits: 4 or 8, of the weights; activations have 8.
+        calibration: ``pri``, ``smi``, ``dmi``, ``noise``, or the path of a sparse-image
+            dataset, an image folder or an ``.npz``.
+        images: size of the calibration set.
+        attention: ``float`` or ``int8``.
+        out: directory of the checkpoint; ``./MODEL-w4a8`` by default.
+        eval: labelled data for accuracy; see :func:`dfq.evaluate`.
+        recipe: a TOML file or a :class:`dfq.Recipe`; the arguments override it.
+        settings: further fields to override, as ``{"inversion": {...}, "quantization":
+            {...}}``.
+        min_agreement, min_accuracy: bounds from 0 to 1; below one the result is refused,
+            though the checkpoint is written.
+
+    Raises:
+        GateError: agreement or accuracy is below its bound.
+        DfqError: one of its other subclasses says what is wrong.
+    """
+    clock, progress = _Clock(), progress or Silent()
+    _check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
+    if min_accuracy is not None and eval is None:
+        raise SettingError("min_accuracy needs data to measure it on: give eval (--eval DATA).")
+    method = calibration if isinstance(calibration, str) and calibration in METHODS else None
+    extra = settings or {}
+    chosen = make_recipe(
+        recipe,
+        inversion={**extra.get("inversion", {}), "method": method, "images": images, "seed": seed},
+        quantization={**extra.get("quantization", {}), "bits": bits, "attention": attention},
+    )
+    target = resolve_device(device)
+    name = model if isinstance(model, str) else type(model).__name__
+    scheme = scheme_name(chosen.quantization)
+    out = Path(out) if out is not None else Path(f"{_file_name(name)}-{scheme}")
+    checkpoints.check_output(out)
+    make_directory(out.parent)
+    with clock("load"):
+        loaded = load_model(
+            model, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
+        )
+        vit = loaded.vit.to(target)
+        data = None
+        if eval is not None:
+            data = open_images(eval, vit.arch, loaded.preprocessing, labelled=True)
+    with clock("invert"):
+        source, origin = _calibration_set(
+            loaded, chosen, None if method else calibration, target, cache, progress
+        )
+    with clock("calibrate"), progress.task("Calibrating", len(source)) as advance:
+        found = calibrate(
+            vit,
+            source.batches(chosen.quantization.batch),
+            loaded.preprocessing,
+            chosen.quantization,
+            advance,
+        )
+    with clock("quantize"), progress.task("Quantizing", len(layers(vit.arch))) as advance:
+        quantized = quantize_vit(vit, found, loaded.preprocessing, chosen.quantization, advance)
+        del found
+    comparison: Comparison | None = None
+    measured_on = ""
+    with clock("evaluate"):
+        if data is not None:
+            batches = dense_batches(
+                load_batches(data, loaded.preprocessing, EVALUATION_BATCH), target
+            )
+            with progress.task("Evaluating", len(data)) as advance:
+                comparison = compare(quantized, vit, batches, advance)
+            measured_on = data.name
+        elif vit.arch.num_classes:
+            comparison = _held_out(loaded, quantized, chosen.inversion, target, cache, progress)
+            measured_on = "inverted"
+    result = QuantizeResult(
+        model=name,
+        scheme=scheme,
+        checkpoint=str(out),
+        calibration=origin,
+        seconds=clock.seconds(),
+        bytes=Bytes(4 * sum(p.numel() for p in vit.parameters()), 0),
+        agreement=comparison.agreement if comparison else None,
+        accuracy=_pair(comparison, "top1"),
+        accuracy_top5=_pair(comparison, "top5"),
+        agreement_on=AgreementOn(measured_on, comparison.images, "top1", comparison.kl)
+        if comparison
+        else None,
+        attention=chosen.quantization.attention,
+    )
+    result = _save(result, out, quantized, loaded, chosen, clock)
+    _gate(result, min_agreement, min_accuracy)
+    return result
+
+
+def _save(
+    result: QuantizeResult,
+    out: Path,
+    quantized: QuantizedViT,
+    loaded: LoadedModel,
+    recipe: Recipe,
+    clock: _Clock,
+) -> QuantizeResult:
+    size = checkpoints.save_checkpoint(
+        out,
+        quantized,
+        name=result.model,
+        recipe=recipe,
+        source={
+            "timm_name": loaded.timm_name,
+            "fingerprint": loaded.fingerprint,
+            "calibration": dataclasses.asdict(result.calibration),
+            "versions": versions(),
+        },
+        report=lambda size: to_json(
+            dataclasses.replace(result, bytes=Bytes(result.bytes.float, size))
+        ),
+    )
+    return dataclasses.replace(
+        result, bytes=Bytes(result.bytes.float, size), seconds=clock.seconds()
+    )
+
+
+def _calibration_set(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    path: str | Path | None,
+    device: torch.device,
+    cache: str | Path | None,
+    progress: Progress,
+) -> tuple[SparseImageDataset | DenseImages, CalibrationSource]:
+    settings = recipe.inversion
+    if path is None:
+        dataset, cached = make_dataset(
+            loaded, settings, out=None, device=device, cache=cache, progress=progress
+        )
+        origin = CalibrationSource(settings.method, len(dataset), str(dataset.path), cached)
+        return dataset, origin
+    if (Path(path) / "settings.json").is_file():
+        dataset = SparseImageDataset(path)
+        _check_model(dataset, loaded)
+        return dataset, CalibrationSource(dataset.method, len(dataset), str(path), True)
+    if not Path(path).exists() and str(path) != "demo":
+        raise DataError(
+            f"Calibration {str(path)!r} is neither a method ({', '.join(METHODS)}) nor an existing "
+            f"sparse-image dataset, image folder or .npz.{nearest(str(path), METHODS)}"
+        )
+    images = open_images(path, loaded.vit.arch, loaded.preprocessing, labelled=False)
+    dense = DenseImages(images, loaded.vit.arch, settings.images)
+    return dense, CalibrationSource("images", len(dense), str(path), True)
+
+
+def _check_model(dataset: SparseImageDataset, loaded: LoadedModel) -> None:
+    if dataset.fingerprint != loaded.fingerprint:
+        made_from = dataset.settings.get("model", {}).get("name", "unknown")
+        raise DatasetError(
+            f"The dataset {str(dataset.path)!r} was made from another model ({made_from!r}, "
+            f"fingerprint {dataset.fingerprint[:12]}) than {loaded.name!r} (fingerprint "
+            f"{loaded.fingerprint[:12]}). Invert this model, or use the weights it was made from."
+        )
+
+
+def _held_out(
+    loaded: LoadedModel,
+    quantized: QuantizedViT,
+    settings: InversionSettings,
+    device: torch.device,
+    cache: str | Path | None,
+    progress: Progress,
+) -> Comparison:
+    """Compare on images inverted with another seed, which calibration did not see."""
+    method = settings.method if settings.method != "noise" else InversionSettings().method
+    seed = (settings.seed + HELD_OUT_SEED) % 2**31
+    unit_images = settings.unit_size * (settings.stages if method == "pri" else 1)
+    fresh = dataclasses.replace(settings, method=method, seed=seed, images=unit_images)
+    dataset, _ = make_dataset(
+        loaded,
+        fresh,
+        out=None,
+        device=device,
+        cache=cache,
+        progress=progress,
+        label="Inverting held-out images",
+    )
+    batches = sparse_batches(dataset.batches(EVALUATION_BATCH), loaded.vit, loaded.preprocessing)
+    return compare(quantized, loaded.vit, batches)
+
+
+def _pair(comparison: Comparison | None, name: Literal["top1", "top5"]) -> FloatQuantized | None:
+    if comparison is None or comparison.quantized is None:
+        return None
+    reference = None if comparison.float is None else getattr(comparison.float, name)
+    return FloatQuantized(reference, getattr(comparison.quantized, name))
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    data: str | Path,
+    float_model: str | nn.Module | None = None,
+    weights: str | Path | None = None,
+    img_size: int | None = None,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
+    min_agreement: float | None = None,
+    min_accuracy: float | None = None,
+    progress: Progress | None = None,
+) -> EvaluateResult:
+    """Measure a checkpoint on labelled data, beside the float model where one is named.
+
+    Args:
+        path: the checkpoint.
+        data: an image folder with one folder a class, an ``.npz`` with ``x`` and ``y``, or
+            ``"demo"``.
+        float_model, weights, img_size: the float model, as for :func:`dfq.load_model`.
+        backend: integer kernels, ``onednn`` or ``reference``.
+        min_agreement, min_accuracy: bounds from 0 to 1.
+
+    Raises:
+        GateError: agreement or accuracy is below its bound.
+        DfqError: one of its other subclasses says what is wrong.
+    """
+    _check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
+    if min_agreement is not None and float_model is None:
+        raise SettingError("min_agreement needs the float model: give float_model (--float MODEL).")
+    if weights is not None and float_model is None:
+        raise SettingError("weights are those of the float model: name it too (--float MODEL).")
+    progress = progress or Silent()
+    target = resolve_device(device)
+    info = checkpoints.read_info(path)
+    model = checkpoints.load(path, device=target).set_backend(backend)
+    source = open_images(data, model.arch, model.preprocessing, labelled=True)
+    reference = _float_reference(model, float_model, weights, img_size, target)
+    batches = dense_batches(load_batches(source, model.preprocessing, EVALUATION_BATCH), target)
+    started = time.perf_counter()
+    with progress.task("Evaluating", len(source)) as advance:
+        comparison = compare(model, reference, batches, advance)
+    seconds = time.perf_counter() - started
+    top1, top5 = _pair(comparison, "top1"), _pair(comparison, "top5")
+    assert top1 is not None and top5 is not None
+    result = EvaluateResult(
+        checkpoint=str(path),
+        model=info.model,
+        scheme=scheme_name(info.recipe.quantization),
+        data=source.name,
+        images=comparison.images,
+        agreement=comparison.agreement,
+        kl=comparison.kl,
+        accuracy=top1,
+        accuracy_top5=top5,
+        backend=model.backend,
+        seconds=seconds,
+        images_per_second=comparison.images / seconds,
+    )
+    _gate(result, min_agreement, min_accuracy)
+    return result
+
+
+def _float_reference(
+    model: QuantizedViT,
+    name: str | nn.Module | None,
+    weights: str | Path | None,
+    img_size: int | None,
+    device: torch.device,
+) -> ViT | None:
+    if name is None:
+        return None
+    height, width = model.arch.image_size
+    size = img_size or (height if height == width and name != "demo" else None)
+    classes = model.arch.num_classes or None
+    loaded = load_model(name, weights=weights, num_classes=classes, img_size=size)
+    if loaded.vit.arch != model.arch:
+        raise SettingError(
+            f"The float model {loaded.name!r} has another architecture than the checkpoint."
+        )
+    return loaded.vit.to(device)
+
+
+def _check_shares(**bounds: float | None) -> None:
+    for name, value in bounds.items():
+        if value is not None and not 0 <= value <= 1:
+            raise SettingError(f"{name} is {value}; it is a share from 0 to 1.")
+
+
+def _gate(
+    result: QuantizeResult | EvaluateResult,
+    min_agreement: float | None,
+    min_accuracy: float | None,
+) -> None:
+    accuracy = None if result.accuracy is None else result.accuracy.quantized
+    for what, value, bound in (
+        ("Agreement with the float model", result.agreement, min_agreement),
+        ("Top-1 accuracy", accuracy, min_accuracy),
+    ):
+        if bound is not None and (value is None or value < bound):
+            shown = "not measured" if value is None else f"{value:.4f}"
+            raise GateError(f"{what} is {shown}, below the bound of {bound}.", result)
+
+
+class _Clock:
+    """Adds up the wall-clock time of named stages."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._spent: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._spent[stage] = self._spent.get(stage, 0.0) + time.perf_counter() - before
+
+    def seconds(self) -> Seconds:
+        stages = {f.name: self._spent.get(f.name, 0.0) for f in dataclasses.fields(Seconds)}
+        return Seconds(**{**stages, "total": time.perf_counter() - self._started})
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)

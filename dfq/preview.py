@@ -1,0 +1,73 @@
+"""Pictures of sparse-image datasets."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dfq.dataset import SparseImageDataset
+from dfq.errors import SettingError
+from dfq.files import make_directory, write_bytes
+from dfq.sparse import SparseImages, unpatchify
+
+BACKGROUND = 40
+"""Grey level of absent patches and margins, so that black patches can be told apart."""
+
+MARGIN = 2
+MIN_SIDE = 112
+
+
+def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
+    """Draw a dataset: trajectories as rows, stages as columns, absent patches dark grey.
+
+    Args:
+        dataset: directory of a sparse-image dataset.
+        out: the PNG file to write.
+        rows: how many trajectories to draw.
+
+    Raises:
+        DatasetError: the dataset cannot be read.
+        OutputError: the file cannot be written.
+        SettingError: ``rows`` is below 1.
+    """
+    if rows < 1:
+        raise SettingError(f"rows is {rows}; it must be at least 1.")
+    source = SparseImageDataset(dataset)
+    cells: dict[tuple[int, int], np.ndarray] = {}
+    for batch in source.batches(64):
+        for i in range(len(batch)):
+            key = int(batch.trajectory[i]), int(batch.stage[i])
+            if key[0] < rows:
+                cells[key] = _draw(batch[i : i + 1], source)
+    out = Path(out)
+    make_directory(out.parent)
+    buffer = io.BytesIO()
+    Image.fromarray(_sheet(cells)).save(buffer, format="PNG")
+    write_bytes(out, buffer.getvalue())
+    return out
+
+
+def _draw(image: SparseImages, source: SparseImageDataset) -> np.ndarray:
+    canvas = unpatchify(image.patches, image.positions, source.grid, fill=BACKGROUND)[0]
+    array = canvas.permute(1, 2, 0).numpy()
+    array = array.repeat(3, axis=2) if array.shape[2] == 1 else array[..., :3]
+    if array.shape[2] == 2:
+        array = np.concatenate([array, array[..., :1]], axis=2)
+    zoom = max(1, -(-MIN_SIDE // max(array.shape[:2])))
+    return array.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def _sheet(cells: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
+    height, width = next(iter(cells.values())).shape[:2]
+    rows = sorted({row for row, _ in cells})
+    columns = max(column for _, column in cells) + 1
+    shape = (len(rows) * (height + MARGIN) + MARGIN, columns * (width + MARGIN) + MARGIN, 3)
+    sheet = np.full(shape, BACKGROUND // 2, dtype=np.uint8)
+    for (row, column), cell in cells.items():
+        top = rows.index(row) * (height + MARGIN) + MARGIN
+        left = column * (width + MARGIN) + MARGIN
+        sheet[top : top + height, left : left + width] = cell
+    return sheet

@@ -1,0 +1,29 @@
+"""Progress of long work, as the pipeline reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+Advance = Callable[[int], None]
+
+
+class Progress(Protocol):
+    """Shows long work; the command line has bars, the API is silent by default."""
+
+    def task(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        """A stage of ``total`` steps, as a context whose value advances it."""
+
+    def note(self, text: str) -> None:
+        """A line about what is going on."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def task(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        return nullcontext(lambda _: None)
+
+    def note(self, text: str) -> None:
+        pass

@@ -1,0 +1,113 @@
+"""What the pipeline's functions return; the fields are those of the command line's JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CalibrationSource:
+    """Where the calibration set came from; ``cached`` if it was there before the run."""
+
+    method: str
+    images: int
+    path: str
+    cached: bool
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall-clock time of each stage."""
+
+    load: float
+    invert: float
+    calibrate: float
+    quantize: float
+    evaluate: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """``float`` is 4 times the parameters, ``quantized`` the size of model.safetensors."""
+
+    float: int
+    quantized: int
+
+
+@dataclass(frozen=True)
+class FloatQuantized:
+    """A share from 0 to 1 for the float and the quantized model."""
+
+    float: float | None
+    quantized: float
+
+
+@dataclass(frozen=True)
+class AgreementOn:
+    """What agreement was measured on: ``data`` is the evaluation data's name, or
+    ``"inverted"`` for freshly inverted images that calibration did not see.
+
+    ``kl`` is the mean Kullback-Leibler divergence from the float model in nats.
+    """
+
+    data: str
+    images: int
+    metric: str
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """Result of :func:`dfq.quantize`."""
+
+    model: str
+    scheme: str
+    checkpoint: str
+    calibration: CalibrationSource
+    seconds: Seconds
+    bytes: Bytes
+    agreement: float | None
+    accuracy: FloatQuantized | None
+    accuracy_top5: FloatQuantized | None
+    agreement_on: AgreementOn | None
+    attention: str
+
+
+@dataclass(frozen=True)
+class InvertResult:
+    """Result of :func:`dfq.invert`."""
+
+    model: str
+    method: str
+    images: int
+    path: str
+    cached: bool
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Result of :func:`dfq.evaluate`; agreement and float accuracy are None without a
+    float model."""
+
+    checkpoint: str
+    model: str
+    scheme: str
+    data: str
+    images: int
+    agreement: float | None
+    kl: float | None
+    accuracy: FloatQuantized
+    accuracy_top5: FloatQuantized
+    backend: str
+    seconds: float
+    images_per_second: float
+
+
+def to_json(result: Any) -> dict[str, Any]:
+    """A result as nested dicts of JSON types."""
+    return dataclasses.asdict(result)
