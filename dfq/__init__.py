@@ -59,7 +59,39 @@ _HOMES = {
     "verify_cache": "dfq.cache",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605
+__all__ = [
+    "CacheEntry",
+    "DfqError",
+    "DoctorReport",
+    "EvaluateResult",
+    "GateError",
+    "InversionSettings",
+    "InvertResult",
+    "LoadedModel",
+    "ModelEntry",
+    "QuantizationSettings",
+    "QuantizeResult",
+    "QuantizedViT",
+    "Recipe",
+    "RunError",
+    "SparseImageDataset",
+    "SparseImages",
+    "UsageError",
+    "__version__",
+    "doctor",
+    "evaluate",
+    "inspect",
+    "invert",
+    "list_cache",
+    "load",
+    "load_model",
+    "load_recipe",
+    "models",
+    "preview",
+    "quantize",
+    "remove_cached",
+    "verify_cache",
+]
 
 
 def __getattr__(name: str) -> Any:

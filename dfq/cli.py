@@ -38,7 +38,9 @@ class _Group(TyperGroup):
                 _print_json({"error": {"type": kind, "message": str(error)}})
             _fail(error)
         except KeyboardInterrupt:
-            err_console.print("Interrupted. Finished units of work are kept; run it again to go on.")
+            err_console.print(
+                "Interrupted. Finished units of work are kept; run it again to go on."
+            )
             raise typer.Exit(130) from None
 
 
@@ -167,7 +169,9 @@ Images = Annotated[
 Iterations = Annotated[
     int | None, typer.Option(help="Iterations of a trajectory.", show_default=False)
 ]
-Stages = Annotated[int | None, typer.Option(help="PRI: images a trajectory yields.", show_default="4")]
+Stages = Annotated[
+    int | None, typer.Option(help="PRI: images a trajectory yields.", show_default="4")
+]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same bytes.", show_default="0")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads of inversion; recorded.", show_default="torch's")
@@ -203,7 +207,8 @@ def _floats(text: str | None, flag: str) -> list[float] | None:
 def quantize(
     model: Model,
     bits: Annotated[
-        int | None, typer.Option(help="Of the weights, 4 or 8; activations have 8.", show_default="8")
+        int | None,
+        typer.Option(help="Of the weights, 4 or 8; activations have 8.", show_default="8"),
     ] = None,
     recipe: RecipeFile = None,
     weights: Weights = None,
@@ -430,7 +435,7 @@ def cache_remove(
 def _show(
     result: Any, as_json: bool, quiet: bool, table: Callable[[dict[str, Any]], Table]
 ) -> None:
-    values = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
+    values = result if isinstance(result, dict) else dataclasses.asdict(result)
     if as_json:
         _print_json(values)
     elif not quiet:

@@ -118,9 +118,7 @@ class DatasetWriter:
             make_directory(path)
             write_json(path / SETTINGS, settings)
         elif before != settings:
-            differing = sorted(
-                k for k in {*before, *settings} if before.get(k) != settings.get(k)
-            )
+            differing = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
             raise OutputError(
                 f"{str(path)!r} holds a dataset that was made with other settings "
                 f"({', '.join(differing)} differ). Choose another directory or remove it."
@@ -182,7 +180,7 @@ class DatasetWriter:
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "images": sum(int(s["images"]) for s in shards),
+            "images": sum(sum(sizes.values()) for sizes in units),
             "shards": shards,
         }
         write_json(self.path / MANIFEST, manifest)
@@ -190,9 +188,7 @@ class DatasetWriter:
 
 def concatenate(batches: list[SparseImages]) -> SparseImages:
     """Join images of one number of patches, ordered by trajectory, then stage."""
-    joined = SparseImages(
-        *(torch.cat([getattr(b, name) for b in batches]) for name in _DTYPES)
-    )
+    joined = SparseImages(*(torch.cat([getattr(b, name) for b in batches]) for name in _DTYPES))
     key = joined.trajectory * (int(joined.stage.max()) + 1) + joined.stage
     return joined[key.argsort(stable=True)]
 

@@ -25,7 +25,9 @@ IMAGENET_CLASSES = 1000
 class ImageSource(Protocol):
     """Images that are read one at a time."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the data is called."""
 
     def __len__(self) -> int: ...
 

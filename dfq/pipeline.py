@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -20,6 +20,7 @@ from torch import nn
 import dfq
 from dfq import checkpoint as checkpoints
 from dfq.cache import cache_directory
+from dfq.comparison import Comparison, compare, dense_batches, sparse_batches
 from dfq.dataset import (
     DatasetWriter,
     SparseImageDataset,
@@ -29,7 +30,6 @@ from dfq.dataset import (
 )
 from dfq.device import resolve_device, resolve_precision
 from dfq.errors import DataError, DatasetError, GateError, SettingError, nearest
-from dfq.comparison import Comparison, compare, dense_batches, sparse_batches
 from dfq.files import make_directory
 from dfq.images import DenseImages, load_batches, open_images
 from dfq.inversion import ALGORITHM_VERSION, Engine, plan_units
@@ -418,7 +418,11 @@ def _save(
         source={
             "timm_name": loaded.timm_name,
             "fingerprint": loaded.fingerprint,
-            "calibration": dataclasses.asdict(result.calibration),
+            "calibration": {
+                "method": result.calibration.method,
+                "images": result.calibration.images,
+                "name": Path(result.calibration.path).name,
+            },
             "versions": versions(),
         },
         report=lambda size: to_json(
@@ -546,7 +550,8 @@ def evaluate(
         comparison = compare(model, reference, batches, advance)
     seconds = time.perf_counter() - started
     top1, top5 = _pair(comparison, "top1"), _pair(comparison, "top5")
-    assert top1 is not None and top5 is not None
+    assert top1 is not None
+    assert top5 is not None
     result = EvaluateResult(
         checkpoint=str(path),
         model=info.model,

@@ -22,7 +22,7 @@ class Progress(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def task(self, name: str, total: int) -> AbstractContextManager[Advance]:
+    def task(self, name: str, total: int) -> AbstractContextManager[Advance]:  # noqa: ARG002
         return nullcontext(lambda _: None)
 
     def note(self, text: str) -> None:

@@ -48,7 +48,9 @@ class InversionSettings:
     prune_at: tuple[float, ...] = _setting(
         (0.0125, 0.025, 0.05, 0.075), "smi: when patches are dropped, as shares of T", 0.0, 1.0
     )
-    prune_share: float = _setting(0.3, "smi: share of the live patches dropped each time", 0.0, 0.99)
+    prune_share: float = _setting(
+        0.3, "smi: share of the live patches dropped each time", 0.0, 0.99
+    )
     unit_size: int = _setting(4, "trajectories of a unit of work", 1, 4096)
     seed: int = _setting(0, "seed of noise, targets and jitter", 0, 2**31 - 1)
     precision: Precision = _setting(
@@ -104,12 +106,12 @@ def check_bounds(settings: Any) -> None:
     hints = get_type_hints(type(settings))
     for f in dataclasses.fields(settings):
         value, doc = getattr(settings, f.name), f.metadata
-        allowed = _check_type(f.name, value, hints[f.name], doc)
+        allowed = _allowed(value, hints[f.name], doc)
         if allowed is not None:
             raise SettingError(f"{f.name} is {value!r}; allowed: {allowed}.")
 
 
-def _check_type(name: str, value: Any, hint: Any, doc: Any) -> str | None:
+def _allowed(value: Any, hint: Any, doc: Any) -> str | None:
     """What is allowed, if ``value`` is not."""
     low, high = doc["low"], doc["high"]
     span = f"{low} to {high}"

@@ -6,6 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+Share = float
+"""From 0 to 1; the name ``float`` is taken by fields."""
+
 
 @dataclass(frozen=True)
 class CalibrationSource:
@@ -41,8 +44,8 @@ class Bytes:
 class FloatQuantized:
     """A share from 0 to 1 for the float and the quantized model."""
 
-    float: float | None
-    quantized: float
+    float: Share | None
+    quantized: Share
 
 
 @dataclass(frozen=True)

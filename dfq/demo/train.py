@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -33,6 +34,7 @@ from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 from dfq.demo import CLASSES, MEAN, MODEL_ARGS, STD
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -80,7 +82,9 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     span = torch.arange(side)
     rows = (moves[0, :, None] + span)[:, None, :, None]
     columns = (moves[1, :, None] + span)[:, None, None, :]
-    return padded[torch.arange(n)[:, None, None, None], torch.arange(1)[None, :, None, None], rows, columns]
+    return padded[
+        torch.arange(n)[:, None, None, None], torch.arange(1)[None, :, None, None], rows, columns
+    ]
 
 
 def batches(
@@ -219,7 +223,7 @@ def main() -> None:
     print(f"teacher: {teacher_accuracy:.4f} on 10,000 test images", flush=True)
 
     timm.layers.set_fused_attn(False)
-    model = timm.create_model(**{**MODEL_ARGS, "patch_size": PHASES[0].patch_size})
+    model: Any = timm.create_model(**{**MODEL_ARGS, "patch_size": PHASES[0].patch_size})
     model.patch_drop = PatchDropout(0.0)
     for phase in PHASES:
         model.set_input_size(patch_size=phase.patch_size)

@@ -141,9 +141,7 @@ class Engine:
         live = state.positions.shape[1]
         if count == live:
             return torch.arange(live, device=self.device).expand_as(state.positions)
-        importance = attention_importance(
-            self.vit, state.patches.to(self.dtype), state.positions
-        )
+        importance = attention_importance(self.vit, state.patches.to(self.dtype), state.positions)
         order = importance.argsort(dim=1, descending=kept, stable=True)
         return order[:, :count].sort(dim=1).values
 

@@ -17,7 +17,7 @@ def attention_importance(vit: ViT, patches: Tensor, positions: Tensor) -> Tensor
     pooling takes from each.
     """
     x = vit.encode(vit.embed(patches, positions), stop=-1)
-    block = vit.blocks[-1]
+    block = vit.block(-1)
     q, k, _ = block.attn.split(block.attn.qkv(block.norm1(x)))
     start = vit.arch.num_prefix_tokens
     q = q[:, :, :1] if vit.arch.class_token else q[:, :, start:]

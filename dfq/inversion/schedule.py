@@ -71,7 +71,7 @@ def events(settings: InversionSettings, patches: int) -> tuple[Event, ...]:
                 found.append(Event(min(total, max(1, round(share * total))), count, False))
         if patches < 1:
             raise SettingError(
-                f"prune_at {settings.prune_at} and prune_share {settings.prune_share} leave no patch."
+                f"prune_share {settings.prune_share} at {settings.prune_at} leaves no patch."
             )
     return (*found, Event(total, patches, True))
 

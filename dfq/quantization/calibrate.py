@@ -23,9 +23,7 @@ class InputStatistics:
     def __init__(self, features: int, *, second_moment: bool, device: torch.device) -> None:
         self.count = 0
         self._sum = torch.zeros(features, dtype=torch.float64, device=device)
-        self._squares = (
-            torch.zeros(features, features, device=device) if second_moment else None
-        )
+        self._squares = torch.zeros(features, features, device=device) if second_moment else None
 
     def observe(self, x: Tensor) -> None:
         """Take inputs ``[..., in]`` into account."""
@@ -123,9 +121,7 @@ def _watch_layers(
 
         return hook
 
-    return [
-        vit.get_submodule(name).register_forward_pre_hook(watch(name)) for name in statistics
-    ]
+    return [vit.get_submodule(name).register_forward_pre_hook(watch(name)) for name in statistics]
 
 
 def _watch_attention(vit: ViT, observers: dict[str, RangeObserver]) -> list[Any]:
@@ -139,6 +135,6 @@ def _watch_attention(vit: ViT, observers: dict[str, RangeObserver]) -> list[Any]
         return hook
 
     return [
-        block.attn.qkv.register_forward_hook(watch(block.attn, f"blocks.{i}"))
-        for i, block in enumerate(vit.blocks)
+        vit.block(i).attn.qkv.register_forward_hook(watch(vit.block(i).attn, f"blocks.{i}"))
+        for i in range(vit.arch.depth)
     ]

@@ -94,7 +94,8 @@ class IntegerLinear(nn.Module):
     def integer_forward(self, x: Tensor, out: OutputFormat) -> Tensor:
         """uint8 ``[..., in]`` to ``[..., out]`` in the given format."""
         kernels, params, packed = self.prepare()
-        return kernels.linear(x, params, packed, out)
+        y: Tensor = kernels.linear(x, params, packed, out)
+        return y
 
     def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Float ``[..., in]`` to ``[..., out]`` of ``dtype``."""
@@ -136,7 +137,7 @@ class IntegerPatchEmbed(IntegerLinear):
         return super().quantize_input(x.float() * self.std + self.mean)
 
 
-class IntegerAttention(nn.Module):
+class AttentionProduct(nn.Module):
     """The two products of attention, on 8-bit integers or in floating point."""
 
     scales: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,57 +13,72 @@ from dfq import runtime
 from dfq.device import resolve_precision
 from dfq.quantization import rounding
 from dfq.quantization.calibrate import Calibration, InputStatistics
-from dfq.quantization.layers import IntegerAttention, IntegerLinear, IntegerPatchEmbed
+from dfq.quantization.layers import AttentionProduct, IntegerLinear, IntegerPatchEmbed
 from dfq.quantization.observers import Quantizer
-from dfq.quantization.scheme import ATTENTION_SITES, layers, weight_bits
+from dfq.quantization.scheme import ATTENTION_SITES, layers
 from dfq.recipe import QuantizationSettings
 from dfq.runtime.params import OutputFormat
 from dfq.sparse import Grid, channel_values
-from dfq.vit import Architecture, Block, Preprocessing, ViT
+from dfq.vit import Architecture, Attention, Block, Mlp, Preprocessing, ViT
 from dfq.vit.modules import activate, merge_heads
 
 PIXEL = Quantizer(1 / 255, 0, signed=False)
 
 
-class QuantizedBlock(nn.Module):
-    """A transformer block whose linear layers run on integers.
+class QuantizedAttention(Attention):
+    """Self-attention with integer linear layers."""
 
-    The residual stream is float32.  Between fc1 and fc2 activations stay 8-bit integers
-    where the kernels can apply the nonlinearity.
-    """
+    qkv: IntegerLinear
+    proj: IntegerLinear
 
     def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
-        super().__init__()
-        skeleton = Block(arch)
-        self.norm1, self.norm2 = skeleton.norm1, skeleton.norm2
-        self.attn, self.mlp = skeleton.attn, skeleton.mlp
-        for parent, name in (
-            (self.attn, "qkv"),
-            (self.attn, "proj"),
-            (self.mlp, "fc1"),
-            (self.mlp, "fc2"),
-        ):
-            linear = getattr(parent, name)
-            setattr(
-                parent, name, IntegerLinear(linear.in_features, linear.out_features, settings.bits)
-            )
-        self.attn.product = IntegerAttention(settings.attention == "int8")
+        super().__init__(arch)
+        width = arch.attention_dim
+        self.qkv = IntegerLinear(arch.embed_dim, 3 * width, settings.bits)
+        self.proj = IntegerLinear(width, arch.embed_dim, settings.bits)
+        self.product = AttentionProduct(settings.attention == "int8")
 
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Tokens ``[B, T, embed_dim]``; ``dtype`` is that of attention."""
-        attn = self.attn
-        q, k, v = attn.split(attn.qkv(self.norm1(x), dtype))
-        x = x + attn.proj(merge_heads(attn.product(q, k, v)))
-        return x + self.mlp.fc2.integer_forward(self._hidden(self.norm2(x)), OutputFormat())
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.qkv.forward(x, attention_dtype(x.device)))
+        return self.proj.forward(merge_heads(self.product.forward(q, k, v)))
+
+
+class QuantizedMlp(Mlp):
+    """The MLP with integer linear layers.
+
+    Between them activations stay 8-bit integers where the kernels can apply the
+    nonlinearity.
+    """
+
+    fc1: IntegerLinear
+    fc2: IntegerLinear
+
+    def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
+        super().__init__(arch)
+        self.fc1 = IntegerLinear(arch.embed_dim, arch.mlp_hidden, settings.bits)
+        self.fc2 = IntegerLinear(arch.mlp_hidden, arch.embed_dim, settings.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2.integer_forward(self._hidden(x), OutputFormat())
 
     def _hidden(self, x: Tensor) -> Tensor:
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        if self.mlp.activation == "quick_gelu":
-            return cast(Tensor, fc2.quantize_input(activate(fc1(x), "quick_gelu")))
-        quantizer = fc2.input_quantizer
-        gelu = "tanh" if self.mlp.activation == "gelu_tanh" else "none"
+        if self.activation == "quick_gelu":
+            return self.fc2.quantize_input(activate(self.fc1.forward(x), self.activation))
+        quantizer = self.fc2.input_quantizer
+        gelu: Literal["none", "tanh"] = "tanh" if self.activation == "gelu_tanh" else "none"
         out = OutputFormat(torch.uint8, quantizer.scale, quantizer.zero_point, gelu)
-        return cast(Tensor, fc1.integer_forward(fc1.quantize_input(x), out))
+        return self.fc1.integer_forward(self.fc1.quantize_input(x), out)
+
+
+class QuantizedBlock(Block):
+    """A transformer block on integers; the residual stream is float32."""
+
+    attn: QuantizedAttention
+    mlp: QuantizedMlp
+
+    def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
+        super().__init__(arch)
+        self.attn, self.mlp = QuantizedAttention(arch, settings), QuantizedMlp(arch, settings)
 
 
 class QuantizedViT(ViT):
@@ -81,7 +96,7 @@ class QuantizedViT(ViT):
         self.blocks = nn.ModuleList(QuantizedBlock(arch, settings) for _ in range(arch.depth))
         patch_embed = IntegerPatchEmbed(arch.grid.patch_values, arch.embed_dim, 8)
         patch_embed.set_normalisation(*_normalisation(preprocessing, arch.grid))
-        self.patch_embed = patch_embed  # type: ignore[assignment]
+        self.patch_embed = patch_embed
         if arch.num_classes:
             self.head = IntegerLinear(arch.embed_dim, arch.num_classes, 8)
         self.eval().requires_grad_(False)
@@ -89,12 +104,6 @@ class QuantizedViT(ViT):
     @torch.no_grad()
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
         return super().forward_sparse(patches, positions)
-
-    def encode(self, x: Tensor, stop: int | None = None) -> Tensor:
-        dtype = attention_dtype(x.device)
-        for block in self.blocks[:stop]:
-            x = block(x, dtype)
-        return x
 
     @property
     def backend(self) -> str:
@@ -116,16 +125,18 @@ class QuantizedViT(ViT):
     def _linears(self) -> list[IntegerLinear]:
         return [m for m in self.modules() if isinstance(m, IntegerLinear)]
 
+    def products(self) -> list[AttentionProduct]:
+        """The attention products of all blocks."""
+        return [m for m in self.modules() if isinstance(m, AttentionProduct)]
+
     def quantizers(self) -> dict[str, Quantizer]:
         """The activation quantizer of every site."""
         found: dict[str, Quantizer] = {}
         for name in layers(self.arch):
             found[name] = cast(IntegerLinear, self.get_submodule(name)).input_quantizer
         if self.settings.attention == "int8":
-            for i, block in enumerate(self.blocks):
-                for site, scale in zip(
-                    ATTENTION_SITES, block.attn.product.scales.tolist(), strict=True
-                ):
+            for i, product in enumerate(self.products()):
+                for site, scale in zip(ATTENTION_SITES, product.scales.tolist(), strict=True):
                     signed = site != ATTENTION_SITES[-1]
                     found[f"blocks.{i}.{site}"] = Quantizer(scale, 0, signed)
         return found
@@ -156,7 +167,7 @@ def quantize_vit(
     own = quantized.state_dict()
     floats = {k: v for k, v in copy.deepcopy(vit.state_dict()).items() if k in own}
     names = layers(vit.arch)
-    kept = {k: v for k, v in floats.items() if not k.rpartition(".")[0] in names}
+    kept = {k: v for k, v in floats.items() if k.rpartition(".")[0] not in names}
     quantized.load_state_dict({**own, **kept})
     for name in names:
         linear = vit.get_submodule(name)
@@ -176,9 +187,9 @@ def quantize_vit(
         if advance is not None:
             advance(1)
     if settings.attention == "int8":
-        for i, block in enumerate(quantized.blocks):
+        for i, product in enumerate(quantized.products()):
             scales = [calibration.quantizers[f"blocks.{i}.{s}"].scale for s in ATTENTION_SITES]
-            block.attn.product.scales.copy_(torch.tensor(scales))
+            product.scales.copy_(torch.tensor(scales))
     return quantized
 
 

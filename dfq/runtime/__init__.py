@@ -24,13 +24,11 @@ class Kernels(Protocol):
     def prepack(self, params: LinearParams) -> object:
         """Weights in the backend's own layout, built once."""
 
-    def linear(
-        self, x: Tensor, params: LinearParams, packed: object, out: OutputFormat
-    ) -> Tensor:
+    def linear(self, x: Tensor, params: LinearParams, packed: object, out: OutputFormat) -> Tensor:
         """Integer linear layer: uint8 ``[..., in]`` to ``[..., out]`` as ``out`` says."""
 
 
-BACKENDS: dict[str, Kernels] = {"onednn": onednn, "reference": reference}  # type: ignore[dict-item]
+BACKENDS: dict[str, Kernels] = {"onednn": onednn, "reference": reference}
 
 
 def select(device: torch.device | str = "cpu", name: str | None = None) -> Kernels:

@@ -52,9 +52,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scales: tuple[float, float, float
     24 bits.
     """
     q_scale, k_scale, v_scale, p_scale = scales
-    q, k, v = (
-        quantize_signed(x, s).float() for x, s in ((q, q_scale), (k, k_scale), (v, v_scale))
-    )
+    q, k, v = (quantize_signed(x, s).float() for x, s in ((q, q_scale), (k, k_scale), (v, v_scale)))
     scores = (q @ k.transpose(-2, -1)) * (q_scale * k_scale * q.shape[-1] ** -0.5)
     probabilities = quantize(scores.softmax(-1), p_scale, 0).float()
     return (probabilities @ v) * (p_scale * v_scale)

@@ -68,9 +68,7 @@ class Preprocessing:
 
 def to_json(value: Architecture | Preprocessing) -> dict[str, Any]:
     """The JSON form of a description; the inverse of :func:`from_json`."""
-    return {
-        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(value).items()
-    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(value).items()}
 
 
 _CHOICES = {"Pool": get_args(Pool), "Activation": get_args(Activation)}

@@ -54,7 +54,7 @@ def check_finite(state: dict[str, Any]) -> None:
                 )
 
 
-def describe(model: nn.Module, name: str) -> Architecture:
+def describe(model: Any, name: str) -> Architecture:
     """What a timm model is made of; works on the meta device too.
 
     Raises:
@@ -99,7 +99,7 @@ def describe(model: nn.Module, name: str) -> Architecture:
     )
 
 
-def _check_block(block: nn.Module, name: str) -> None:
+def _check_block(block: Any, name: str) -> None:
     if type(block) is not Block:
         raise _refusal(name, f"its blocks are {type(block).__name__}")
     if type(block.attn) is not Attention or block.attn.gate is not None:
@@ -115,7 +115,7 @@ def _check_block(block: nn.Module, name: str) -> None:
             raise _refusal(name, f"its norms are {type(norm).__name__}")
 
 
-def _activation(act: nn.Module, name: str) -> Activation:
+def _activation(act: Any, name: str) -> Activation:
     if isinstance(act, nn.GELU):
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     if isinstance(act, GELU):
@@ -136,7 +136,7 @@ def _refusal(name: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{name!r} cannot be quantized: {why}. Supported: {SUPPORTED}.")
 
 
-def _copy(model: Any, vit: ViT) -> None:
+def _copy(model: Any, vit: Any) -> None:
     arch = vit.arch
     weight = model.patch_embed.proj.weight
     vit.patch_embed.weight.copy_(weight.reshape(weight.shape[0], -1))
@@ -155,7 +155,8 @@ def _copy(model: Any, vit: ViT) -> None:
 
     for name in ("norm_pre", "norm", "fc_norm", "head"):
         _copy_module(getattr(vit, name), getattr(model, name))
-    for ours, theirs in zip(vit.blocks, model.blocks, strict=True):
+    for i, theirs in enumerate(model.blocks):
+        ours = vit.block(i)
         for name in ("norm1", "norm2"):
             _copy_module(getattr(ours, name), getattr(theirs, name))
         for name in ("qkv", "q_norm", "k_norm"):
@@ -165,18 +166,18 @@ def _copy(model: Any, vit: ViT) -> None:
         _copy_scaled(ours.mlp.fc2, theirs.mlp.fc2, theirs.ls2)
 
 
-def _copy_module(ours: nn.Module, theirs: nn.Module) -> None:
+def _copy_module(ours: Any, theirs: Any) -> None:
     if isinstance(ours, nn.Identity):
         return
     ours.weight.copy_(theirs.weight)
     _copy_bias(ours, theirs.bias)
 
 
-def _copy_bias(ours: nn.Module, bias: Tensor | None) -> None:
+def _copy_bias(ours: Any, bias: Tensor | None) -> None:
     ours.bias.zero_() if bias is None else ours.bias.copy_(bias)
 
 
-def _copy_scaled(ours: nn.Linear, theirs: nn.Linear, layer_scale: nn.Module) -> None:
+def _copy_scaled(ours: Any, theirs: Any, layer_scale: Any) -> None:
     _copy_module(ours, theirs)
     if isinstance(layer_scale, LayerScale):
         ours.weight.mul_(layer_scale.gamma.float()[:, None])

@@ -109,7 +109,8 @@ def load_model(
         timm_model = _from_file(name, Path(weights), num_classes, img_size)
     else:
         timm_model = _pretrained(name, num_classes, img_size)
-    tag = (timm_model.pretrained_cfg or {}).get("tag", "") if weights is None else ""
+    config: Any = getattr(timm_model, "pretrained_cfg", None) or {}
+    tag = config.get("tag", "") if weights is None else ""
     timm_name = f"{split_model_name_tag(name)[0]}.{tag}" if tag and ":" not in name else name
     vit = convert(timm_model, model)
     return LoadedModel(model, timm_name, vit, _preprocessing(timm_model, mean, std))
@@ -138,7 +139,9 @@ def _demo(
 ) -> LoadedModel:
     args = dict(demo.MODEL_ARGS)
     if img_size is not None and img_size != args["img_size"]:
-        raise SettingError(f"--img-size {img_size}: the demo model takes {args['img_size']} pixels.")
+        raise SettingError(
+            f"--img-size {img_size}: the demo model takes {args['img_size']} pixels."
+        )
     path = demo.WEIGHTS if weights is None else Path(weights)
     state = read_weights(path)
     args["num_classes"] = num_classes or classes_in(state) or args["num_classes"]
@@ -151,9 +154,7 @@ def _demo(
     return LoadedModel("demo", "demo", convert(timm_model, "demo"), preprocessing)
 
 
-def _from_file(
-    name: str, path: Path, num_classes: int | None, img_size: int | None
-) -> nn.Module:
+def _from_file(name: str, path: Path, num_classes: int | None, img_size: int | None) -> nn.Module:
     _refuse_early(name)
     state = read_weights(path)
     classes = num_classes if num_classes is not None else classes_in(state)
@@ -186,7 +187,9 @@ def _pretrained(name: str, num_classes: int | None, img_size: int | None) -> nn.
             raise
         raise _unreachable(name, error) from error
     except huggingface_hub.errors.HFValidationError as error:
-        raise UnknownModelError(f"{name!r} is not a model of the Hugging Face hub: {error}") from error
+        raise UnknownModelError(
+            f"{name!r} is not a model of the Hugging Face hub: {error}"
+        ) from error
 
 
 def _unreachable(name: str, error: Exception) -> PretrainedError:

@@ -7,6 +7,8 @@ linear layer before it, every linear layer with a bias.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +26,9 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 class Attention(nn.Module):
     """Multi-head self-attention over tokens ``[B, T, embed_dim]``."""
+
+    qkv: nn.Module
+    proj: nn.Module
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -43,7 +48,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(self.qkv(x))
-        return self.proj(merge_heads(attend(q, k, v)))
+        y: Tensor = self.proj(merge_heads(attend(q, k, v)))
+        return y
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -66,6 +72,9 @@ def merge_heads(x: Tensor) -> Tensor:
 class Mlp(nn.Module):
     """Two linear layers with a nonlinearity between them."""
 
+    fc1: nn.Module
+    fc2: nn.Module
+
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.activation = arch.activation
@@ -73,11 +82,15 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(arch.mlp_hidden, arch.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), self.activation))
+        y: Tensor = self.fc2(activate(self.fc1(x), self.activation))
+        return y
 
 
 class Block(nn.Module):
     """A pre-norm transformer block."""
+
+    attn: Attention
+    mlp: Mlp
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -87,8 +100,8 @@ class Block(nn.Module):
         self.mlp = Mlp(arch)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + cast(Tensor, self.attn(self.norm1(x)))
+        return x + cast(Tensor, self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
@@ -98,6 +111,9 @@ class ViT(nn.Module):
     ``[B, L, D]`` with positions ``[B, L]``; both return logits ``[B, num_classes]``
     (pooled features ``[B, embed_dim]`` where ``num_classes`` is 0).
     """
+
+    patch_embed: nn.Module
+    head: nn.Module
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -119,7 +135,8 @@ class ViT(nn.Module):
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits of the patches present; ``positions`` may be left out for all, in order."""
         x = self.encode(self.embed(patches, positions))
-        return self.head(self.pool(self.norm(x)))
+        logits: Tensor = self.head(self.pool(self.norm(x)))
+        return logits
 
     def embed(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
         """Patches ``[B, L, D]`` to tokens ``[B, prefix + L, embed_dim]``."""
@@ -127,7 +144,14 @@ class ViT(nn.Module):
         x = self.patch_norm(self.patch_embed(patches))
         x = x + pos_embed
         x = torch.cat([self.prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
-        return self.norm_pre(x)
+        tokens: Tensor = self.norm_pre(x)
+        return tokens
+
+    def block(self, index: int) -> Block:
+        """One of the blocks."""
+        block = self.blocks[index]
+        assert isinstance(block, Block)
+        return block
 
     def encode(self, x: Tensor, stop: int | None = None) -> Tensor:
         """Run the blocks before ``stop`` (all of them by default)."""
@@ -142,7 +166,8 @@ class ViT(nn.Module):
         else:
             start = 0 if self.arch.pool_includes_prefix else self.arch.num_prefix_tokens
             x = x[:, start:].mean(dim=1)
-        return self.fc_norm(x)
+        pooled: Tensor = self.fc_norm(x)
+        return pooled
 
 
 def _norm(dim: int, arch: Architecture, present: bool = True) -> nn.Module:

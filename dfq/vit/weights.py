@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -86,16 +86,10 @@ def load_into(
         WeightsError: the weights are of another architecture.
     """
     own = model.state_dict()
-    theirs = state.get("pos_embed")
-    if not resize and theirs is not None and "pos_embed" in own:
-        if theirs.shape[:-1] != own["pos_embed"].shape[:-1]:
-            raise WeightsError(
-                f"{path.name!r} was trained at another image size than {name!r}: its position "
-                f"embedding has {theirs.shape[-2]} entries, the model's {own['pos_embed'].shape[-2]}. "
-                "Name the size that the weights were trained at with --img-size."
-            )
+    if not resize:
+        _check_size(own.get("pos_embed"), state.get("pos_embed"), name, path)
     try:
-        state = checkpoint_filter_fn(dict(state), model)
+        state = checkpoint_filter_fn(dict(state), cast(Any, model))
     except (RuntimeError, KeyError, ValueError, AssertionError, AttributeError) as error:
         raise WeightsError(
             f"{path.name!r} does not fit {name!r}: {str(error).splitlines()[0]:.200}"
@@ -105,6 +99,15 @@ def load_into(
     if missing or unknown or shapes:
         raise WeightsError(_mismatch(own, state, missing, unknown, shapes, name, path))
     model.load_state_dict(state)
+
+
+def _check_size(own: Tensor | None, theirs: Tensor | None, name: str, path: Path) -> None:
+    if own is not None and theirs is not None and own.shape[:-1] != theirs.shape[:-1]:
+        raise WeightsError(
+            f"{path.name!r} was trained at another image size than {name!r}: its position "
+            f"embedding has {theirs.shape[-2]} entries, the model's {own.shape[-2]}. "
+            "Name the size that the weights were trained at with --img-size."
+        )
 
 
 def _mismatch(
