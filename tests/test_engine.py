@@ -1,0 +1,138 @@
+"""The optimisation loop and what it yields."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_vit
+
+from dfq.errors import SettingError
+from dfq.inversion import Engine, plan_units
+from dfq.inversion.engine import targets
+from dfq.inversion.importance import attention_importance
+from dfq.recipe import InversionSettings
+from dfq.sparse import SparseImages, patchify, pixels_to_input
+from dfq.vit.load import LoadedModel, load_model
+
+
+def chosen(**changes: Any) -> InversionSettings:
+    base = InversionSettings(iterations=8, images=8, precision="float32", threads=1, unit_size=2)
+    return dataclasses.replace(base, **changes)
+
+
+def run(loaded: LoadedModel, settings: InversionSettings) -> list[SparseImages]:
+    engine = Engine(loaded.vit, loaded.preprocessing, settings)
+    units = plan_units(settings, loaded.vit.arch.grid.patches)
+    return [images for unit in units for images in engine.run(unit)]
+
+
+def tensors(batches: list[SparseImages]) -> list[torch.Tensor]:
+    return [t for b in batches for t in (b.patches, b.positions, b.labels, b.stage, b.trajectory)]
+
+
+def same(a: list[SparseImages], b: list[SparseImages]) -> bool:
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("method", ["pri", "smi", "dmi", "noise"])
+def test_same_seed_same_images(loaded: LoadedModel, method: str) -> None:
+    settings = chosen(method=method)
+    assert same(run(loaded, settings), run(loaded, settings))
+
+
+def test_another_seed_gives_other_images(loaded: LoadedModel) -> None:
+    assert not same(run(loaded, chosen(seed=0)), run(loaded, chosen(seed=1)))
+
+
+def test_a_unit_does_not_depend_on_those_before_it(loaded: LoadedModel) -> None:
+    settings = chosen(images=16)
+    engine = Engine(loaded.vit, loaded.preprocessing, settings)
+    units = plan_units(settings, 16)
+    both = [engine.run(unit) for unit in units]
+    alone = Engine(loaded.vit, loaded.preprocessing, settings).run(units[1])
+    assert same(both[1], alone)
+
+
+@pytest.mark.parametrize("stages", [1, 3, 4, 16])
+def test_pri_images_of_a_trajectory_share_out_the_grid(loaded: LoadedModel, stages: int) -> None:
+    batches = run(loaded, chosen(stages=stages, iterations=16, images=2 * stages))
+    for trajectory in (0, 1):
+        kept = torch.cat([b.positions[b.trajectory == trajectory].flatten() for b in batches])
+        assert kept.sort().values.tolist() == list(range(16))
+
+
+def test_smi_keeps_what_four_prunings_leave(loaded: LoadedModel) -> None:
+    batches = run(loaded, chosen(method="smi", iterations=80, images=2))
+    assert [b.patches.shape for b in batches] == [(2, 4, 48)]
+
+
+@pytest.mark.parametrize("method", ["dmi", "noise"])
+def test_dense_methods_keep_every_patch_in_place(loaded: LoadedModel, method: str) -> None:
+    for batch in run(loaded, chosen(method=method)):
+        assert batch.positions.tolist() == [list(range(16))] * len(batch)
+
+
+def test_inversion_raises_the_target_class(loaded: LoadedModel) -> None:
+    def confidence(batches: list[SparseImages]) -> float:
+        shares = []
+        for b in batches:
+            p = loaded.preprocessing
+            x = pixels_to_input(b.patches, p.mean, p.std, loaded.vit.arch.grid)
+            probabilities = loaded.vit.forward_sparse(x, b.positions).softmax(-1)
+            shares.append(probabilities.gather(1, b.labels[:, None]))
+        return float(torch.cat(shares).mean())
+
+    before = confidence(run(loaded, chosen(method="noise", images=10)))
+    after = confidence(run(loaded, chosen(method="dmi", images=10, iterations=60)))
+    assert after > 0.9 > before
+
+
+def test_targets_cover_classes_evenly_across_units() -> None:
+    labels = [int(t) for first in range(0, 25, 5) for t in targets(3, first, 5, 10)]
+    assert sorted(labels[:10]) == list(range(10))
+    assert sorted(labels[10:20]) == list(range(10))
+    assert labels[:10] != labels[10:20]
+
+
+def test_models_without_a_classifier_are_refused() -> None:
+    backbone = load_model(make_vit(num_classes=0))
+    with pytest.raises(SettingError, match="no classifier"):
+        Engine(backbone.vit, backbone.preprocessing, chosen())
+
+
+def test_one_channel_and_bfloat16_work() -> None:
+    grey = load_model(make_vit(in_chans=1), mean=[0.3], std=[0.3])
+    batches = run(grey, chosen(precision="bfloat16"))
+    assert {b.patches.shape[2] for b in batches} == {16}
+
+
+def test_the_model_is_left_as_it_is(loaded: LoadedModel) -> None:
+    before = {k: v.clone() for k, v in loaded.vit.state_dict().items()}
+    run(loaded, chosen())
+    assert all(torch.equal(v, before[k]) for k, v in loaded.vit.state_dict().items())
+
+
+def test_importance_is_the_class_tokens_attention_in_timm() -> None:
+    model = make_vit()
+    vit = load_model(model).vit
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    attention = model.blocks[-1].attn
+    with torch.no_grad():
+        x = model._pos_embed(model.patch_embed(images))
+        x = model.blocks[-1].norm1(model.blocks[:-1](x))
+        qkv = attention.qkv(x).reshape(2, 17, 3, 2, 32).permute(2, 0, 3, 1, 4)
+        weights = (qkv[0] @ qkv[1].transpose(-2, -1) * 32**-0.5).softmax(-1)
+    positions = torch.arange(16).expand(2, -1)
+    found = attention_importance(vit, patchify(images, vit.arch.grid), positions)
+    torch.testing.assert_close(found, weights[:, :, 0, 1:].mean(1))
+
+
+def test_importance_without_a_class_token_is_mean_attention() -> None:
+    vit = load_model(make_vit(class_token=False, global_pool="avg")).vit
+    patches, positions = torch.randn(2, 5, 48), torch.tensor([[0, 3, 5, 8, 9]] * 2)
+    found = attention_importance(vit, patches, positions)
+    torch.testing.assert_close(found.sum(1), torch.ones(2))

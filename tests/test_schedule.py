@@ -1,0 +1,93 @@
+"""Who leaves a trajectory when, and how work is cut into units."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfq.errors import SettingError
+from dfq.inversion import events, plan_units
+from dfq.recipe import InversionSettings
+
+
+@given(stages=st.integers(1, 20), patches=st.integers(20, 600), total=st.integers(20, 500))
+@settings(deadline=None, derandomize=True)
+def test_pri_stages_share_out_all_patches(stages: int, patches: int, total: int) -> None:
+    found = events(InversionSettings(stages=stages, iterations=total), patches)
+    assert sum(e.count for e in found) == patches
+    assert all(e.kept for e in found)
+    assert found[-1].iteration == total
+    assert all(a.iteration < b.iteration for a, b in pairwise(found))
+    assert max(e.count for e in found) - min(e.count for e in found) <= 1
+
+
+def test_pri_follows_the_rounding_rule_at_uneven_divisions() -> None:
+    found = events(InversionSettings(stages=7, iterations=100), 256)
+    assert [e.count for e in found] == [37, 36, 37, 36, 37, 36, 37]
+    assert [e.iteration for e in found] == [14, 29, 43, 57, 71, 86, 100]
+
+
+def test_smi_drops_thirty_percent_four_times() -> None:
+    found = events(InversionSettings(method="smi", iterations=4000), 196)
+    assert [(e.iteration, e.kept) for e in found] == [
+        (50, False),
+        (100, False),
+        (200, False),
+        (300, False),
+        (4000, True),
+    ]
+    assert found[-1].count == 47
+    assert sum(e.count for e in found) == 196
+
+
+def test_dmi_keeps_all_patches_to_the_end() -> None:
+    (event,) = events(InversionSettings(method="dmi", iterations=70), 196)
+    assert (event.iteration, event.count, event.kept) == (70, 196, True)
+
+
+def test_noise_is_not_optimised() -> None:
+    (event,) = events(InversionSettings(method="noise"), 196)
+    assert (event.iteration, event.count) == (0, 196)
+
+
+def test_more_stages_than_patches_are_refused() -> None:
+    with pytest.raises(SettingError, match=r"17.*16 patches"):
+        events(InversionSettings(stages=17), 16)
+
+
+def test_more_stages_than_iterations_are_refused() -> None:
+    with pytest.raises(SettingError, match="only 3 iterations"):
+        events(InversionSettings(stages=4, iterations=3), 16)
+
+
+@given(
+    method=st.sampled_from(["pri", "smi", "dmi", "noise"]),
+    images=st.integers(1, 200),
+    stages=st.integers(1, 8),
+    unit=st.integers(1, 9),
+)
+@settings(deadline=None, derandomize=True)
+def test_units_yield_exactly_the_images_asked_for(
+    method: str, images: int, stages: int, unit: int
+) -> None:
+    chosen = InversionSettings(
+        method=method,  # type: ignore[arg-type]
+        images=images,
+        stages=stages,
+        unit_size=unit,
+    )
+    units = plan_units(chosen, 49)
+    assert sum(u.images for u in units) == images
+    assert sum(sum(u.shards.values()) for u in units) == images
+    assert all(u.trajectories == unit for u in units[:-1])
+    assert all(len(row) for u in units for row in u.sizes)
+    firsts = [u.first_trajectory for u in units]
+    assert firsts == [i * unit for i in range(len(units))]
+
+
+def test_a_surplus_is_dropped_from_the_last_trajectory_alone() -> None:
+    units = plan_units(InversionSettings(images=6, stages=4, unit_size=4), 16)
+    assert [len(row) for row in units[0].sizes] == [4, 2]
