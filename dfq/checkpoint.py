@@ -18,8 +18,8 @@ from safetensors.torch import save
 
 from dfq.errors import CheckpointError, OutputError, UsageError
 from dfq.files import replaced_directory, write_bytes, write_json
-from dfq.quantization import QuantizedViT
-from dfq.quantization.observers import Quantizer
+from dfq.quantization.model import QuantizedViT
+from dfq.quantization.quantizer import Quantizer
 from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
 from dfq.vit.architecture import Architecture, Preprocessing, from_json, to_json
 

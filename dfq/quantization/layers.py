@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dfq import runtime
-from dfq.quantization.observers import Quantizer
 from dfq.quantization.packing import pack_int4, unpack_int4
+from dfq.quantization.quantizer import Quantizer
 from dfq.runtime import reference
 from dfq.runtime.params import LinearParams, OutputFormat
 from dfq.vit.modules import attend

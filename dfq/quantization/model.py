@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from dfq import runtime
 from dfq.device import resolve_precision
 from dfq.quantization import rounding
-from dfq.quantization.calibrate import Calibration, InputStatistics
 from dfq.quantization.layers import AttentionProduct, IntegerLinear, IntegerPatchEmbed
-from dfq.quantization.observers import Quantizer
+from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES, layers
 from dfq.recipe import QuantizationSettings
 from dfq.runtime.params import OutputFormat
 from dfq.sparse import Grid, channel_values
 from dfq.vit import Architecture, Attention, Block, Mlp, Preprocessing, ViT
 from dfq.vit.modules import activate, merge_heads
+
+if TYPE_CHECKING:
+    from dfq.quantization.calibration import Calibration, InputStatistics
 
 PIXEL = Quantizer(1 / 255, 0, signed=False)
 

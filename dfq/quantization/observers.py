@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.ao.quantization.observer import (
@@ -13,6 +11,7 @@ from torch.ao.quantization.observer import (
     UniformQuantizationObserverBase,
 )
 
+from dfq.quantization.quantizer import Quantizer
 from dfq.recipe import Observer
 
 OBSERVERS: dict[str, type[UniformQuantizationObserverBase]] = {
@@ -20,21 +19,6 @@ OBSERVERS: dict[str, type[UniformQuantizationObserverBase]] = {
     "moving_average": MovingAverageMinMaxObserver,
     "histogram": HistogramObserver,
 }
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """A uniform 8-bit quantizer: the integer ``i`` stands for ``(i - zero_point) * scale``."""
-
-    scale: float
-    zero_point: int
-    signed: bool
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The smallest and the largest value that it can represent."""
-        low, high = (-127, 127) if self.signed else (0, 255)
-        return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
 
 
 class RangeObserver:

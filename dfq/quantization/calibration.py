@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dfq.errors import DatasetError
-from dfq.quantization.observers import Quantizer, RangeObserver
+from dfq.quantization.observers import RangeObserver
+from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES, layers, range_sites, weight_bits
 from dfq.recipe import QuantizationSettings
 from dfq.sparse import SparseImages, pixels_to_input
