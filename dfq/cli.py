@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -318,9 +319,15 @@ def invert(
         seed=seed,
         device=device,
         cache=cache,
-        progress=_Shown(quiet),
+        progress=_Shown(quiet or not _is_first()),
     )
-    _show(result, json_, quiet, _field_table)
+    if _is_first():
+        _show(result, json_, quiet, _field_table)
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all that ``torchrun`` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @app.command(epilog="Example: [bold]dfq evaluate demo-w4a8 --data demo --float demo[/]")

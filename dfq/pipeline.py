@@ -33,6 +33,7 @@ from dfq.errors import DataError, DatasetError, GateError, SettingError, nearest
 from dfq.files import make_directory
 from dfq.images import DenseImages, load_batches, open_images
 from dfq.inversion import ALGORITHM_VERSION, Engine, plan_units
+from dfq.inversion.workers import Workers
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.scheme import layers, scheme_name
@@ -184,23 +185,33 @@ def make_dataset(
     )
     facts = _dataset_settings(loaded, resolved)
     path = out or _cached_path(loaded, resolved, facts, cache)
+    workers = Workers()
     before = _finished(path, facts)
     if before is not None:
         progress.note(f"Found {len(before)} images in {path}")
         return before, True
-    facts, resolved = _resume(path, facts, resolved, in_cache=out is None)
+    if workers.first:
+        facts, resolved = _resume(path, facts, resolved, in_cache=out is None)
+        DatasetWriter(path, facts)
+    workers.wait()
+    facts, resolved = _resume(path, facts, resolved, in_cache=False)
     writer = DatasetWriter(path, facts)
     units = plan_units(resolved, loaded.vit.arch.grid.patches)
     missing = [unit for unit in units if not writer.has(unit.index, unit.shards)]
     if len(missing) < len(units):
         progress.note(f"Resuming: {len(units) - len(missing)} of {len(units)} units are done")
-    if missing:
+    workers.wait()
+    mine = workers.share(missing)
+    if mine:
         engine = Engine(loaded.vit, loaded.preprocessing, resolved, device)
-        steps = len(missing) * engine.events[-1].iteration
+        steps = len(mine) * engine.events[-1].iteration
         with progress.task(f"{label} ({resolved.method})", max(1, steps)) as advance:
-            for unit in missing:
+            for unit in mine:
                 writer.write(unit.index, engine.run(unit, advance))
-    writer.finish([unit.shards for unit in units])
+    workers.wait()
+    if workers.first:
+        writer.finish([unit.shards for unit in units])
+    workers.wait()
     return SparseImageDataset(path), False
 
 

@@ -102,7 +102,7 @@ def describe(model: Any, name: str) -> Architecture:
 def _check_block(block: Any, name: str) -> None:
     if type(block) is not Block:
         raise _refusal(name, f"its blocks are {type(block).__name__}")
-    if type(block.attn) is not Attention or block.attn.gate is not None:
+    if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
         raise _refusal(name, f"its attention is {type(block.attn).__name__}")
     if not isinstance(block.attn.norm, nn.Identity):
         raise _refusal(name, "it normalises attention outputs")
