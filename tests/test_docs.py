@@ -1,0 +1,71 @@
+"""What the documentation names exists, and what exists is documented."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import dfq
+from dfq.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    spans = [s for p in PAGES for s in re.findall(r"`+([^`]+)`+", p.read_text())]
+    lines = [line for span in spans for line in span.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return sorted({p.split(" > ")[0] for p in parts if p.startswith("dfq ")})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_in_the_documentation_parse(command: str) -> None:
+    current: Any = typer.main.get_command(app)
+    words = shlex.split(command)[1:]
+    while hasattr(current, "commands") and words and words[0] in current.commands:
+        current = current.commands[words.pop(0)]
+    if words or not hasattr(current, "commands"):
+        words = [w for w in words if not w.isupper()] if "|" in command else words
+        required = [p for p in current.params if p.required]
+        if words or not required:
+            current.make_context("dfq", words)
+
+
+def test_the_readme_names_every_command() -> None:
+    root: Any = typer.main.get_command(app)
+    for name in root.commands:
+        assert f"dfq {name}" in README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_functions_in_the_documentation_exist(page: Path) -> None:
+    for name in re.findall(r"`?dfq\.([a-z_]+)\(", page.read_text()):
+        assert name in dfq.__all__
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_architecture_page_lists_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "dfq").rglob("*.py"):
+        if not path.name.startswith("__") and path.parent.name != "demo":
+            assert path.name in page or f"`{path.parent.name}/`" in page, path
+
+
+def test_every_error_is_in_the_hierarchys_drawing() -> None:
+    import dfq.errors as errors
+
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, errors.DfqError):
+            assert name in (errors.__doc__ or "")
