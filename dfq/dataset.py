@@ -164,7 +164,10 @@ class DatasetWriter:
             write_bytes(self.path / shard_name(unit, k), encode_shard(concatenate(batches)))
 
     def finish(self, units: list[dict[int, int]]) -> None:
-        """Write the manifest, last; ``units`` has each unit's shards as for :meth:`has`."""
+        """Write the manifest, last; ``units`` has each unit's shards as for :meth:`has`.
+
+        What a killed run left half-written is removed.
+        """
         shards = []
         for unit, sizes in enumerate(units):
             for k, n in sizes.items():
@@ -183,6 +186,8 @@ class DatasetWriter:
             "images": sum(sum(sizes.values()) for sizes in units),
             "shards": shards,
         }
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
         write_json(self.path / MANIFEST, manifest)
 
 
@@ -298,7 +303,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{str(path)!r} cannot be read as JSON: {error}.") from error
+        raise DatasetError(
+            f"{str(path)!r} cannot be read as JSON: {error}. Remove the dataset's directory and "
+            "make it again."
+        ) from error
     if not isinstance(value, dict):
         raise DatasetError(f"{str(path)!r} must hold a JSON object.")
     return value

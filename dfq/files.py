@@ -68,6 +68,16 @@ def make_directory(path: Path) -> None:
         raise explain(error, path) from error
 
 
+def check_writable(directory: Path) -> None:
+    """Raise :class:`OutputError` if no file can be made in ``directory``, which is created."""
+    make_directory(directory)
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise explain(error, directory) from error
+
+
 @contextlib.contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
     """A new directory that takes the place of ``path`` when the block ends well.

@@ -30,7 +30,7 @@ from dfq.dataset import (
 )
 from dfq.device import resolve_device, resolve_precision
 from dfq.errors import DataError, DatasetError, GateError, SettingError, nearest
-from dfq.files import make_directory
+from dfq.files import check_writable, make_directory
 from dfq.images import DenseImages, load_batches, open_images
 from dfq.inversion import ALGORITHM_VERSION, Engine, plan_units
 from dfq.inversion.workers import Workers
@@ -356,7 +356,7 @@ def quantize(
     scheme = scheme_name(chosen.quantization)
     out = Path(out) if out is not None else Path(f"{_file_name(name)}-{scheme}")
     checkpoints.check_output(out)
-    make_directory(out.parent)
+    check_writable(out.parent)
     with clock("load"):
         loaded = load_model(
             model, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
