@@ -176,12 +176,12 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> QuantizedVi
     info = read_info(path)
     try:
         with torch.device("meta"):
-            skeleton = QuantizedViT(info.arch, info.recipe.quantization, info.preprocessing)
+            model = QuantizedViT(info.arch, info.recipe.quantization, info.preprocessing)
     except (RuntimeError, OverflowError) as error:
         raise CheckpointError(f"The architecture in {CONFIG} cannot be built: {error}") from error
-    state = _read_state(path / MODEL, skeleton.state_dict())
-    model = QuantizedViT(info.arch, info.recipe.quantization, info.preprocessing)
-    model.load_state_dict(state)
+    state = _read_state(path / MODEL, model.state_dict())
+    model.load_state_dict(state, assign=True)
+    model.set_normalisation()
     _check_ranges(model, _read_config(path).get("activation_ranges"))
     return model.to(device)
 

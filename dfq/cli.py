@@ -231,7 +231,7 @@ def quantize(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory of the checkpoint.", show_default="./MODEL-w4a8"),
+        typer.Option(help="Directory of the checkpoint.", show_default="./MODEL-SCHEME"),
     ] = None,
     eval: Annotated[
         str | None,

@@ -6,6 +6,8 @@ import torch
 
 from dfq.errors import DeviceError
 
+TYPES = ("cpu", "cuda", "mps", "xpu")
+
 
 def resolve_device(name: str | torch.device) -> torch.device:
     """The device of that name (``cpu``, ``cuda``, ``cuda:1``, ...).
@@ -15,8 +17,10 @@ def resolve_device(name: str | torch.device) -> torch.device:
     """
     try:
         device = torch.device(name)
+        if device.type not in TYPES:
+            raise RuntimeError(f"dfq runs on {', '.join(TYPES)}")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if torch.backends.mps.is_available():
             there.append("mps")
@@ -24,8 +28,6 @@ def resolve_device(name: str | torch.device) -> torch.device:
         raise DeviceError(
             f"Device {str(name)!r} cannot be used ({reason:.120}); available: {', '.join(there)}."
         ) from error
-    if device.type == "meta":
-        raise DeviceError("Device 'meta' holds no data; use cpu or cuda.")
     return device
 
 

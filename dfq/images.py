@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,24 +99,35 @@ def fit(
     mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
     if mode is None:
         raise DataError(f"Image files have 1, 3 or 4 channels; the model takes {channels}.")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert(mode)
     height, width = arch.image_size
     try:
         resample = Image.Resampling[preprocessing.interpolation.upper()]
     except KeyError:
         resample = Image.Resampling.BICUBIC
-    if not crop:
+    if not crop or preprocessing.crop_mode == "squash":
         size = (width, height)
         image = image if image.size == size else image.resize(size, resample)
     else:
-        share = preprocessing.crop_pct or 1.0
-        scale = max(width / image.width, height / image.height) / share
-        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        size = _resized(image.size, (width, height), preprocessing.crop_pct or 1.0)
         image = image.resize(size, resample)
-        left, top = (size[0] - width) // 2, (size[1] - height) // 2
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         image = image.crop((left, top, left + width, top + height))
     array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
+
+
+def _resized(size: tuple[int, int], target: tuple[int, int], share: float) -> tuple[int, int]:
+    """Size before the centre crop, (width, height), rounded as timm's transforms round."""
+    w, h = size
+    width, height = (math.floor(side / share) for side in target)
+    if target[0] == target[1]:
+        longer = int(width * max(w, h) / min(w, h))
+        return (width, longer) if w <= h else (longer, height)
+    ratio = min(h / height, w / width)
+    return round(w / ratio), round(h / ratio)
 
 
 def open_images(
@@ -152,10 +163,10 @@ def _open_npz(
     path: Path, name: str, arch: Architecture, preprocessing: Preprocessing, labelled: bool
 ) -> ArrayImages:
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = {key: content[key] for key in ("x", "y") if key in content.files}
             keys = content.files
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, MemoryError) as error:
+    except Exception as error:  # numpy raises whatever damaged bytes lead it to
         raise DataError(f"{str(path)!r} cannot be read as .npz: {error}.") from error
     x, y = arrays.get("x"), arrays.get("y")
     if x is None or (labelled and y is None):

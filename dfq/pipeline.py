@@ -38,6 +38,7 @@ from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.scheme import layers, scheme_name
 from dfq.recipe import (
+    SECTIONS,
     InversionSettings,
     Method,
     Recipe,
@@ -58,7 +59,7 @@ from dfq.results import (
 )
 from dfq.vit import ViT
 from dfq.vit.architecture import to_json as describe
-from dfq.vit.load import LoadedModel, load_model
+from dfq.vit.load import LoadedModel, load_model, module_name
 
 HELD_OUT_SEED = 1_000_003
 """Added to the seed of the images on which agreement is measured without data."""
@@ -346,13 +347,19 @@ def quantize(
         raise SettingError("min_accuracy needs data to measure it on: give eval (--eval DATA).")
     method = calibration if isinstance(calibration, str) and calibration in METHODS else None
     extra = settings or {}
+    for section in extra:
+        if section not in SECTIONS:
+            raise SettingError(
+                f"settings has an unknown table {section!r}; known: {', '.join(SECTIONS)}."
+                f"{nearest(section, SECTIONS)}"
+            )
     chosen = make_recipe(
         recipe,
         inversion={**extra.get("inversion", {}), "method": method, "images": images, "seed": seed},
         quantization={**extra.get("quantization", {}), "bits": bits, "attention": attention},
     )
     target = resolve_device(device)
-    name = model if isinstance(model, str) else type(model).__name__
+    name = model if isinstance(model, str) else module_name(model)
     scheme = scheme_name(chosen.quantization)
     out = Path(out) if out is not None else Path(f"{_file_name(name)}-{scheme}")
     checkpoints.check_output(out)
@@ -497,6 +504,8 @@ def _held_out(
     seed = (settings.seed + HELD_OUT_SEED) % 2**31
     unit_images = settings.unit_size * (settings.stages if method == "pri" else 1)
     fresh = dataclasses.replace(settings, method=method, seed=seed, images=unit_images)
+    if settings.method == "noise":
+        fresh = dataclasses.replace(fresh, stages=min(fresh.stages, fresh.iterations))
     dataset, _ = make_dataset(
         loaded,
         fresh,
@@ -554,7 +563,8 @@ def evaluate(
     info = checkpoints.read_info(path)
     model = checkpoints.load(path, device=target).set_backend(backend)
     source = open_images(data, model.arch, model.preprocessing, labelled=True)
-    reference = _float_reference(model, float_model, weights, img_size, target)
+    made_from = str(info.source.get("fingerprint"))
+    reference = _float_reference(model, made_from, float_model, weights, img_size, target, progress)
     batches = dense_batches(load_batches(source, model.preprocessing, EVALUATION_BATCH), target)
     started = time.perf_counter()
     with progress.task("Evaluating", len(source)) as advance:
@@ -583,10 +593,12 @@ def evaluate(
 
 def _float_reference(
     model: QuantizedViT,
+    fingerprint: str,
     name: str | nn.Module | None,
     weights: str | Path | None,
     img_size: int | None,
     device: torch.device,
+    progress: Progress,
 ) -> ViT | None:
     if name is None:
         return None
@@ -594,6 +606,8 @@ def _float_reference(
     size = img_size or (height if height == width and name != "demo" else None)
     classes = model.arch.num_classes or None
     loaded = load_model(name, weights=weights, num_classes=classes, img_size=size)
+    if loaded.fingerprint != fingerprint:
+        progress.note("The float model's weights are not those that the checkpoint was made from.")
     if loaded.vit.arch != model.arch:
         raise SettingError(
             f"The float model {loaded.name!r} has another architecture than the checkpoint."

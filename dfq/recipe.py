@@ -120,7 +120,8 @@ def _allowed(value: Any, hint: Any, doc: Any) -> str | None:
         known = ", ".join(map(str, choices))
         if isinstance(value, str):
             known += f".{nearest(value, map(str, choices))}".removesuffix(".")
-        return None if value in choices and type(value) is not bool else known
+        good = any(value == c and type(value) is type(c) for c in choices)
+        return None if good else known
     if hint is bool:
         return None if isinstance(value, bool) else "true or false"
     if hint is int or hint == (int | None):
@@ -194,6 +195,12 @@ def _section(section: str, values: dict[str, Any], source: str) -> Any:
 def override(recipe: Recipe, section: str, **values: Any) -> Recipe:
     """The recipe with the values that are not None put in place of its own."""
     given = {k: v for k, v in values.items() if v is not None}
+    known = [f.name for f in dataclasses.fields(SECTIONS[section])]
+    for key in given:
+        if key not in known:
+            raise SettingError(
+                f"Unknown setting {key!r}; known: {', '.join(known)}.{nearest(key, known)}"
+            )
     changed = dataclasses.replace(getattr(recipe, section), **given)
     return dataclasses.replace(recipe, **{section: changed})
 

@@ -47,7 +47,7 @@ class Phase:
     lr: float
 
 
-PHASES = (Phase(10, 4, 0.0, 1.5e-3), Phase(3, 2, 0.5, 8e-4), Phase(1, 2, 0.0, 2e-4))
+PHASES = (Phase(6, 4, 0.0, 3e-3), Phase(2, 2, 0.5, 2e-3), Phase(1, 2, 0.0, 1e-3))
 
 SLICE = 2000
 
@@ -146,25 +146,20 @@ def fit(
     seed: int,
     batch: int = 128,
 ) -> None:
-    """AdamW with warm-up and cosine decay, bfloat16 autocast; prints a line an epoch."""
+    """Muon for the blocks' matrices, AdamW for the rest; prints a line an epoch."""
     generator = torch.Generator().manual_seed(seed)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.98),
-    )
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")]
+    matrices = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in matrices]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.01)]
+    if hidden:
+        muon = torch.optim.Muon(hidden, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
     steps = epochs * (len(train[0]) // batch)
-    warmup = min(400, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: (
-            (i + 1) / warmup
-            if i < warmup
-            else 0.5 * (1 + math.cos(math.pi * (i - warmup) / (steps - warmup))) + 1e-2
-        ),
-    )
+    warmup = min(200, steps // 10)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: _decay(i, steps, warmup)) for o in optimizers
+    ]
     started = time.perf_counter()
     for epoch in range(epochs):
         model.train()
@@ -173,11 +168,13 @@ def fit(
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(x)
             value = loss(logits.float(), x, y)
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
             total += value.item()
         reached = accuracy(model, test[0][:SLICE], test[1][:SLICE])
         print(
@@ -186,6 +183,13 @@ def fit(
             f"test slice {reached:.4f}, {time.perf_counter() - started:.0f} s",
             flush=True,
         )
+
+
+def _decay(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then half a cosine to 1 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) + 1e-2
 
 
 @torch.no_grad()
@@ -228,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--teacher-epochs", type=int, default=5)
+    parser.add_argument("--teacher-epochs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

@@ -17,7 +17,7 @@ from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES, layers
 from dfq.recipe import QuantizationSettings
 from dfq.runtime.params import OutputFormat
-from dfq.sparse import Grid, channel_values
+from dfq.sparse import channel_values
 from dfq.vit import Architecture, Attention, Block, Mlp, Preprocessing, ViT
 from dfq.vit.modules import activate, merge_heads
 
@@ -97,11 +97,18 @@ class QuantizedViT(ViT):
         self.settings, self.preprocessing = settings, preprocessing
         self.blocks = nn.ModuleList(QuantizedBlock(arch, settings) for _ in range(arch.depth))
         patch_embed = IntegerPatchEmbed(arch.grid.patch_values, arch.embed_dim, 8)
-        patch_embed.set_normalisation(*_normalisation(preprocessing, arch.grid))
         self.patch_embed = patch_embed
+        self.set_normalisation()
         if arch.num_classes:
             self.head = IntegerLinear(arch.embed_dim, arch.num_classes, 8)
         self.eval().requires_grad_(False)
+
+    def set_normalisation(self) -> None:
+        """Derive the patch embedding's constants from the preprocessing."""
+        assert isinstance(self.patch_embed, IntegerPatchEmbed)
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        grid = self.arch.grid
+        self.patch_embed.set_normalisation(channel_values(mean, grid), channel_values(std, grid))
 
     @torch.no_grad()
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -147,10 +154,6 @@ class QuantizedViT(ViT):
 def attention_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it natively, float32 elsewhere."""
     return torch.bfloat16 if resolve_precision("auto", device) == "bfloat16" else torch.float32
-
-
-def _normalisation(preprocessing: Preprocessing, grid: Grid) -> tuple[Tensor, Tensor]:
-    return channel_values(preprocessing.mean, grid), channel_values(preprocessing.std, grid)
 
 
 @torch.no_grad()

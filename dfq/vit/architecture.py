@@ -64,6 +64,7 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
 
 def to_json(value: Architecture | Preprocessing) -> dict[str, Any]:

@@ -34,8 +34,11 @@ def convert(model: nn.Module, name: str) -> ViT:
     """
     arch = describe(model, name)
     check_finite(model.state_dict())
-    vit = ViT(arch)
+    with torch.device("meta"):
+        vit = ViT(arch)
+    vit.to_empty(device="cpu")
     with torch.no_grad():
+        vit.pos_embed.zero_()
         _copy(model, vit)
     vit.eval().requires_grad_(False)
     _compare(model, vit, name)
@@ -71,6 +74,10 @@ def describe(model: Any, name: str) -> Architecture:
         _check_block(block, name)
     attn, mlp = blocks[0].attn, blocks[0].mlp
     norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    if any(m.weight is None for m in norms):
+        raise _refusal(name, "its norms have no weights")
+    for norm in (embed.norm, model.norm_pre, model.norm, model.fc_norm):
+        _check_norm(norm, name)
     eps = {m.eps for m in norms}
     hidden = {block.mlp.fc1.out_features for block in blocks}
     if len(eps) != 1 or len(hidden) != 1:
@@ -111,8 +118,12 @@ def _check_block(block: Any, name: str) -> None:
     if not isinstance(block.mlp.norm, nn.Identity):
         raise _refusal(name, "it normalises inside its MLP")
     for norm in (block.norm1, block.norm2, block.attn.q_norm, block.attn.k_norm):
-        if not isinstance(norm, nn.LayerNorm | nn.Identity):
-            raise _refusal(name, f"its norms are {type(norm).__name__}")
+        _check_norm(norm, name)
+
+
+def _check_norm(norm: nn.Module, name: str) -> None:
+    if not isinstance(norm, nn.LayerNorm | nn.Identity):
+        raise _refusal(name, f"its norms are {type(norm).__name__}")
 
 
 def _activation(act: Any, name: str) -> Activation:
@@ -143,10 +154,10 @@ def _copy(model: Any, vit: Any) -> None:
     _copy_bias(vit.patch_embed, model.patch_embed.proj.bias)
     vit.patch_norm.load_state_dict(model.patch_embed.norm.state_dict())
 
-    parts = [t[0] for t in (model.cls_token, model.reg_token) if t is not None]
-    prefix = torch.cat(parts) if parts else weight.new_zeros(0, arch.embed_dim)
+    parts = [t[0].float() for t in (model.cls_token, model.reg_token) if t is not None]
+    prefix = torch.cat(parts) if parts else weight.new_zeros(0, arch.embed_dim).float()
     if model.pos_embed is not None:
-        pos_embed = model.pos_embed[0]
+        pos_embed = model.pos_embed[0].float()
         if not model.no_embed_class:
             prefix = prefix + pos_embed[: arch.num_prefix_tokens]
             pos_embed = pos_embed[arch.num_prefix_tokens :]
@@ -188,14 +199,15 @@ def _compare(model: nn.Module, vit: ViT, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     arch = vit.arch
     image = torch.randn(1, arch.in_channels, *arch.image_size, generator=generator)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
     try:
         with torch.inference_mode():
             theirs = model.eval()(image.to(parameter)).float().cpu()
             ours = vit(image)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     tolerance = TOLERANCE if parameter.dtype == torch.float32 else 0.1
     worst = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
     if not worst <= tolerance:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import socket
 import urllib.parse
 import urllib.request
@@ -101,7 +102,14 @@ def load_model(
         if value is not None and value < 1:
             raise SettingError(f"{flag} is {value}; it must be at least 1.")
     if isinstance(model, nn.Module):
-        return _from_module(model, weights, mean, std)
+        loaded = _from_module(model, weights, mean, std)
+        arch = loaded.vit.arch
+        if num_classes not in (None, arch.num_classes) or img_size not in (None, *arch.image_size):
+            raise SettingError(
+                f"num_classes {num_classes} and img_size {img_size} go with a model's name; the "
+                f"module in memory has {arch.num_classes} classes at {arch.image_size} pixels."
+            )
+        return loaded
     name = ALIASES.get(model, model)
     if name == "demo":
         return _demo(weights, num_classes, img_size, mean, std)
@@ -124,10 +132,15 @@ def _from_module(
 ) -> LoadedModel:
     if weights is not None:
         raise SettingError("weights goes with a model's name; a module has its own weights.")
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name = config.get("architecture") or type(model).__name__
+    name = module_name(model)
     vit = convert(model, name)
     return LoadedModel(name, name, vit, _preprocessing(model, mean, std))
+
+
+def module_name(model: nn.Module) -> str:
+    """What a module in memory is called: timm's name of its architecture, or its class."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    return config.get("architecture") or type(model).__name__
 
 
 def _demo(
@@ -148,25 +161,27 @@ def _demo(
     timm_model = timm.create_model(**args)
     load_into(timm_model, state, name="demo", path=path, resize=False)
     preprocessing = Preprocessing(
-        tuple(mean) if mean else demo.MEAN, tuple(std) if std else demo.STD
+        tuple(map(float, mean or demo.MEAN)), tuple(map(float, std or demo.STD))
     )
     _check_channels(timm_model, preprocessing)
     return LoadedModel("demo", "demo", convert(timm_model, "demo"), preprocessing)
 
 
 def _from_file(name: str, path: Path, num_classes: int | None, img_size: int | None) -> nn.Module:
-    _refuse_early(name)
+    _refuse_early(name, img_size)
     state = read_weights(path)
     classes = num_classes if num_classes is not None else classes_in(state)
+    if classes is None and not any(key.startswith("head") for key in state):
+        classes = 0
     arch = name if ":" in name else split_model_name_tag(name)[0]
     kwargs: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    model = _create(arch, False, img_size, **kwargs)
+    model = _reach(name, arch, False, img_size, **kwargs)
     load_into(model, state, name=name, path=path, resize=img_size is not None)
     return model
 
 
 def _pretrained(name: str, num_classes: int | None, img_size: int | None) -> nn.Module:
-    _refuse_early(name)
+    _refuse_early(name, img_size)
     if ":" not in name:
         config = timm.get_pretrained_cfg(name, allow_unregistered=False)
         if config is None or not config.has_weights:
@@ -179,14 +194,20 @@ def _pretrained(name: str, num_classes: int | None, img_size: int | None) -> nn.
                 f"The pretrained weights of {name!r} have {config.num_classes} classes, not "
                 f"{num_classes}. Leave --num-classes out, or give your own --weights."
             )
+    return _reach(name, name, True, img_size)
+
+
+def _reach(
+    name: str, arch: str, pretrained: bool, img_size: int | None, **kwargs: Any
+) -> nn.Module:
     try:
         with _fail_fast_offline():
-            return _create(name, True, img_size)
+            return _create(arch, pretrained, img_size, **kwargs)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "client" not in str(error):
             raise
         raise _unreachable(name, error) from error
-    except huggingface_hub.errors.HFValidationError as error:
+    except ValueError as error:
         raise UnknownModelError(
             f"{name!r} is not a model of the Hugging Face hub: {error}"
         ) from error
@@ -213,13 +234,13 @@ def _create(name: str, pretrained: bool, img_size: int | None, **kwargs: Any) ->
     return model
 
 
-def _refuse_early(name: str) -> None:
+def _refuse_early(name: str, img_size: int | None) -> None:
     """Refuse unknown names and other kinds of models before anything is downloaded."""
     if ":" in name:
         return
     arch = get_arch_name(name)
     if not timm.is_model(arch):
-        known = [*ALIASES, "demo", *timm.list_models("*vit*"), *timm.list_models("*beit*")]
+        known = [*ALIASES, "demo", *timm.list_models("*vit*"), *timm.list_models("*eit*")]
         raise UnknownModelError(
             f"Unknown model {name!r}.{nearest(arch, known)} "
             "`dfq models` lists the names; `dfq models FILTER` searches timm's."
@@ -231,7 +252,9 @@ def _refuse_early(name: str) -> None:
             f"{arch!r} has no pretrained tag {tag!r}; it has {sorted(tags) or 'none'}."
         )
     with torch.device("meta"):
-        describe(timm.create_model(arch), name)
+        patch = max(describe(timm.create_model(arch), name).patch_size)
+    if img_size is not None and img_size < patch:
+        raise SettingError(f"--img-size {img_size} is less than a patch of {patch} pixels.")
 
 
 @contextlib.contextmanager
@@ -255,10 +278,11 @@ def _preprocessing(
 ) -> Preprocessing:
     config = timm.data.resolve_model_data_config(model)
     preprocessing = Preprocessing(
-        mean=tuple(mean) if mean else tuple(config["mean"]),
-        std=tuple(std) if std else tuple(config["std"]),
+        mean=tuple(map(float, mean or config["mean"])),
+        std=tuple(map(float, std or config["std"])),
         interpolation=config["interpolation"],
         crop_pct=float(config["crop_pct"]),
+        crop_mode=config.get("crop_mode") or "center",
     )
     _check_channels(model, preprocessing)
     return preprocessing
@@ -272,5 +296,8 @@ def _check_channels(model: Any, preprocessing: Preprocessing) -> None:
                 f"The model takes {channels} channels but {flag} has {len(values)} values "
                 f"({values}). Give {flag} {channels} values."
             )
+    for flag, values in (("--mean", preprocessing.mean), ("--std", preprocessing.std)):
+        if not all(map(math.isfinite, values)):
+            raise SettingError(f"{flag} must be finite, got {values}.")
     if any(s <= 0 for s in preprocessing.std):
         raise SettingError(f"--std must be above 0, got {preprocessing.std}.")
