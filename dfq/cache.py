@@ -64,7 +64,7 @@ def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry
     entries = list_cache(cache)
     exact = [e for e in entries if e.name == name]
     chosen = entries if name == "all" else exact or [e for e in entries if e.name.startswith(name)]
-    if name != "all" and len(chosen) != 1:
+    if name != "all" and (not name or len(chosen) != 1):
         known = ", ".join(e.name for e in entries) or "none"
         what = "No dataset" if not chosen or not name else f"{len(chosen)} datasets"
         raise DatasetError(f"{what} in the cache with a name of {name!r}; there are: {known}.")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dfq.errors import CheckpointError, OutputError, UsageError
-from dfq.files import replaced_directory, write_bytes, write_json
+from dfq.files import explain, replaced_directory, write_bytes, write_json
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.quantizer import Quantizer
 from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
@@ -52,10 +52,17 @@ class CheckpointInfo:
 
 def check_output(path: Path) -> None:
     """Raise :class:`OutputError` unless ``path`` is free, empty or a dfq checkpoint."""
-    if not path.exists():
-        return
+    try:
+        if not path.exists():
+            return
+    except OSError as error:
+        raise explain(error, path) from error
     if not path.is_dir():
         raise OutputError(f"{str(path)!r} is a file; --out takes a directory.")
+    if path.resolve() == Path.cwd():
+        raise OutputError(
+            "--out is the working directory, which cannot be replaced; name a new one."
+        )
     if not any(path.iterdir()):
         return
     config = path / CONFIG
@@ -63,7 +70,7 @@ def check_output(path: Path) -> None:
         try:
             if json.loads(config.read_text(encoding="utf-8")).get("format") == FORMAT:
                 return
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             pass
     raise OutputError(
         f"{str(path)!r} holds something other than a dfq checkpoint. Nothing there was touched; "
@@ -204,7 +211,7 @@ def _read_state(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torc
                         f"{str(path)!r}: {name!r} is {part.get_dtype()} {list(shape)}, but the "
                         f"architecture asks for {tensor.dtype} {list(tensor.shape)}."
                     )
-            state = {name: file.get_tensor(name) for name in expected}
+            state = {name: file.get_tensor(name).clone() for name in expected}
     except FileNotFoundError as error:
         raise CheckpointError(f"{str(path)!r} is missing.") from error
     except (SafetensorError, OSError) as error:
@@ -235,7 +242,7 @@ def _check_ranges(model: QuantizedViT, ranges: Any) -> None:
         good = (
             isinstance(given, list)
             and len(given) == 2
-            and all(isinstance(v, int | float) for v in given)
+            and all(type(v) in (int, float) and abs(v) < 1e300 for v in given)
             and math.isclose(given[0], low, rel_tol=1e-6, abs_tol=1e-12)
             and math.isclose(given[1], high, rel_tol=1e-6, abs_tol=1e-12)
         )

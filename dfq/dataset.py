@@ -20,13 +20,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dfq.errors import DamagedError, DatasetError, OutputError
-from dfq.files import make_directory, write_bytes, write_json
+from dfq.files import explain, make_directory, write_bytes, write_json
 from dfq.sparse import Grid, SparseImages
 
 FORMAT = "dfq-sparse-images"
 FORMAT_VERSION = 1
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
-SHARD_NAME = re.compile(r"shard-(\d{5,})-(\d{1,7})\.safetensors")
+SHARD_NAME = re.compile(r"shard-([0-9]{5,})-([0-9]{1,7})\.safetensors")
 
 _DTYPES = {
     "patches": torch.uint8,
@@ -80,12 +80,12 @@ def decode_shard(content: bytes, grid: Grid, name: str) -> SparseImages:
     """
     try:
         tensors = load(content)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DamagedError(f"{name}: not a whole safetensors file ({error}).") from error
     if {k: t.dtype for k, t in tensors.items()} != _DTYPES:
         raise DamagedError(f"{name}: its tensors are not those of a sparse-image shard.")
     patches = tensors["patches"]
-    n, k = patches.shape[0], patches.shape[1] if patches.ndim == 3 else 0
+    n, k = patches.shape[:2] if patches.ndim == 3 else (0, 0)
     shapes = [tuple(tensors[t].shape) for t in _DTYPES]
     if shapes != [(n, k, grid.patch_values), (n, k), (n,), (n,), (n,)]:
         raise DamagedError(f"{name}: its tensors have shapes {shapes}, which do not fit {grid}.")
@@ -95,6 +95,10 @@ def decode_shard(content: bytes, grid: Grid, name: str) -> SparseImages:
     if not in_range or bool((ordered[:, 1:] == ordered[:, :-1]).any()):
         raise DamagedError(f"{name}: patch positions are out of range or repeat.")
     rest = {t: tensors[t].long() for t in ("labels", "stage", "trajectory")}
+    if any(
+        bool((rest[t] < low).any()) for t, low in (("labels", -1), ("stage", 0), ("trajectory", 0))
+    ):
+        raise DamagedError(f"{name}: a label, stage or trajectory is below its bound.")
     return SparseImages(patches=patches, positions=positions, **rest)
 
 
@@ -125,12 +129,20 @@ class DatasetWriter:
             )
 
     def _existing(self) -> dict[str, Any] | None:
-        if not self.path.exists():
-            return None
+        try:
+            if not self.path.exists():
+                return None
+        except OSError as error:
+            raise explain(error, self.path) from error
         if not self.path.is_dir():
             raise OutputError(f"{str(self.path)!r} is a file, not a directory.")
         if (self.path / SETTINGS).is_file():
-            return read_settings(self.path)
+            try:
+                return read_settings(self.path)
+            except DatasetError as error:
+                raise OutputError(
+                    f"{error} Nothing there was touched; choose another directory."
+                ) from error
         others = [p.name for p in self.path.iterdir() if not p.name.endswith(".tmp")]
         if others:
             raise OutputError(
@@ -151,6 +163,8 @@ class DatasetWriter:
                 images = decode_shard(content, self.grid, path.name)
             except (FileNotFoundError, DamagedError):
                 return False
+            except OSError as error:
+                raise explain(error, path) from error
             if images.patches.shape[:2] != (n, k) or encode_shard(images) != content:
                 return False
         return True
@@ -230,6 +244,10 @@ class SparseImageDataset:
         try:
             self.shards = tuple(_shard(entry) for entry in manifest["shards"])
             self.grid = grid_from_json(self.settings["grid"])
+            if len({s.name for s in self.shards}) != len(self.shards):
+                raise ValueError("a shard twice")
+            if sum(s.images for s in self.shards) != manifest["images"]:
+                raise ValueError("images")
         except (KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{str(self.path)!r}: a malformed field ({error}).") from error
 
@@ -296,6 +314,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise DatasetError(f"{str(path)!r} is not a sparse-image dataset: it has no {SETTINGS}.")
     settings = _read_json(file)
     _check_header(settings, file)
+    if not all(isinstance(settings.get(k, {}), dict) for k in ("model", "inversion")):
+        raise DatasetError(f"{str(file)!r}: model and inversion must be objects.")
     return settings
 
 
@@ -327,7 +347,7 @@ def _shard(entry: Any) -> Shard:
     good = (
         isinstance(shard.name, str)
         and SHARD_NAME.fullmatch(shard.name) is not None
-        and all(type(v) is int and v > 0 for v in (shard.images, shard.patches))
+        and all(type(v) is int and 0 < v < 1 << 31 for v in (shard.images, shard.patches))
     )
     if not good:
         raise ValueError(f"shard {entry!r:.120}")

@@ -95,8 +95,16 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         yield new
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(new, path)
+            try:
+                os.replace(path, old / path.name)
+                try:
+                    os.replace(new, path)
+                except BaseException:
+                    os.replace(old / path.name, path)
+                    raise
+            except BaseException:
+                os.rmdir(old)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(new, path)

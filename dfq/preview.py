@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dfq.dataset import SparseImageDataset
-from dfq.errors import SettingError
+from dfq.errors import DatasetError, SettingError
 from dfq.files import make_directory, write_bytes
 from dfq.sparse import SparseImages, unpatchify
 
@@ -42,6 +42,8 @@ def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
             key = int(batch.trajectory[i]), int(batch.stage[i])
             if key[0] < rows:
                 cells[key] = _draw(batch[i : i + 1], source)
+    if not cells:
+        raise DatasetError(f"{str(dataset)!r} has no images to draw.")
     out = Path(out)
     make_directory(out.parent)
     buffer = io.BytesIO()

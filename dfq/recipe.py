@@ -108,7 +108,9 @@ def check_bounds(settings: Any) -> None:
         value, doc = getattr(settings, f.name), f.metadata
         allowed = _allowed(value, hints[f.name], doc)
         if allowed is not None:
-            raise SettingError(f"{f.name} is {value!r}; allowed: {allowed}.")
+            raise SettingError(
+                f"{f.name} is {value!r}; allowed: {allowed}{'' if allowed.endswith('?') else '.'}"
+            )
 
 
 def _allowed(value: Any, hint: Any, doc: Any) -> str | None:
@@ -152,7 +154,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"Recipe {str(path)!r} does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Recipe {str(path)!r} cannot be read: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"Recipe {str(path)!r} is not valid TOML: {error}.") from error
     return recipe_from_dict(content, f"Recipe {str(path)!r}")
 
