@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfq.dataset import MANIFEST, SETTINGS, SparseImageDataset, read_settings
+from dfq.dataset import FORMAT, MANIFEST, SETTINGS, SparseImageDataset, read_settings
 from dfq.errors import DatasetError
 from dfq.files import explain
 
@@ -46,7 +46,15 @@ def list_cache(cache: str | Path | None = None) -> list[CacheEntry]:
     root = cache_directory(cache) / "datasets"
     if not root.is_dir():
         return []
-    return [_entry(p) for p in sorted(root.iterdir()) if p.is_dir()]
+    return [_entry(p) for p in sorted(root.iterdir()) if _is_ours(p)]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a directory is a dataset of dfq's, be it unfinished or damaged."""
+    try:
+        return FORMAT in (path / SETTINGS).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def verify_cache(cache: str | Path | None = None) -> list[CacheEntry]:

@@ -244,6 +244,8 @@ class SparseImageDataset:
         try:
             self.shards = tuple(_shard(entry) for entry in manifest["shards"])
             self.grid = grid_from_json(self.settings["grid"])
+            if not self.shards:
+                raise ValueError("no shards")
             if len({s.name for s in self.shards}) != len(self.shards):
                 raise ValueError("a shard twice")
             if sum(s.images for s in self.shards) != manifest["images"]:

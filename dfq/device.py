@@ -6,7 +6,7 @@ import torch
 
 from dfq.errors import DeviceError
 
-TYPES = ("cpu", "cuda", "mps", "xpu")
+TYPES = ("cpu", "cuda")
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -22,8 +22,6 @@ def resolve_device(name: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        if torch.backends.mps.is_available():
-            there.append("mps")
         reason = str(error).splitlines()[0]
         raise DeviceError(
             f"Device {str(name)!r} cannot be used ({reason:.120}); available: {', '.join(there)}."
@@ -31,11 +29,18 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def cpu_has(feature: str) -> bool:
+    """Whether this processor has an instruction set, named as torch.cpu's probes are."""
+    probe = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return probe is not None and bool(probe())
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """``auto`` becomes ``bfloat16`` where the processor multiplies it natively."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = cpu_has("avx512_bf16") or cpu_has("amx_tile")
     return "bfloat16" if native else "float32"

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dfq import demo
@@ -84,7 +84,7 @@ class FolderImages:
         try:
             with Image.open(path) as image:
                 return fit(image, self.arch, self.preprocessing, crop=True)
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises whatever damaged bytes lead it to
             raise DataError(f"{str(path)!r} cannot be read as an image: {error}.") from error
 
 

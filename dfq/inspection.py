@@ -14,7 +14,7 @@ import torch
 from dfq import checkpoint, demo, runtime
 from dfq.cache import cache_directory
 from dfq.dataset import SETTINGS, SparseImageDataset
-from dfq.device import resolve_precision
+from dfq.device import cpu_has, resolve_precision
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.pipeline import versions
 from dfq.quantization.scheme import scheme_name
@@ -188,11 +188,6 @@ def _processor() -> str:
 
 
 def _instructions() -> tuple[str, ...]:
-    probes = {
-        "avx2": "_is_avx2_supported",
-        "avx512": "_is_avx512_supported",
-        "vnni": "_is_vnni_supported",
-        "avx512_bf16": "_is_avx512_bf16_supported",
-        "amx": "_is_amx_tile_supported",
-    }
-    return tuple(name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)())
+    return tuple(
+        name for name in ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile") if cpu_has(name)
+    )

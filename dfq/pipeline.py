@@ -107,6 +107,11 @@ def make_recipe(
     return override(recipe, "quantization", **(quantization or {}))
 
 
+def _given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
+    """Settings with the arguments that the caller gave put over them."""
+    return {**(settings or {}), **{k: v for k, v in arguments.items() if v is not None}}
+
+
 def invert(
     model: str | nn.Module,
     *,
@@ -139,7 +144,7 @@ def invert(
     Raises:
         DfqError: one of its subclasses says what is wrong.
     """
-    overrides = {**(settings or {}), "method": method, "images": images, "seed": seed}
+    overrides = _given(settings, method=method, images=images, seed=seed)
     chosen = make_recipe(recipe, inversion=overrides).inversion
     target = resolve_device(device)
     loaded = load_model(
@@ -355,8 +360,8 @@ def quantize(
             )
     chosen = make_recipe(
         recipe,
-        inversion={**extra.get("inversion", {}), "method": method, "images": images, "seed": seed},
-        quantization={**extra.get("quantization", {}), "bits": bits, "attention": attention},
+        inversion=_given(extra.get("inversion"), method=method, images=images, seed=seed),
+        quantization=_given(extra.get("quantization"), bits=bits, attention=attention),
     )
     target = resolve_device(device)
     name = model if isinstance(model, str) else module_name(model)
@@ -372,6 +377,10 @@ def quantize(
         data = None
         if eval is not None:
             data = open_images(eval, vit.arch, loaded.preprocessing, labelled=True)
+        if data is None and vit.arch.num_classes:
+            plan_units(_held_out_settings(chosen.inversion), vit.arch.grid.patches)
+        elif data is None and min_agreement is not None:
+            raise SettingError("min_agreement without a classifier needs data: give eval.")
     with clock("invert"):
         source, origin = _calibration_set(
             loaded, chosen, None if method else calibration, target, cache, progress
@@ -489,6 +498,24 @@ def _check_model(dataset: SparseImageDataset, loaded: LoadedModel) -> None:
             f"fingerprint {dataset.fingerprint[:12]}) than {loaded.name!r} (fingerprint "
             f"{loaded.fingerprint[:12]}). Invert this model, or use the weights it was made from."
         )
+    if dataset.grid != loaded.vit.arch.grid:
+        raise DatasetError(
+            f"The dataset {str(dataset.path)!r} has a grid of {dataset.grid}, the model one of "
+            f"{loaded.vit.arch.grid}. Make the dataset again."
+        )
+
+
+def _held_out_settings(settings: InversionSettings) -> InversionSettings:
+    """As the calibration set's, but of another seed and never noise."""
+    method = settings.method if settings.method != "noise" else InversionSettings().method
+    stages = min(settings.stages, settings.iterations) if method == "pri" else 1
+    return dataclasses.replace(
+        settings,
+        method=method,
+        stages=stages,
+        seed=(settings.seed + HELD_OUT_SEED) % 2**31,
+        images=settings.unit_size * stages,
+    )
 
 
 def _held_out(
@@ -500,12 +527,7 @@ def _held_out(
     progress: Progress,
 ) -> Comparison:
     """Compare on images inverted with another seed, which calibration did not see."""
-    method = settings.method if settings.method != "noise" else InversionSettings().method
-    seed = (settings.seed + HELD_OUT_SEED) % 2**31
-    unit_images = settings.unit_size * (settings.stages if method == "pri" else 1)
-    fresh = dataclasses.replace(settings, method=method, seed=seed, images=unit_images)
-    if settings.method == "noise":
-        fresh = dataclasses.replace(fresh, stages=min(fresh.stages, fresh.iterations))
+    fresh = _held_out_settings(settings)
     dataset, _ = make_dataset(
         loaded,
         fresh,
@@ -605,7 +627,14 @@ def _float_reference(
     height, width = model.arch.image_size
     size = img_size or (height if height == width and name != "demo" else None)
     classes = model.arch.num_classes or None
-    loaded = load_model(name, weights=weights, num_classes=classes, img_size=size)
+    loaded = load_model(
+        name,
+        weights=weights,
+        num_classes=classes,
+        img_size=size,
+        mean=model.preprocessing.mean,
+        std=model.preprocessing.std,
+    )
     if loaded.fingerprint != fingerprint:
         progress.note("The float model's weights are not those that the checkpoint was made from.")
     if loaded.vit.arch != model.arch:

@@ -65,11 +65,15 @@ def _draw(image: SparseImages, source: SparseImageDataset) -> np.ndarray:
 def _sheet(cells: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
     height, width = next(iter(cells.values())).shape[:2]
     rows = sorted({row for row, _ in cells})
-    columns = max(column for _, column in cells) + 1
-    shape = (len(rows) * (height + MARGIN) + MARGIN, columns * (width + MARGIN) + MARGIN, 3)
+    columns = sorted({column for _, column in cells})
+    shape = (
+        len(rows) * (height + MARGIN) + MARGIN,
+        len(columns) * (width + MARGIN) + MARGIN,
+        3,
+    )
     sheet = np.full(shape, BACKGROUND // 2, dtype=np.uint8)
     for (row, column), cell in cells.items():
         top = rows.index(row) * (height + MARGIN) + MARGIN
-        left = column * (width + MARGIN) + MARGIN
+        left = columns.index(column) * (width + MARGIN) + MARGIN
         sheet[top : top + height, left : left + width] = cell
     return sheet

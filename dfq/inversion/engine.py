@@ -97,7 +97,8 @@ class Engine:
 
         ``advance`` is called with 1 after every iteration.
         """
-        with thread_count(self.settings.threads or torch.get_num_threads()):
+        threads = thread_count(self.settings.threads or torch.get_num_threads())
+        with threads, torch.inference_mode(False), torch.enable_grad():
             return self._run(unit, advance or (lambda _: None))
 
     def _run(self, unit: Unit, advance: Callable[[int], None]) -> list[SparseImages]:

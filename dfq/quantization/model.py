@@ -41,7 +41,8 @@ class QuantizedAttention(Attention):
         self.product = AttentionProduct(settings.attention == "int8")
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.split(self.qkv.forward(x, attention_dtype(x.device)))
+        dtype = torch.float32 if self.product.integer else attention_dtype(x.device)
+        q, k, v = self.split(self.qkv.forward(x, dtype))
         return self.proj.forward(merge_heads(self.product.forward(q, k, v)))
 
 
@@ -200,9 +201,10 @@ def quantize_vit(
 
 def _fill_patch_embed(target: IntegerPatchEmbed, linear: nn.Linear) -> None:
     weight = linear.weight / target.std
-    bias = linear.bias - weight @ target.mean
     scale = rounding.search_scale(weight, target.bits)
-    target.assign(rounding.round_nearest(weight, scale, target.bits), scale, bias, PIXEL)
+    integers = rounding.round_nearest(weight, scale, target.bits)
+    bias = linear.bias - (integers.float() * scale[:, None]) @ target.mean
+    target.assign(integers, scale, bias, PIXEL)
 
 
 def _fill(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dfq.errors import RunError
+
 CLIP_STEPS = 40
 """Candidates of the clipping search, from the full range downwards."""
 
@@ -92,6 +94,8 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
 
     Damping grows until the matrix is numerically positive definite.
     """
+    if not bool(torch.isfinite(hessian).all()):
+        raise RunError("Activations overflow on the calibration images; use other images.")
     mean = hessian.diagonal().mean().clamp_min(1e-12)
     damping = DAMPING
     while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dfq.device import cpu_has
 from dfq.runtime.params import LinearParams, OutputFormat
 
 NAME = "onednn"
@@ -15,11 +16,7 @@ def available(device: torch.device) -> bool:
 
     Without it oneDNN adds pairs of products in 16 bits, which saturate.
     """
-    return (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and torch.cpu._is_vnni_supported()
-    )
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and cpu_has("vnni")
 
 
 def prepack(params: LinearParams) -> object:

@@ -70,6 +70,8 @@ def describe(model: Any, name: str) -> Architecture:
         raise _refusal(name, "its patch embedding is not one fixed-size convolution")
     if model.attn_pool is not None or model.global_pool not in ("token", "avg"):
         raise _refusal(name, f"its pooling is {model.global_pool!r}")
+    if not isinstance(model.head, nn.Linear | nn.Identity):
+        raise _refusal(name, f"its head is {type(model.head).__name__}")
     for block in blocks:
         _check_block(block, name)
     attn, mlp = blocks[0].attn, blocks[0].mlp
