@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from dfq.dataset import SparseImageDataset
     from dfq.errors import DfqError, GateError, RunError, UsageError
     from dfq.inspection import DoctorReport, ModelEntry, doctor, inspect, models
+    from dfq.pictures import preview
     from dfq.pipeline import evaluate, invert, quantize
-    from dfq.preview import preview
     from dfq.quantization.model import QuantizedViT
     from dfq.recipe import InversionSettings, QuantizationSettings, Recipe, load_recipe
     from dfq.results import EvaluateResult, InvertResult, QuantizeResult
@@ -53,7 +53,7 @@ _HOMES = {
     "load_model": "dfq.vit.load",
     "load_recipe": "dfq.recipe",
     "models": "dfq.inspection",
-    "preview": "dfq.preview",
+    "preview": "dfq.pictures",
     "quantize": "dfq.pipeline",
     "remove_cached": "dfq.cache",
     "verify_cache": "dfq.cache",

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfq.dataset import FORMAT, MANIFEST, SETTINGS, SparseImageDataset, read_settings
+from dfq.dataset import FORMAT, MANIFEST, SETTINGS, SHARD_NAME, SparseImageDataset, read_settings
 from dfq.errors import DatasetError
 from dfq.files import explain
 
@@ -52,7 +52,9 @@ def list_cache(cache: str | Path | None = None) -> list[CacheEntry]:
 def _is_ours(path: Path) -> bool:
     """Whether a directory is a dataset of dfq's, be it unfinished or damaged."""
     try:
-        return FORMAT in (path / SETTINGS).read_text(encoding="utf-8", errors="replace")
+        settings = path / SETTINGS
+        named = settings.is_file() and FORMAT in settings.read_text("utf-8", errors="replace")
+        return named or any(SHARD_NAME.fullmatch(p.name) for p in path.iterdir())
     except OSError:
         return False
 

@@ -132,9 +132,19 @@ def test_unfinished_dataset_is_listed_as_such(tmp_path: Path) -> None:
     assert (entry.problem, entry.model, entry.images) == ("unfinished", "some_vit.tag", 0)
 
 
-def test_directory_that_is_no_dataset_is_listed_with_the_reason(tmp_path: Path) -> None:
-    path = tmp_path / "datasets" / "a"
-    path.mkdir(parents=True)
+def test_directories_of_others_are_neither_listed_nor_removed(tmp_path: Path) -> None:
+    foreign = tmp_path / "datasets" / "imagenet"
+    foreign.mkdir(parents=True)
+    (foreign / "settings.json").write_text("{}")
+    add(tmp_path, "a")
+    assert [e.name for e in list_cache(tmp_path)] == ["a"]
+    remove_cached("all", tmp_path)
+    assert [p.name for p in (tmp_path / "datasets").iterdir()] == ["imagenet"]
+
+
+def test_dataset_that_lost_its_settings_is_listed_with_the_reason(tmp_path: Path) -> None:
+    path = add(tmp_path, "a")
+    (path / "settings.json").unlink()
     assert "has no settings.json" in str(problem_of(path))
 
 

@@ -1097,8 +1097,8 @@ def test_normalisation_is_folded_into_the_patch_embedding(
     mean, std = (np.repeat(v, 16) for v in (loaded.preprocessing.mean, loaded.preprocessing.std))
     assert isinstance(loaded.vit.patch_embed, torch.nn.Linear)
     weight = loaded.vit.patch_embed.weight.numpy() / std
-    bias = loaded.vit.patch_embed.bias.numpy() - weight @ mean
     stored = tensors["patch_embed.weight"] * tensors["patch_embed.weight_scale"][:, None]
+    bias = loaded.vit.patch_embed.bias.numpy() - stored @ mean
     np.testing.assert_allclose(tensors["patch_embed.bias"], bias, rtol=1e-4, atol=1e-5)
     assert np.abs(stored - weight).mean() < 0.01 * np.abs(weight).mean()
 

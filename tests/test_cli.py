@@ -491,7 +491,7 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "device": (quantize_with("--device", "tpu"), "'tpu'", "available: cpu"),
     "device that needs a plugin": (quantize_with("--device", "hpu"), "'hpu'", "available: cpu"),
     "device number": (invert_with("--device", "cuda:99"), "'cuda:99'", "available: cpu"),
-    "meta device": (quantize_with("--device", "meta"), "'meta'", "use cpu"),
+    "meta device": (quantize_with("--device", "meta"), "'meta'", "available: cpu"),
     "two values of mean": (quantize_with("--mean", "0.5,0.5"), "--mean has 2", "3 channels"),
     "mean of words": (quantize_with("--mean", "half"), "--mean is 'half'", "0.5,0.5,0.5"),
     "empty std": (quantize_with("--std", ""), "--std is ''", "0.5,0.5,0.5"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfq.dataset import DatasetWriter, grid_to_json, shard_name
 from dfq.errors import DamagedError, DatasetError, DfqError, OutputError, SettingError
-from dfq.preview import BACKGROUND, MARGIN, MIN_SIDE, preview
+from dfq.pictures import BACKGROUND, MARGIN, MIN_SIDE, preview
 from dfq.sparse import Grid, SparseImages, unpatchify
 
 
