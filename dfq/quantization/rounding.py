@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dfq.errors import RunError
+from dfq.quantization.observers import channel_scale
 
 CLIP_STEPS = 40
 """Candidates of the clipping search, from the full range downwards."""
@@ -38,12 +39,12 @@ def search_scale(weight: Tensor, bits: int, importance: Tensor | None = None) ->
         float32 ``[out]``, above 0.
     """
     low, high = integer_range(bits)
-    largest = weight.abs().amax(1).clamp_min(1e-12)
+    full = channel_scale(weight, high)
     weights = torch.ones_like(weight[0]) if importance is None else importance.clamp_min(1e-12)
-    best = largest / high
+    best = full
     least = torch.full_like(best, torch.inf)
     for share in torch.linspace(1.0, CLIP_LOWEST[bits], CLIP_STEPS).tolist():
-        scale = largest * (share / high)
+        scale = full * share
         error = weight - (weight / scale[:, None]).round_().clamp_(low, high) * scale[:, None]
         loss = error.square_() @ weights
         better = loss < least
