@@ -327,7 +327,7 @@ def invert(
 
 def _is_first() -> bool:
     """Whether this process speaks for all that ``torchrun`` started."""
-    return os.environ.get("RANK", "0") == "0"
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @app.command(epilog="Example: [bold]dfq evaluate demo-w4a8 --data demo --float demo[/]")

@@ -33,7 +33,7 @@ from dfq.errors import DataError, DatasetError, GateError, SettingError, nearest
 from dfq.files import check_writable, make_directory
 from dfq.images import DenseImages, load_batches, open_images
 from dfq.inversion import ALGORITHM_VERSION, Engine, plan_units
-from dfq.inversion.workers import Workers
+from dfq.inversion.workers import Workers, launched_together
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.scheme import layers, scheme_name
@@ -347,6 +347,11 @@ def quantize(
         DfqError: one of its other subclasses says what is wrong.
     """
     clock, progress = _Clock(), progress or Silent()
+    if launched_together():
+        raise SettingError(
+            "quantize runs in one process. Let torchrun share out `dfq invert MODEL --out DIR`, "
+            "then quantize with --calibration DIR."
+        )
     _check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_accuracy is not None and eval is None:
         raise SettingError("min_accuracy needs data to measure it on: give eval (--eval DATA).")

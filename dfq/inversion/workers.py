@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch.distributed as dist
 
@@ -14,19 +15,31 @@ TIMEOUT = datetime.timedelta(days=7)
 """How long a worker waits for the others; ``torchrun`` stops all when one dies."""
 
 
+def launched_together() -> bool:
+    """Whether ``torchrun`` started this process as one of several."""
+    return (
+        dist.is_available()
+        and dist.is_torchelastic_launched()
+        and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    )
+
+
 class Workers:
     """The processes of a run: one alone, or all that ``torchrun`` started.
 
     They exchange nothing but the news that a stage is over; units of work depend on the
-    settings alone, so it does not matter who makes which.
+    settings alone, so it does not matter who makes which.  A process group that the caller
+    made for purposes of its own is left alone.
     """
 
+    _joined: ClassVar[bool] = False
+
     def __init__(self) -> None:
-        if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        if launched_together() and not dist.is_initialized():
             dist.init_process_group("gloo", timeout=TIMEOUT)
-        together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.size = dist.get_world_size() if together else 1
+            Workers._joined = True
+        self.rank = dist.get_rank() if Workers._joined else 0
+        self.size = dist.get_world_size() if Workers._joined else 1
 
     @property
     def first(self) -> bool:
