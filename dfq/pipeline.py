@@ -22,6 +22,10 @@ from dfq import checkpoint as checkpoints
 from dfq.cache import cache_directory
 from dfq.comparison import Comparison, compare, dense_batches, sparse_batches
 from dfq.dataset import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    SETTINGS,
     DatasetWriter,
     SparseImageDataset,
     cache_key,
@@ -228,8 +232,8 @@ def _dataset_settings(loaded: LoadedModel, settings: InversionSettings) -> dict[
     for name in _UNUSED[settings.method]:
         relevant.pop(name)
     return {
-        "format": "dfq-sparse-images",
-        "format_version": 1,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
         "algorithm_version": ALGORITHM_VERSION,
         "model": {
             "name": loaded.timm_name,
@@ -274,7 +278,7 @@ def _cached_path(
 
 def _finished(path: Path, facts: dict[str, Any]) -> SparseImageDataset | None:
     """The whole dataset at ``path``, if it is the one that ``facts`` describe."""
-    if not (path / "manifest.json").is_file():
+    if not (path / MANIFEST).is_file():
         return None
     dataset = SparseImageDataset(path)
     return dataset if cache_key(dataset.settings) == cache_key(facts) else None
@@ -287,7 +291,7 @@ def _resume(
 
     In the cache, an unfinished run of other library versions is begun anew.
     """
-    if not (path / "settings.json").is_file():
+    if not (path / SETTINGS).is_file():
         return facts, settings
     before = read_settings(path)
     if cache_key(before) != cache_key(facts):
@@ -481,7 +485,7 @@ def _calibration_set(
         )
         origin = CalibrationSource(settings.method, len(dataset), str(dataset.path), cached)
         return dataset, origin
-    if (Path(path) / "settings.json").is_file():
+    if (Path(path) / SETTINGS).is_file():
         dataset = SparseImageDataset(path)
         _check_model(dataset, loaded)
         return dataset, CalibrationSource(dataset.method, len(dataset), str(path), True)
