@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +84,10 @@ def save_checkpoint(
     name: str,
     recipe: Recipe,
     source: dict[str, Any],
-    report: Callable[[int], dict[str, Any]],
 ) -> int:
     """Write a checkpoint directory in one step; an older checkpoint there is replaced.
 
-    ``report`` gives the content of ``report.json`` from the size of ``model.safetensors``
-    in bytes, which is also what is returned.
+    Returns the size of ``model.safetensors`` in bytes.
 
     Raises:
         OutputError: the place cannot be written or holds something else.
@@ -111,9 +108,13 @@ def save_checkpoint(
     with replaced_directory(path) as directory:
         write_bytes(directory / MODEL, content)
         write_bytes(directory / RECIPE, to_toml(recipe).encode())
-        write_json(directory / REPORT, report(len(content)))
         write_json(directory / CONFIG, config)
     return len(content)
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write ``report.json`` into a checkpoint; what was measured is no part of the model."""
+    write_json(path / REPORT, report)
 
 
 def read_info(path: str | Path) -> CheckpointInfo:

@@ -516,7 +516,8 @@ def _quantize_table(r: dict[str, Any]) -> Table:
     if on:
         where = "freshly inverted images" if on["data"] == "inverted" else on["data"]
         table.add_row(
-            "agreement", f"{r['agreement']:.2%} on {on['images']} images of {_escape(where)}"
+            "agreement" if on["metric"] == "top1" else "cosine of features",
+            f"{r['agreement']:.2%} on {on['images']} images of {_escape(where)}",
         )
     stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items())
     table.add_row("seconds", stages)

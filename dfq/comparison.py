@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfq.sparse import SparseImages, pixels_to_input
-from dfq.vit import Preprocessing, ViT
+from dfq.vit import Architecture, Preprocessing, ViT
+
+Metric = Literal["top1", "cosine"]
+"""How agreement is measured: the same top-1 class, or, of models without a classifier, the
+cosine of the pooled features."""
+
+
+def metric_of(arch: Architecture) -> Metric:
+    """How agreement with such a model is measured."""
+    return "top1" if arch.num_classes else "cosine"
 
 
 @dataclass(frozen=True)
@@ -27,45 +37,47 @@ class Comparison:
 
     ``agreement`` is the share of images with the same top-1 class, ``kl`` the mean
     Kullback-Leibler divergence of the quantized from the float prediction in nats; both
-    None without a float model.  Accuracies are None without labels.
+    None without a float model.  Accuracies are None without labels.  Without a classifier
+    ``agreement`` is the mean cosine of the features, and ``kl`` is None.
     """
 
     images: int
+    metric: Metric
     agreement: float | None
     kl: float | None
     float: Accuracy | None
     quantized: Accuracy | None
 
 
-Logits = Callable[[ViT], Tensor]
+Outputs = Callable[[ViT], Tensor]
 
 
 @torch.inference_mode()
 def compare(
     quantized: ViT,
     reference: ViT | None,
-    batches: Iterable[tuple[Logits, Tensor | None]],
+    batches: Iterable[tuple[Outputs, Tensor | None]],
     advance: Callable[[int], None] | None = None,
+    *,
+    metric: Metric = "top1",
 ) -> Comparison:
-    """Run both models over batches, each a function from model to logits and its labels.
+    """Run both models over batches, each a function from model to outputs and its labels.
 
     ``advance`` is called with the number of images after every batch.
     """
-    count = same = 0
-    divergence = 0.0
+    count, same, divergence = 0, 0.0, 0.0
     hits = {"quantized": [0, 0], "float": [0, 0]}
-    labelled = True
-    for logits, labels in batches:
-        ours = logits(quantized).float()
+    labelled = metric == "top1"
+    for outputs, labels in batches:
+        ours = outputs(quantized).float()
         count += len(ours)
-        theirs = None if reference is None else logits(reference).float()
+        theirs = None if reference is None else outputs(reference).float()
         if theirs is not None:
-            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
-            divergence += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+            same += _agreeing(ours, theirs, metric)
+            divergence += _divergence(ours, theirs) if metric == "top1" else 0.0
         if labels is None:
             labelled = False
-        else:
+        elif labelled:
             _count_hits(hits["quantized"], ours, labels)
             if theirs is not None:
                 _count_hits(hits["float"], theirs, labels)
@@ -74,11 +86,24 @@ def compare(
     compared = reference is not None and count > 0
     return Comparison(
         images=count,
+        metric=metric,
         agreement=same / count if compared else None,
-        kl=divergence / count if compared else None,
+        kl=divergence / count if compared and metric == "top1" else None,
         float=_accuracy(hits["float"], count) if labelled and compared else None,
         quantized=_accuracy(hits["quantized"], count) if labelled and count else None,
     )
+
+
+def _agreeing(ours: Tensor, theirs: Tensor, metric: Metric) -> float:
+    """Sum over a batch: images of the same class, or cosines."""
+    if metric == "top1":
+        return int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    return float(F.cosine_similarity(ours, theirs, dim=-1).sum())
+
+
+def _divergence(ours: Tensor, theirs: Tensor) -> float:
+    log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+    return float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
 
 
 def _count_hits(hits: list[int], logits: Tensor, labels: Tensor) -> None:
@@ -94,7 +119,7 @@ def _accuracy(hits: list[int], count: int) -> Accuracy:
 
 def dense_batches(
     batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> Iterable[tuple[Logits, Tensor | None]]:
+) -> Iterable[tuple[Outputs, Tensor | None]]:
     """Whole images and their labels, for :func:`compare`."""
     for images, labels in batches:
         moved = images.to(device)
@@ -103,7 +128,7 @@ def dense_batches(
 
 def sparse_batches(
     batches: Iterable[SparseImages], vit: ViT, preprocessing: Preprocessing
-) -> Iterable[tuple[Logits, Tensor | None]]:
+) -> Iterable[tuple[Outputs, Tensor | None]]:
     """Sparse images without labels, for :func:`compare`."""
     for batch in batches:
         moved = batch.to(vit.prefix.device)

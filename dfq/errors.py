@@ -17,7 +17,8 @@
     │   ├── CheckpointError      a directory that is no dfq checkpoint, or a damaged one
     │   └── OutputError          a place that cannot be written
     └── RunError                                             1
-        └── GateError            a result below the caller's bound
+        ├── GateError            a result below the caller's bound
+        └── WorkerError          another process of the same run has died
 """
 
 from __future__ import annotations
@@ -89,6 +90,10 @@ class OutputError(UsageError):
 
 class RunError(DfqError):
     """Work that was begun could not be finished."""
+
+
+class WorkerError(RunError):
+    """Another process of the same run has died."""
 
 
 class GateError(RunError):

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
-import safetensors
-import timm
 import torch
 from torch import nn
 
-import dfq
 from dfq import checkpoint as checkpoints
-from dfq.cache import cache_directory
-from dfq.comparison import Comparison, compare, dense_batches, sparse_batches
+from dfq.comparison import Comparison, compare, dense_batches, metric_of, sparse_batches
 from dfq.dataset import (
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST,
     SETTINGS,
-    DatasetWriter,
     SparseImageDataset,
-    cache_key,
-    grid_to_json,
-    read_settings,
 )
-from dfq.device import resolve_device, resolve_precision
+from dfq.device import resolve_device
 from dfq.errors import DataError, DatasetError, GateError, SettingError, nearest
-from dfq.files import check_writable, make_directory
-from dfq.images import DenseImages, load_batches, open_images
-from dfq.inversion import ALGORITHM_VERSION, Engine, plan_units
-from dfq.inversion.workers import Workers, launched_together
+from dfq.files import check_writable
+from dfq.images import DenseImages, ImageSource, load_batches, open_images
+from dfq.inversion import plan_units
+from dfq.inversion.workers import launched_together
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.scheme import layers, scheme_name
@@ -48,7 +34,6 @@ from dfq.recipe import (
     Recipe,
     load_recipe,
     override,
-    to_dict,
 )
 from dfq.results import (
     AgreementOn,
@@ -61,8 +46,8 @@ from dfq.results import (
     Seconds,
     to_json,
 )
-from dfq.vit import ViT
-from dfq.vit.architecture import to_json as describe
+from dfq.synthesis import make_dataset, versions
+from dfq.vit import Architecture, Preprocessing, ViT
 from dfq.vit.load import LoadedModel, load_model, module_name
 
 HELD_OUT_SEED = 1_000_003
@@ -71,25 +56,6 @@ HELD_OUT_SEED = 1_000_003
 EVALUATION_BATCH = 50
 
 METHODS: tuple[str, ...] = get_args(Method)
-
-_UNUSED: dict[str, tuple[str, ...]] = {
-    "pri": ("prune_at", "prune_share"),
-    "smi": ("stages",),
-    "dmi": ("stages", "prune_at", "prune_share"),
-    "noise": (
-        "stages",
-        "prune_at",
-        "prune_share",
-        "iterations",
-        "lr",
-        "beta1",
-        "beta2",
-        "tv",
-        "jitter",
-        "flip",
-    ),
-}
-"""Settings that do not touch a method's images, and so are no part of its cache key."""
 
 
 def make_recipe(
@@ -174,138 +140,6 @@ def invert(
     )
 
 
-def make_dataset(
-    loaded: LoadedModel,
-    settings: InversionSettings,
-    *,
-    out: Path | None,
-    device: torch.device,
-    cache: str | Path | None,
-    progress: Progress,
-    label: str = "Inverting",
-) -> tuple[SparseImageDataset, bool]:
-    """Open the dataset of these settings, making what is missing of it.
-
-    Returns the dataset and whether it was whole before.
-    """
-    resolved = dataclasses.replace(
-        settings,
-        precision=cast(Any, resolve_precision(settings.precision, device)),
-        threads=settings.threads or torch.get_num_threads(),
-    )
-    facts = _dataset_settings(loaded, resolved)
-    path = out or _cached_path(loaded, resolved, facts, cache)
-    workers = Workers()
-    before = _finished(path, facts)
-    if before is not None:
-        progress.note(f"Found {len(before)} images in {path}")
-        return before, True
-    if workers.first:
-        facts, resolved = _resume(path, facts, resolved, in_cache=out is None)
-        DatasetWriter(path, facts)
-    workers.wait()
-    facts, resolved = _resume(path, facts, resolved, in_cache=False)
-    writer = DatasetWriter(path, facts)
-    units = plan_units(resolved, loaded.vit.arch.grid.patches)
-    missing = [unit for unit in units if not writer.has(unit.index, unit.shards)]
-    if len(missing) < len(units):
-        progress.note(f"Resuming: {len(units) - len(missing)} of {len(units)} units are done")
-    workers.wait()
-    mine = workers.share(missing)
-    if mine:
-        engine = Engine(loaded.vit, loaded.preprocessing, resolved, device)
-        steps = len(mine) * engine.events[-1].iteration
-        with progress.task(f"{label} ({resolved.method})", max(1, steps)) as advance:
-            for unit in mine:
-                writer.write(unit.index, engine.run(unit, advance))
-    workers.wait()
-    if workers.first:
-        writer.finish([unit.shards for unit in units])
-    workers.wait()
-    return SparseImageDataset(path), False
-
-
-def _dataset_settings(loaded: LoadedModel, settings: InversionSettings) -> dict[str, Any]:
-    """Content of ``settings.json``."""
-    relevant = to_dict(settings)
-    threads = relevant.pop("threads")
-    for name in _UNUSED[settings.method]:
-        relevant.pop(name)
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "algorithm_version": ALGORITHM_VERSION,
-        "model": {
-            "name": loaded.timm_name,
-            "architecture": describe(loaded.vit.arch),
-            "fingerprint": loaded.fingerprint,
-        },
-        "preprocessing": {
-            "mean": list(loaded.preprocessing.mean),
-            "std": list(loaded.preprocessing.std),
-        },
-        "grid": grid_to_json(loaded.vit.arch.grid),
-        "inversion": relevant,
-        "threads": threads,
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    return {
-        "dfq": dfq.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-        "safetensors": safetensors.__version__,
-    }
-
-
-def _cached_path(
-    loaded: LoadedModel,
-    settings: InversionSettings,
-    facts: dict[str, Any],
-    cache: str | Path | None,
-) -> Path:
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in loaded.timm_name)
-    key = cache_key(facts)
-    root = cache_directory(cache) / "datasets"
-    make_directory(root)
-    return root / f"{name}-{settings.method}-{settings.images}-{key[:16]}"
-
-
-def _finished(path: Path, facts: dict[str, Any]) -> SparseImageDataset | None:
-    """The whole dataset at ``path``, if it is the one that ``facts`` describe."""
-    if not (path / MANIFEST).is_file():
-        return None
-    dataset = SparseImageDataset(path)
-    return dataset if cache_key(dataset.settings) == cache_key(facts) else None
-
-
-def _resume(
-    path: Path, facts: dict[str, Any], settings: InversionSettings, *, in_cache: bool
-) -> tuple[dict[str, Any], InversionSettings]:
-    """Take over the recorded threads of an unfinished run, so that its bytes are the same.
-
-    In the cache, an unfinished run of other library versions is begun anew.
-    """
-    if not (path / SETTINGS).is_file():
-        return facts, settings
-    before = read_settings(path)
-    if cache_key(before) != cache_key(facts):
-        return facts, settings
-    if before.get("versions") != facts["versions"]:
-        if in_cache:
-            shutil.rmtree(path)
-        return facts, settings
-    threads = before.get("threads")
-    if not isinstance(threads, int) or threads < 1:
-        raise DatasetError(f"{str(path)!r}: settings.json has no valid number of threads.")
-    return before, dataclasses.replace(settings, threads=threads)
-
-
 def quantize(
     model: str | nn.Module,
     *,
@@ -385,11 +219,9 @@ def quantize(
         vit = loaded.vit.to(target)
         data = None
         if eval is not None:
-            data = open_images(eval, vit.arch, loaded.preprocessing, labelled=True)
-        if data is None and vit.arch.num_classes:
+            data = _open_evaluation(eval, vit.arch, loaded.preprocessing, min_accuracy)
+        else:
             plan_units(_held_out_settings(chosen.inversion), vit.arch.grid.patches)
-        elif data is None and min_agreement is not None:
-            raise SettingError("min_agreement without a classifier needs data: give eval.")
     with clock("invert"):
         source, origin = _calibration_set(
             loaded, chosen, None if method else calibration, target, cache, progress
@@ -405,19 +237,6 @@ def quantize(
     with clock("quantize"), progress.task("Quantizing", len(layers(vit.arch))) as advance:
         quantized = quantize_vit(vit, found, loaded.preprocessing, chosen.quantization, advance)
         del found
-    comparison: Comparison | None = None
-    measured_on = ""
-    with clock("evaluate"):
-        if data is not None:
-            batches = dense_batches(
-                load_batches(data, loaded.preprocessing, EVALUATION_BATCH), target
-            )
-            with progress.task("Evaluating", len(data)) as advance:
-                comparison = compare(quantized, vit, batches, advance)
-            measured_on = data.name
-        elif vit.arch.num_classes:
-            comparison = _held_out(loaded, quantized, chosen.inversion, target, cache, progress)
-            measured_on = "inverted"
     result = QuantizeResult(
         model=name,
         scheme=scheme,
@@ -425,17 +244,46 @@ def quantize(
         calibration=origin,
         seconds=clock.seconds(),
         bytes=Bytes(4 * sum(p.numel() for p in vit.parameters()), 0),
-        agreement=comparison.agreement if comparison else None,
-        accuracy=_pair(comparison, "top1"),
-        accuracy_top5=_pair(comparison, "top5"),
-        agreement_on=AgreementOn(measured_on, comparison.images, "top1", comparison.kl)
-        if comparison
-        else None,
+        agreement=None,
+        accuracy=None,
+        accuracy_top5=None,
+        agreement_on=None,
         attention=chosen.quantization.attention,
     )
-    result = _save(result, out, quantized, loaded, chosen, clock)
+    result = _save(result, out, quantized, loaded, chosen)
+    with clock("evaluate"):
+        if data is not None:
+            batches = dense_batches(
+                load_batches(data, loaded.preprocessing, EVALUATION_BATCH), target
+            )
+            with progress.task("Evaluating", len(data)) as advance:
+                comparison = compare(quantized, vit, batches, advance, metric=metric_of(vit.arch))
+            measured_on = data.name
+        else:
+            comparison = _held_out(loaded, quantized, chosen.inversion, target, cache, progress)
+            measured_on = "inverted"
+    result = dataclasses.replace(
+        result,
+        agreement=comparison.agreement,
+        accuracy=_pair(comparison, "top1"),
+        accuracy_top5=_pair(comparison, "top5"),
+        agreement_on=AgreementOn(measured_on, comparison.images, comparison.metric, comparison.kl),
+        seconds=clock.seconds(),
+    )
+    checkpoints.write_report(out, to_json(result))
     _gate(result, min_agreement, min_accuracy)
     return result
+
+
+def _open_evaluation(
+    data: str | Path,
+    arch: Architecture,
+    preprocessing: Preprocessing,
+    min_accuracy: float | None,
+) -> ImageSource:
+    if min_accuracy is not None and not arch.num_classes:
+        raise SettingError("min_accuracy needs a classifier; the model has none.")
+    return open_images(data, arch, preprocessing, labelled=bool(arch.num_classes))
 
 
 def _save(
@@ -444,8 +292,9 @@ def _save(
     quantized: QuantizedViT,
     loaded: LoadedModel,
     recipe: Recipe,
-    clock: _Clock,
 ) -> QuantizeResult:
+    """Write the checkpoint before anything is measured, so that no failure there loses it."""
+    calibration = result.calibration
     size = checkpoints.save_checkpoint(
         out,
         quantized,
@@ -455,19 +304,16 @@ def _save(
             "timm_name": loaded.timm_name,
             "fingerprint": loaded.fingerprint,
             "calibration": {
-                "method": result.calibration.method,
-                "images": result.calibration.images,
-                "name": Path(result.calibration.path).name,
+                "method": calibration.method,
+                "images": calibration.images,
+                "name": Path(calibration.path).name,
             },
             "versions": versions(),
         },
-        report=lambda size: to_json(
-            dataclasses.replace(result, bytes=Bytes(result.bytes.float, size))
-        ),
     )
-    return dataclasses.replace(
-        result, bytes=Bytes(result.bytes.float, size), seconds=clock.seconds()
-    )
+    saved = dataclasses.replace(result, bytes=Bytes(result.bytes.float, size))
+    checkpoints.write_report(out, to_json(saved))
+    return saved
 
 
 def _calibration_set(
@@ -547,7 +393,7 @@ def _held_out(
         label="Inverting held-out images",
     )
     batches = sparse_batches(dataset.batches(EVALUATION_BATCH), loaded.vit, loaded.preprocessing)
-    return compare(quantized, loaded.vit, batches)
+    return compare(quantized, loaded.vit, batches, metric=metric_of(loaded.vit.arch))
 
 
 def _pair(comparison: Comparison | None, name: Literal["top1", "top5"]) -> FloatQuantized | None:
@@ -593,17 +439,14 @@ def evaluate(
     target = resolve_device(device)
     info = checkpoints.read_info(path)
     model = checkpoints.load(path, device=target).set_backend(backend)
-    source = open_images(data, model.arch, model.preprocessing, labelled=True)
+    source = _open_evaluation(data, model.arch, model.preprocessing, min_accuracy)
     made_from = str(info.source.get("fingerprint"))
     reference = _float_reference(model, made_from, float_model, weights, img_size, target, progress)
     batches = dense_batches(load_batches(source, model.preprocessing, EVALUATION_BATCH), target)
     started = time.perf_counter()
     with progress.task("Evaluating", len(source)) as advance:
-        comparison = compare(model, reference, batches, advance)
+        comparison = compare(model, reference, batches, advance, metric=metric_of(model.arch))
     seconds = time.perf_counter() - started
-    top1, top5 = _pair(comparison, "top1"), _pair(comparison, "top5")
-    assert top1 is not None
-    assert top5 is not None
     result = EvaluateResult(
         checkpoint=str(path),
         model=info.model,
@@ -611,9 +454,10 @@ def evaluate(
         data=source.name,
         images=comparison.images,
         agreement=comparison.agreement,
+        metric=comparison.metric,
         kl=comparison.kl,
-        accuracy=top1,
-        accuracy_top5=top5,
+        accuracy=_pair(comparison, "top1"),
+        accuracy_top5=_pair(comparison, "top5"),
         backend=model.backend,
         seconds=seconds,
         images_per_second=comparison.images / seconds,
@@ -635,7 +479,7 @@ def _float_reference(
         return None
     height, width = model.arch.image_size
     size = img_size or (height if height == width and name != "demo" else None)
-    classes = model.arch.num_classes or None
+    classes = model.arch.num_classes
     loaded = load_model(
         name,
         weights=weights,

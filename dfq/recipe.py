@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from dfq.errors import RecipeError, SettingError, nearest
 
 Method = Literal["pri", "smi", "dmi", "noise"]
+Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Observer = Literal["minmax", "moving_average", "histogram"]
 Rounding = Literal["nearest", "gptq"]
@@ -45,6 +46,18 @@ class InversionSettings:
         0.125, "largest random roll, as a share of the grid's side; whole patches", 0.0, 0.5
     )
     flip: bool = _setting(True, "flip half of the iterations horizontally")
+    importance: Importance = _setting(
+        "auto",
+        "which patches leave first; auto: attention of the class token or the pooling query, "
+        "gradient where neither exists",
+    )
+    plateau: int = _setting(
+        0,
+        "end a stage early once the unit's loss has not fallen from one window of this many "
+        "iterations to the next; 0: never",
+        0,
+        1_000_000,
+    )
     prune_at: tuple[float, ...] = _setting(
         (0.0125, 0.025, 0.05, 0.075), "smi: when patches are dropped, as shares of T", 0.0, 1.0
     )

@@ -53,7 +53,9 @@ class AgreementOn:
     """What agreement was measured on: ``data`` is the evaluation data's name, or
     ``"inverted"`` for freshly inverted images that calibration did not see.
 
-    ``kl`` is the mean Kullback-Leibler divergence from the float model in nats.
+    ``metric`` is ``"top1"`` (share of images with the same top-1 class) or, of models
+    without a classifier, ``"cosine"`` (mean cosine of the pooled features).  ``kl`` is the
+    mean Kullback-Leibler divergence from the float model in nats, None for ``"cosine"``.
     """
 
     data: str
@@ -95,7 +97,7 @@ class InvertResult:
 @dataclass(frozen=True)
 class EvaluateResult:
     """Result of :func:`dfq.evaluate`; agreement and float accuracy are None without a
-    float model."""
+    float model, accuracies without a classifier.  ``metric`` as in :class:`AgreementOn`."""
 
     checkpoint: str
     model: str
@@ -103,9 +105,10 @@ class EvaluateResult:
     data: str
     images: int
     agreement: float | None
+    metric: str
     kl: float | None
-    accuracy: FloatQuantized
-    accuracy_top5: FloatQuantized
+    accuracy: FloatQuantized | None
+    accuracy_top5: FloatQuantized | None
     backend: str
     seconds: float
     images_per_second: float

@@ -213,16 +213,33 @@ def test_float_accuracy_is_that_of_the_module(
     assert result.accuracy.float == pytest.approx(float(right.float().mean()))
 
 
-def test_a_backbone_without_classes_is_calibrated_on_images(
+def test_a_backbone_without_classes_is_inverted_and_compared_by_its_features(
+    tmp_path: Path,
+) -> None:
+    result = quantize(make_vit(num_classes=0), tmp_path / "out")
+    assert result.agreement_on is not None
+    assert (result.agreement_on.data, result.agreement_on.metric) == ("inverted", "cosine")
+    assert result.agreement is not None
+    assert 0.9 < result.agreement <= 1.0
+    assert (result.accuracy, result.agreement_on.kl) == (None, None)
+
+
+def test_a_backbone_without_classes_is_evaluated_on_images_without_labels(
     tmp_path: Path, labelled_npz: Path
 ) -> None:
-    result = quantize(make_vit(num_classes=0), tmp_path / "out", calibration=labelled_npz)
-    assert (result.calibration.method, result.agreement) == ("images", None)
+    model = make_vit(num_classes=0)
+    quantize(model, tmp_path / "out", calibration=labelled_npz)
+    found = dfq.evaluate(tmp_path / "out", data=labelled_npz, float_model=model)
+    assert (found.metric, found.accuracy, found.kl, found.images) == ("cosine", None, None, 20)
+    assert found.agreement is not None
+    assert 0.9 < found.agreement <= 1.0
 
 
-def test_a_backbone_without_classes_cannot_be_inverted(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="no classifier"):
-        quantize(make_vit(num_classes=0), tmp_path / "out")
+def test_a_backbone_without_classes_has_no_accuracy_to_bound(
+    tmp_path: Path, labelled_npz: Path
+) -> None:
+    with pytest.raises(SettingError, match="needs a classifier"):
+        quantize(make_vit(num_classes=0), tmp_path / "out", eval=labelled_npz, min_accuracy=0.5)
 
 
 def test_a_dataset_is_taken_as_calibration(tmp_path: Path, tiny: VisionTransformer) -> None:

@@ -14,7 +14,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from timm.layers import QuickGELU
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfq.checkpoint import check_output, load, read_info, save_checkpoint
+from dfq.checkpoint import check_output, load, read_info, save_checkpoint, write_report
 from dfq.errors import CheckpointError, OutputError
 from dfq.inversion import Engine, plan_units
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
@@ -66,7 +66,6 @@ def save(path: Path, model: QuantizedViT) -> int:
         name="my vit",
         recipe=Recipe(INVERSION, model.settings),
         source=SOURCE,
-        report=lambda size: {"bytes": size},
     )
 
 
@@ -166,7 +165,7 @@ def test_info_is_what_was_saved(checkpoint: Path, model: QuantizedViT) -> None:
 
 
 def test_checkpoint_has_the_specified_files(checkpoint: Path) -> None:
-    names = {"config.json", "model.safetensors", "recipe.toml", "report.json"}
+    names = {"config.json", "model.safetensors", "recipe.toml"}
     assert {p.name for p in checkpoint.iterdir()} == names
 
 
@@ -174,10 +173,16 @@ def test_recipe_file_is_the_recipe(checkpoint: Path, model: QuantizedViT) -> Non
     assert load_recipe(checkpoint / "recipe.toml") == Recipe(INVERSION, model.settings)
 
 
-def test_report_is_given_the_size_of_the_weights(tmp_path: Path, model: QuantizedViT) -> None:
+def test_the_size_of_the_weights_is_returned(tmp_path: Path, model: QuantizedViT) -> None:
     size = save(tmp_path / "out", model)
     assert size == (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == {"bytes": size}
+
+
+def test_a_report_is_no_part_of_the_model(checkpoint: Path, model: QuantizedViT) -> None:
+    write_report(checkpoint, {"agreement": 1.0})
+    assert json.loads((checkpoint / "report.json").read_text()) == {"agreement": 1.0}
+    images = some_images(model)
+    assert torch.equal(load(checkpoint)(images), model(images))
 
 
 def test_same_model_gives_the_same_bytes(checkpoint: Path, model: QuantizedViT) -> None:
@@ -187,7 +192,6 @@ def test_same_model_gives_the_same_bytes(checkpoint: Path, model: QuantizedViT) 
 
 def test_files_that_were_put_beside_are_ignored(checkpoint: Path, model: QuantizedViT) -> None:
     (checkpoint / "notes.txt").write_text("note")
-    (checkpoint / "report.json").unlink()
     (checkpoint / "recipe.toml").write_text("not = a recipe")
     images = some_images(model)
     assert torch.equal(load(checkpoint)(images), model(images))
@@ -870,17 +874,6 @@ def test_full_disk_leaves_what_was_there(
     assert tree(checkpoint.parent) == before
 
 
-def test_failing_report_leaves_what_was_there(checkpoint: Path, model: QuantizedViT) -> None:
-    before = tree(checkpoint.parent)
-
-    def fail(_: int) -> NoReturn:
-        raise ValueError("no report")
-
-    with pytest.raises(ValueError, match="no report"):
-        save_checkpoint(checkpoint, model, name="", recipe=Recipe(), source={}, report=fail)
-    assert tree(checkpoint.parent) == before
-
-
 def test_configuration_is_written_last(
     tmp_path: Path, model: QuantizedViT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -893,7 +886,7 @@ def test_configuration_is_written_last(
 
     monkeypatch.setattr(os, "replace", note)
     save(tmp_path / "out", model)
-    assert written == ["model.safetensors", "recipe.toml", "report.json", "config.json", "out"]
+    assert written == ["model.safetensors", "recipe.toml", "config.json", "out"]
 
 
 # a reader written from docs/checkpoint-format.md with numpy alone

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_vit
 
-from dfq.errors import SettingError
 from dfq.inversion import Engine, plan_units
-from dfq.inversion.engine import targets
-from dfq.inversion.importance import attention_importance
-from dfq.recipe import InversionSettings
+from dfq.inversion.importance import importance_of, resolve_importance
+from dfq.inversion.objective import ClassObjective, DirectionObjective
+from dfq.inversion.plateau import Plateau
+from dfq.recipe import Importance, InversionSettings
 from dfq.sparse import SparseImages, patchify, pixels_to_input
 from dfq.vit.load import LoadedModel, load_model
 
@@ -92,16 +93,10 @@ def test_inversion_raises_the_target_class(loaded: LoadedModel) -> None:
 
 
 def test_targets_cover_classes_evenly_across_units() -> None:
-    labels = [int(t) for first in range(0, 25, 5) for t in targets(3, first, 5, 10)]
+    labels = [int(t) for first in range(0, 25, 5) for t in ClassObjective(3, first, 5, 10).labels]
     assert sorted(labels[:10]) == list(range(10))
     assert sorted(labels[10:20]) == list(range(10))
     assert labels[:10] != labels[10:20]
-
-
-def test_models_without_a_classifier_are_refused() -> None:
-    backbone = load_model(make_vit(num_classes=0))
-    with pytest.raises(SettingError, match="no classifier"):
-        Engine(backbone.vit, backbone.preprocessing, chosen())
 
 
 def test_one_channel_and_bfloat16_work() -> None:
@@ -127,12 +122,93 @@ def test_importance_is_the_class_tokens_attention_in_timm() -> None:
         qkv = attention.qkv(x).reshape(2, 17, 3, 2, 32).permute(2, 0, 3, 1, 4)
         weights = (qkv[0] @ qkv[1].transpose(-2, -1) * 32**-0.5).softmax(-1)
     positions = torch.arange(16).expand(2, -1)
-    found = attention_importance(vit, patchify(images, vit.arch.grid), positions)
+    found = vit.importance(patchify(images, vit.arch.grid), positions)
     torch.testing.assert_close(found, weights[:, :, 0, 1:].mean(1))
 
 
 def test_importance_without_a_class_token_is_mean_attention() -> None:
     vit = load_model(make_vit(class_token=False, global_pool="avg")).vit
     patches, positions = torch.randn(2, 5, 48), torch.tensor([[0, 3, 5, 8, 9]] * 2)
-    found = attention_importance(vit, patches, positions)
+    found = vit.importance(patches, positions)
     torch.testing.assert_close(found.sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("measure", ["attention", "gradient", "activation", "random"])
+def test_every_measure_of_importance_shares_out_the_grid(
+    loaded: LoadedModel, measure: Importance
+) -> None:
+    batches = run(loaded, chosen(importance=measure, images=4))
+    assert torch.cat([b.positions.flatten() for b in batches]).sort().values.tolist() == list(
+        range(16)
+    )
+    assert same(batches, run(loaded, chosen(importance=measure, images=4)))
+
+
+def test_gradient_and_activation_are_norms(loaded: LoadedModel) -> None:
+    objective = ClassObjective(0, 0, 2, 5)
+    patches = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(16).expand(2, -1)
+
+    def measured(measure: Importance) -> torch.Tensor:
+        return importance_of(measure, loaded.vit, patches, positions, objective, torch.Generator())
+
+    leaf = patches.clone().requires_grad_()
+    logits = loaded.vit.forward_sparse(leaf, positions)
+    logits[torch.arange(2), objective.labels].sum().backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(measured("gradient"), leaf.grad.norm(dim=2))
+    tokens = loaded.vit.encode(loaded.vit.embed(patches, positions))
+    torch.testing.assert_close(measured("activation"), tokens[:, 1:].norm(dim=2))
+
+
+def test_auto_is_attention_where_a_token_pools() -> None:
+    assert resolve_importance("auto", load_model(make_vit()).vit.arch) == "attention"
+    averaged = load_model(make_vit(class_token=False, global_pool="avg")).vit
+    assert resolve_importance("auto", averaged.arch) == "gradient"
+    assert resolve_importance("random", averaged.arch) == "random"
+
+
+def test_inversion_without_a_classifier_turns_features_to_their_directions() -> None:
+    backbone = load_model(make_vit(num_classes=0))
+    settings = chosen(method="dmi", images=4, unit_size=4, iterations=60)
+    (images,) = run(backbone, settings)
+    objective = DirectionObjective(0, 0, 4, 64)
+    p = backbone.preprocessing
+    x = pixels_to_input(images.patches, p.mean, p.std, backbone.vit.arch.grid)
+    cosines = F.cosine_similarity(
+        backbone.vit.forward_sparse(x, images.positions), objective.directions
+    )
+    assert images.labels.tolist() == [0, 1, 2, 3]
+    assert float(cosines.min()) > 0.3
+
+
+def test_directions_do_not_depend_on_the_unit() -> None:
+    together = DirectionObjective(5, 0, 4, 8).directions
+    torch.testing.assert_close(DirectionObjective(5, 2, 2, 8).directions, together[2:])
+
+
+def test_a_plateau_ends_a_stage_and_counts_its_iterations(loaded: LoadedModel) -> None:
+    settings = chosen(method="dmi", images=2, iterations=400, plateau=5)
+    engine = Engine(loaded.vit, loaded.preprocessing, settings)
+    steps: list[int] = []
+    (unit,) = plan_units(settings, 16)
+    (early,) = engine.run(unit, steps.append)
+    assert sum(steps) == 400
+    assert len(steps) < 400
+    assert not same([early], run(loaded, chosen(method="dmi", images=2, iterations=400)))
+
+
+def test_a_plateau_is_decided_by_each_unit_alone(loaded: LoadedModel) -> None:
+    settings = chosen(images=16, iterations=200, plateau=4)
+    engine = Engine(loaded.vit, loaded.preprocessing, settings)
+    units = plan_units(settings, 16)
+    both = [engine.run(unit) for unit in units]
+    assert same(both[1], Engine(loaded.vit, loaded.preprocessing, settings).run(units[1]))
+
+
+def test_plateau_compares_means_of_windows() -> None:
+    falling = Plateau(2)
+    assert [falling.reached(x) for x in (10, 8, 6, 8, 5, 6, 4, 5)] == [False] * 8
+    flat = Plateau(2)
+    assert [flat.reached(x) for x in (10, 8, 9, 9)] == [False, False, False, True]
+    assert not any(Plateau(0).reached(1.0) for _ in range(100))

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dfq.errors import SettingError
-from dfq.inversion.importance import attention_importance
+from dfq.inversion.frozen import can_pack, pack_linears
+from dfq.inversion.importance import importance_of, resolve_importance
 from dfq.inversion.jitter import draw, mirror, move_table
+from dfq.inversion.objective import Objective, make_objective, seeded
+from dfq.inversion.plateau import Plateau
 from dfq.inversion.priors import TotalVariation
-from dfq.inversion.schedule import Unit, events
+from dfq.inversion.schedule import Event, Unit, events
 from dfq.recipe import InversionSettings
 from dfq.sparse import SparseImages, channel_values, input_to_pixels
 from dfq.vit import Preprocessing, ViT
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Part of every cache key; raised when the same settings come to give other images."""
 
 ADAM_EPS = 1e-8
@@ -38,31 +38,12 @@ def thread_count(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def unit_generator(seed: int, unit: int) -> torch.Generator:
-    """The random numbers of one unit of work, independent of all others."""
-    digest = hashlib.sha256(f"dfq unit {seed} {unit}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def targets(seed: int, first: int, count: int, classes: int) -> Tensor:
-    """Classes of trajectories ``first`` to ``first + count``, int64 ``[count]``.
-
-    Every class comes once, in random order, before any comes again.
-    """
-    labels = []
-    for index in range(first, first + count):
-        generator = unit_generator(seed, -1 - index // classes)
-        order = torch.randperm(classes, generator=generator)
-        labels.append(order[index % classes])
-    return torch.stack(labels)
-
-
 class Engine:
     """Inverts a model into sparse images, one unit of work at a time.
 
-    The model is frozen and held in the compute precision; pixels, gradients of the
-    priors and Adam's moments are float32 and packed ``[B, L, D]`` with the live patches,
-    so that a patch that has left costs nothing.
+    The model is frozen and held in the compute precision, its weights packed where that
+    pays; pixels, gradients of the priors and Adam's moments are float32 and packed
+    ``[B, L, D]`` with the live patches, so that a patch that has left costs nothing.
     """
 
     def __init__(
@@ -72,21 +53,15 @@ class Engine:
         settings: InversionSettings,
         device: torch.device | str = "cpu",
     ) -> None:
-        """``settings.precision`` and ``settings.threads`` must be resolved.
-
-        Raises:
-            SettingError: the model has no classifier to invert.
-        """
-        if vit.arch.num_classes < 1:
-            raise SettingError(
-                "The model has no classifier, so there is no class to invert. "
-                "Load it with the weights of a classifier (--weights, --num-classes)."
-            )
+        """``settings.precision`` and ``settings.threads`` must be resolved."""
         self.settings, self.preprocessing = settings, preprocessing
         self.device = torch.device(device)
         self.dtype = getattr(torch, settings.precision)
         self.vit = copy.deepcopy(vit).to(self.device, self.dtype).requires_grad_(False)
         self.grid = vit.arch.grid
+        if can_pack(self.device, self.dtype):
+            pack_linears(self.vit, settings.unit_size * self.grid.patches)
+        self.importance = resolve_importance(settings.importance, vit.arch)
         self.events = events(settings, self.grid.patches)
         mean = channel_values(preprocessing.mean, self.grid)
         std = channel_values(preprocessing.std, self.grid)
@@ -102,49 +77,74 @@ class Engine:
             return self._run(unit, advance or (lambda _: None))
 
     def _run(self, unit: Unit, advance: Callable[[int], None]) -> list[SparseImages]:
-        generator = unit_generator(self.settings.seed, unit.index)
-        labels = targets(
-            self.settings.seed,
-            unit.first_trajectory,
-            unit.trajectories,
-            self.vit.arch.num_classes,
-        ).to(self.device)
+        seed, first = self.settings.seed, unit.first_trajectory
+        generator = seeded(seed, "unit", unit.index)
+        objective = make_objective(self.vit.arch, seed, first, unit.trajectories)
         state = _State.start(unit.trajectories, self, generator)
         found: list[SparseImages] = []
+        done = 0
         for event in self.events:
-            prior = TotalVariation(state.positions, self.grid)
-            while state.step < event.iteration:
-                self._step(state, prior, labels, generator)
-                advance(1)
-            leaving = self._leaving(state, event.count, event.kept)
+            self._stage(state, event.iteration - done, objective, generator, advance)
+            done = event.iteration
+            leaving = self._leaving(state, event, objective, generator)
             if event.kept:
-                found.append(self._images(state, leaving, labels, unit, len(found)))
+                found.append(self._images(state, leaving, objective.labels, unit, len(found)))
             state.remove(leaving)
         return [images for images in found if len(images)]
 
-    def _step(
-        self, state: _State, prior: TotalVariation, labels: Tensor, generator: torch.Generator
+    def _stage(
+        self,
+        state: _State,
+        iterations: int,
+        objective: Objective,
+        generator: torch.Generator,
+        advance: Callable[[int], None],
     ) -> None:
+        prior = TotalVariation(state.positions, self.grid)
+        plateau = Plateau(self.settings.plateau)
+        for iteration in range(1, iterations + 1):
+            loss = self._step(state, prior, objective, generator)
+            advance(1)
+            if self.settings.plateau and plateau.reached(float(loss)):
+                advance(iterations - iteration)
+                return
+
+    def _step(
+        self,
+        state: _State,
+        prior: TotalVariation,
+        objective: Objective,
+        generator: torch.Generator,
+    ) -> Tensor:
         move = draw(self.grid, self.settings.jitter, self.settings.flip, generator)
         table = move_table(self.grid, *move).to(self.device)
         patches = mirror(state.patches, self.grid) if move[2] else state.patches
         patches = patches.to(self.dtype, copy=True).requires_grad_()
-        logits = self.vit.forward_sparse(patches, table[state.positions])
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        loss = objective.loss(self.vit.forward_sparse(patches, table[state.positions]))
         (gradient,) = torch.autograd.grad(loss, patches)
         gradient = mirror(gradient, self.grid) if move[2] else gradient
         total = prior.gradient(state.patches).mul_(self.settings.tv).add_(gradient)
         state.descend(total, self.settings)
         torch.clamp(state.patches, self.low, self.high, out=state.patches)
+        return loss.detach()
 
-    def _leaving(self, state: _State, count: int, kept: bool) -> Tensor:
+    def _leaving(
+        self, state: _State, event: Event, objective: Objective, generator: torch.Generator
+    ) -> Tensor:
         """Indices ``[B, count]`` into the live patches, in ascending order."""
         live = state.positions.shape[1]
-        if count == live:
+        if event.count == live:
             return torch.arange(live, device=self.device).expand_as(state.positions)
-        importance = attention_importance(self.vit, state.patches.to(self.dtype), state.positions)
-        order = importance.argsort(dim=1, descending=kept, stable=True)
-        return order[:, :count].sort(dim=1).values
+        importance = importance_of(
+            self.importance,
+            self.vit,
+            state.patches.to(self.dtype),
+            state.positions,
+            objective,
+            generator,
+        )
+        order = importance.argsort(dim=1, descending=event.kept, stable=True)
+        return order[:, : event.count].sort(dim=1).values
 
     def _images(
         self, state: _State, leaving: Tensor, labels: Tensor, unit: Unit, stage: int
@@ -158,7 +158,7 @@ class Engine:
         return SparseImages(
             patches=pixels.cpu(),
             positions=state.positions.gather(1, leaving)[rows].cpu(),
-            labels=labels[rows].cpu(),
+            labels=labels[rows],
             stage=torch.full((len(rows),), stage),
             trajectory=trajectory,
         )

@@ -1,25 +1,61 @@
-"""How much each live patch matters to the model's decision."""
+"""How much each live patch matters to what the model makes of an image."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from dfq.vit import ViT
+from dfq.inversion.objective import Objective
+from dfq.recipe import Importance
+from dfq.vit import Architecture, ViT
+
+MEASURES: tuple[str, ...] = tuple(m for m in get_args(Importance) if m != "auto")
+
+
+def resolve_importance(importance: Importance, arch: Architecture) -> Importance:
+    """What ``auto`` stands for: the attention of the token or query that pools the image.
+
+    Average pooling has none; there it is the gradient, see ``docs/inversion.md``.
+    """
+    if importance != "auto":
+        return importance
+    return "gradient" if arch.pool == "avg" else "attention"
+
+
+def importance_of(
+    measure: Importance,
+    vit: ViT,
+    patches: Tensor,
+    positions: Tensor,
+    objective: Objective,
+    generator: torch.Generator,
+) -> Tensor:
+    """Importance of the patches ``[B, L, D]`` at ``positions``, float32 ``[B, L]``.
+
+    ``attention``: see :meth:`dfq.vit.ViT.importance`.  ``gradient``: L2 norm of the gradient
+    of the objective's score with respect to the patch.  ``activation``: L2 norm of the
+    patch's token after the last block.  ``random``: uniform from ``generator``.
+    """
+    if measure == "attention":
+        return vit.importance(patches, positions)
+    if measure == "gradient":
+        return _gradient_norm(vit, patches, positions, objective)
+    if measure == "activation":
+        return _token_norm(vit, patches, positions)
+    return torch.rand(positions.shape, generator=generator).to(patches.device)
+
+
+def _gradient_norm(vit: ViT, patches: Tensor, positions: Tensor, objective: Objective) -> Tensor:
+    with torch.enable_grad():
+        leaf = patches.detach().requires_grad_()
+        score = objective.score(vit.forward_sparse(leaf, positions))
+        (gradient,) = torch.autograd.grad(score, leaf)
+    return gradient.float().norm(dim=-1)
 
 
 @torch.no_grad()
-def attention_importance(vit: ViT, patches: Tensor, positions: Tensor) -> Tensor:
-    """Attention to each patch in the last block, averaged over heads: float32 ``[B, L]``.
-
-    With a class token it is the class token's attention (arXiv 2509.23235, section 3).
-    Without one it is the mean attention of all patches, which is how much average
-    pooling takes from each.
-    """
-    x = vit.encode(vit.embed(patches, positions), stop=-1)
-    block = vit.block(-1)
-    q, k, _ = block.attn.split(block.attn.qkv(block.norm1(x)))
-    start = vit.arch.num_prefix_tokens
-    q = q[:, :, :1] if vit.arch.class_token else q[:, :, start:]
-    scores = (q.float() @ k.float().transpose(-2, -1)) * vit.arch.head_dim**-0.5
-    return scores.softmax(-1).mean(dim=(1, 2))[:, start:]
+def _token_norm(vit: ViT, patches: Tensor, positions: Tensor) -> Tensor:
+    tokens = vit.encode(vit.embed(patches, positions))
+    return tokens[:, vit.arch.num_prefix_tokens :].float().norm(dim=-1)

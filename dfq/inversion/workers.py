@@ -9,6 +9,8 @@ from typing import ClassVar, TypeVar
 
 import torch.distributed as dist
 
+from dfq.errors import WorkerError
+
 T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(days=7)
@@ -51,6 +53,16 @@ class Workers:
         return items[self.rank :: self.size]
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Go on when all processes have come here.
+
+        Raises:
+            WorkerError: one of them has died.
+        """
         if self.size > 1:
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as error:
+                raise WorkerError(
+                    "Another worker has stopped, so this one stops too. What is finished is "
+                    "kept: run the same command again and only the rest is made."
+                ) from error

@@ -159,6 +159,21 @@ class ViT(nn.Module):
             x = block(x)
         return x
 
+    @torch.no_grad()
+    def importance(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Attention to each patch in the last block, averaged over heads: float32 ``[B, L]``.
+
+        With a class token it is the class token's attention (arXiv 2509.23235, section 3),
+        without one the mean attention of all patches.
+        """
+        x = self.encode(self.embed(patches, positions), stop=-1)
+        block = self.block(-1)
+        q, k, _ = block.attn.split(block.attn.qkv(block.norm1(x)))
+        start = self.arch.num_prefix_tokens
+        q = q[:, :, :1] if self.arch.class_token else q[:, :, start:]
+        scores = (q.float() @ k.float().transpose(-2, -1)) * self.arch.head_dim**-0.5
+        return scores.softmax(-1).mean(dim=(1, 2))[:, start:]
+
     def pool(self, x: Tensor) -> Tensor:
         """Normed tokens ``[B, T, embed_dim]`` to the head's input ``[B, embed_dim]``."""
         if self.arch.pool == "token":

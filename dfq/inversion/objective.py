@@ -1,0 +1,94 @@
+"""What inversion asks of an image: a class, or a direction of the pooled feature."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfq.vit import Architecture
+
+DIRECTION_WEIGHT = 10.0
+"""Weight of the cosine, which brings its gradient to the size of a cross-entropy's."""
+
+
+def seeded(seed: int, what: str, index: int) -> torch.Generator:
+    """A generator of its own for one thing of one run, independent of all others."""
+    digest = hashlib.sha256(f"dfq {what} {seed} {index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Objective(Protocol):
+    """What the images of one unit of work are optimised for; rows are trajectories."""
+
+    kind: Literal["class", "direction"]
+    labels: Tensor
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        """Sum over the unit's images of what is minimised, for the model's outputs."""
+
+    def score(self, outputs: Tensor) -> Tensor:
+        """Sum over the images of the output that is to grow; it does not saturate."""
+
+
+class ClassObjective:
+    """Cross-entropy of a target class each (arXiv 1912.08795, section 3.1)."""
+
+    kind: Literal["class", "direction"] = "class"
+
+    def __init__(self, seed: int, first: int, count: int, classes: int) -> None:
+        self.labels = _balanced(seed, first, count, classes)
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        labels = self.labels.to(outputs.device)
+        return F.cross_entropy(outputs.float(), labels, reduction="sum")
+
+    def score(self, outputs: Tensor) -> Tensor:
+        return outputs.float().gather(1, self.labels.to(outputs.device)[:, None]).sum()
+
+
+class DirectionObjective:
+    """Cosine of the pooled feature with a random direction for each trajectory.
+
+    For models without a classifier.  The direction of trajectory ``t`` is a standard normal
+    vector seeded by (seed, ``t``); the label of its images is ``t``.
+    """
+
+    kind: Literal["class", "direction"] = "direction"
+
+    def __init__(self, seed: int, first: int, count: int, width: int) -> None:
+        self.labels = torch.arange(first, first + count)
+        self.directions = torch.stack(
+            [torch.randn(width, generator=seeded(seed, "direction", int(t))) for t in self.labels]
+        )
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        return -DIRECTION_WEIGHT * self.score(outputs)
+
+    def score(self, outputs: Tensor) -> Tensor:
+        directions = self.directions.to(outputs.device)
+        return F.cosine_similarity(outputs.float(), directions, dim=1).sum()
+
+
+def objective_of(arch: Architecture) -> Literal["class", "direction"]:
+    """What images of such a model are made for."""
+    return "class" if arch.num_classes else "direction"
+
+
+def make_objective(arch: Architecture, seed: int, first: int, count: int) -> Objective:
+    """The objective of trajectories ``first`` to ``first + count``."""
+    if objective_of(arch) == "class":
+        return ClassObjective(seed, first, count, arch.num_classes)
+    return DirectionObjective(seed, first, count, arch.embed_dim)
+
+
+def _balanced(seed: int, first: int, count: int, classes: int) -> Tensor:
+    """Classes int64 ``[count]``: every class comes once, in random order, before any again."""
+    labels = []
+    for index in range(first, first + count):
+        order = torch.randperm(classes, generator=seeded(seed, "targets", index // classes))
+        labels.append(order[index % classes])
+    return torch.stack(labels)

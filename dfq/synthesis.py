@@ -1,0 +1,192 @@
+"""From inversion settings to the dataset on disk, made, resumed or found."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import safetensors
+import timm
+import torch
+
+import dfq
+from dfq.cache import cache_directory
+from dfq.dataset import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    SETTINGS,
+    DatasetWriter,
+    SparseImageDataset,
+    cache_key,
+    grid_to_json,
+    read_settings,
+)
+from dfq.device import resolve_precision
+from dfq.errors import DatasetError
+from dfq.files import make_directory
+from dfq.inversion import ALGORITHM_VERSION, Engine, objective_of, plan_units, resolve_importance
+from dfq.inversion.workers import Workers
+from dfq.progress import Progress
+from dfq.recipe import InversionSettings, to_dict
+from dfq.vit.architecture import to_json as describe
+from dfq.vit.load import LoadedModel
+
+_UNUSED: dict[str, tuple[str, ...]] = {
+    "pri": ("prune_at", "prune_share"),
+    "smi": ("stages",),
+    "dmi": ("stages", "importance", "prune_at", "prune_share"),
+    "noise": (
+        "stages",
+        "importance",
+        "plateau",
+        "prune_at",
+        "prune_share",
+        "iterations",
+        "lr",
+        "beta1",
+        "beta2",
+        "tv",
+        "jitter",
+        "flip",
+    ),
+}
+"""Settings that do not touch a method's images, and so are no part of its cache key."""
+
+
+def make_dataset(
+    loaded: LoadedModel,
+    settings: InversionSettings,
+    *,
+    out: Path | None,
+    device: torch.device,
+    cache: str | Path | None,
+    progress: Progress,
+    label: str = "Inverting",
+) -> tuple[SparseImageDataset, bool]:
+    """Open the dataset of these settings, making what is missing of it.
+
+    Returns the dataset and whether it was whole before.
+    """
+    resolved = dataclasses.replace(
+        settings,
+        precision=cast(Any, resolve_precision(settings.precision, device)),
+        threads=settings.threads or torch.get_num_threads(),
+        importance=resolve_importance(settings.importance, loaded.vit.arch),
+    )
+    facts = _dataset_settings(loaded, resolved)
+    path = out or _cached_path(loaded, resolved, facts, cache)
+    workers = Workers()
+    before = _finished(path, facts)
+    if before is not None:
+        progress.note(f"Found {len(before)} images in {path}")
+        return before, True
+    if workers.first:
+        facts, resolved = _resume(path, facts, resolved, in_cache=out is None)
+        DatasetWriter(path, facts)
+    workers.wait()
+    facts, resolved = _resume(path, facts, resolved, in_cache=False)
+    writer = DatasetWriter(path, facts)
+    units = plan_units(resolved, loaded.vit.arch.grid.patches)
+    missing = [unit for unit in units if not writer.has(unit.index, unit.shards)]
+    if len(missing) < len(units):
+        progress.note(f"Resuming: {len(units) - len(missing)} of {len(units)} units are done")
+    workers.wait()
+    mine = workers.share(missing)
+    if mine:
+        engine = Engine(loaded.vit, loaded.preprocessing, resolved, device)
+        steps = len(mine) * engine.events[-1].iteration
+        with progress.task(f"{label} ({resolved.method})", max(1, steps)) as advance:
+            for unit in mine:
+                writer.write(unit.index, engine.run(unit, advance))
+    workers.wait()
+    if workers.first:
+        writer.finish([unit.shards for unit in units])
+    workers.wait()
+    return SparseImageDataset(path), False
+
+
+def _dataset_settings(loaded: LoadedModel, settings: InversionSettings) -> dict[str, Any]:
+    """Content of ``settings.json``."""
+    relevant = to_dict(settings)
+    threads = relevant.pop("threads")
+    for name in _UNUSED[settings.method]:
+        relevant.pop(name)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "algorithm_version": ALGORITHM_VERSION,
+        "model": {
+            "name": loaded.timm_name,
+            "architecture": describe(loaded.vit.arch),
+            "fingerprint": loaded.fingerprint,
+        },
+        "preprocessing": {
+            "mean": list(loaded.preprocessing.mean),
+            "std": list(loaded.preprocessing.std),
+        },
+        "grid": grid_to_json(loaded.vit.arch.grid),
+        "objective": objective_of(loaded.vit.arch),
+        "inversion": relevant,
+        "threads": threads,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {
+        "dfq": dfq.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def _cached_path(
+    loaded: LoadedModel,
+    settings: InversionSettings,
+    facts: dict[str, Any],
+    cache: str | Path | None,
+) -> Path:
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in loaded.timm_name)
+    key = cache_key(facts)
+    root = cache_directory(cache) / "datasets"
+    make_directory(root)
+    return root / f"{name}-{settings.method}-{settings.images}-{key[:16]}"
+
+
+def _finished(path: Path, facts: dict[str, Any]) -> SparseImageDataset | None:
+    """The whole dataset at ``path``, if it is the one that ``facts`` describe."""
+    if not (path / MANIFEST).is_file():
+        return None
+    dataset = SparseImageDataset(path)
+    return dataset if cache_key(dataset.settings) == cache_key(facts) else None
+
+
+def _resume(
+    path: Path, facts: dict[str, Any], settings: InversionSettings, *, in_cache: bool
+) -> tuple[dict[str, Any], InversionSettings]:
+    """Take over the recorded threads of an unfinished run, so that its bytes are the same.
+
+    In the cache, an unfinished run of other library versions is begun anew.
+    """
+    if not (path / SETTINGS).is_file():
+        return facts, settings
+    before = read_settings(path)
+    if cache_key(before) != cache_key(facts):
+        return facts, settings
+    if before.get("versions") != facts["versions"]:
+        if in_cache:
+            shutil.rmtree(path)
+        return facts, settings
+    threads = before.get("threads")
+    if not isinstance(threads, int) or threads < 1:
+        raise DatasetError(f"{str(path)!r}: settings.json has no valid number of threads.")
+    return before, dataclasses.replace(settings, threads=threads)
