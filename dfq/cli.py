@@ -19,9 +19,15 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import dfq
-from dfq.errors import DfqError, GateError, SettingError
+from dfq.errors import DfqError, GateError, SettingError, UsageError
 
 out_console = Console(highlight=False)
+RATIOS = ("weights", "activations", "both")
+"""What is quantized in the three ratios of a layer."""
+
+MARKED = 3
+"""How many of the noisiest layers are shown in red."""
+
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -380,10 +386,16 @@ def inspect(
         typer.Option(help="Draw a dataset into this PNG file.", show_default=False),
     ] = None,
     rows: Annotated[int, typer.Option(help="Trajectories to draw.")] = 8,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="What quantization leaves of each layer's output.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Say what a dataset or a checkpoint holds; datasets are verified."""
     facts = dfq.inspect(path)
+    if layers:
+        _show({"layers": _layers_of(facts, path)}, json_, False, _layers_table)
+        return
     if preview is not None:
         facts["preview"] = str(dfq.preview(path, preview, rows=rows))
     _show(facts, json_, False, _facts_table)
@@ -477,6 +489,37 @@ def _field_table(values: dict[str, Any]) -> Table:
     for key, value in values.items():
         if value is not None and value != () and value != {}:
             table.add_row(key.replace("_", " "), _text(key, value))
+    return table
+
+
+def _layers_of(facts: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    report = facts.get("report")
+    layers = report.get("layers") if isinstance(report, dict) else None
+    if not isinstance(layers, list) or not all(map(_is_layer, layers)):
+        raise UsageError(
+            f"{str(path)!r} has no measured layers; --layers takes a checkpoint with the "
+            "report.json that `dfq quantize` wrote."
+        )
+    return layers
+
+
+def _is_layer(row: Any) -> bool:
+    return isinstance(row, dict) and all(
+        isinstance(row.get(key), kind)
+        for key, kind in (("name", str), *((k, int | float) for k in RATIOS))
+    )
+
+
+def _layers_table(values: dict[str, Any]) -> Table:
+    """Signal-to-quantization-noise ratios in decibels, the worst layers marked."""
+    table = Table(title="signal to quantization noise, dB")
+    table.add_column("layer")
+    for column in RATIOS:
+        table.add_column(column, justify="right")
+    worst = sorted(row["both"] for row in values["layers"])[:MARKED]
+    for row in values["layers"]:
+        style = "bold red" if row["both"] in worst else None
+        table.add_row(_escape(row["name"]), *(f"{row[k]:.1f}" for k in RATIOS), style=style)
     return table
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +27,7 @@ from dfq.inversion import plan_units
 from dfq.inversion.workers import launched_together
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
+from dfq.quantization.diagnosis import layer_noise
 from dfq.quantization.scheme import layers, scheme_name
 from dfq.recipe import (
     SECTIONS,
@@ -54,6 +56,9 @@ HELD_OUT_SEED = 1_000_003
 """Added to the seed of the images on which agreement is measured without data."""
 
 EVALUATION_BATCH = 50
+
+DIAGNOSIS_BATCH, DIAGNOSIS_BATCHES = 4, 4
+"""Images of the calibration set on which every layer is measured: at most 4 times 4."""
 
 METHODS: tuple[str, ...] = get_args(Method)
 
@@ -237,6 +242,8 @@ def quantize(
     with clock("quantize"), progress.task("Quantizing", len(layers(vit.arch))) as advance:
         quantized = quantize_vit(vit, found, loaded.preprocessing, chosen.quantization, advance)
         del found
+        diagnosed = islice(source.batches(DIAGNOSIS_BATCH), DIAGNOSIS_BATCHES)
+        noise = layer_noise(vit, quantized, diagnosed)
     result = QuantizeResult(
         model=name,
         scheme=scheme,
@@ -249,6 +256,7 @@ def quantize(
         accuracy_top5=None,
         agreement_on=None,
         attention=chosen.quantization.attention,
+        layers=noise,
     )
     result = _save(result, out, quantized, loaded, chosen)
     with clock("evaluate"):

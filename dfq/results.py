@@ -65,8 +65,23 @@ class AgreementOn:
 
 
 @dataclass(frozen=True)
+class LayerNoise:
+    """Signal-to-quantization-noise ratios of a layer's output in decibels.
+
+    ``weights``: only the weights are quantized; ``activations``: only the input is; ``both``:
+    what runs.  The input is the float model's, so a layer does not answer for those before it.
+    """
+
+    name: str
+    weights: float
+    activations: float
+    both: float
+
+
+@dataclass(frozen=True)
 class QuantizeResult:
-    """Result of :func:`dfq.quantize`."""
+    """Result of :func:`dfq.quantize`; ``layers`` are measured on images of the calibration
+    set."""
 
     model: str
     scheme: str
@@ -79,6 +94,7 @@ class QuantizeResult:
     accuracy_top5: FloatQuantized | None
     agreement_on: AgreementOn | None
     attention: str
+    layers: tuple[LayerNoise, ...]
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,23 @@ class IntegerLinear(nn.Module):
             self._prepared = (kernels, params, kernels.prepack(params))
         return self._prepared
 
+    def to_domain(self, x: Tensor) -> Tensor:
+        """The float model's input ``[..., in]`` as the values that are quantized."""
+        return x
+
+    def from_domain(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`to_domain`."""
+        return x
+
     def quantize_input(self, x: Tensor) -> Tensor:
-        """Float ``[..., in]`` to uint8."""
+        """The float model's input ``[..., in]`` to uint8."""
         _, params, _ = self.prepare()
-        return reference.quantize(x, params.input_scale, params.input_zero_point)
+        return reference.quantize(self.to_domain(x), params.input_scale, params.input_zero_point)
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """The values that the quantized input stands for, float32 ``[..., in]``."""
+        quantizer = self.input_quantizer
+        return (self.quantize_input(x).float() - quantizer.zero_point) * quantizer.scale
 
     def integer_forward(self, x: Tensor, out: OutputFormat) -> Tensor:
         """uint8 ``[..., in]`` to ``[..., out]`` in the given format."""
@@ -133,8 +146,11 @@ class IntegerPatchEmbed(IntegerLinear):
         self.register_buffer("mean", mean.to(self.weight.device), persistent=False)
         self.register_buffer("std", std.to(self.weight.device), persistent=False)
 
-    def quantize_input(self, x: Tensor) -> Tensor:
-        return super().quantize_input(x.float() * self.std + self.mean)
+    def to_domain(self, x: Tensor) -> Tensor:
+        return x.float() * self.std + self.mean
+
+    def from_domain(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
 
 
 class AttentionProduct(nn.Module):
