@@ -33,6 +33,11 @@ class Method:
         """Images that a trajectory yields."""
         return int(self.name[3:]) if self.name.startswith("pri") else 1
 
+    @property
+    def stages(self) -> int:
+        """Stages of a trajectory with dfq's defaults."""
+        return len(InversionSettings().prune_at) + 1 if self.name == "smi" else self.images
+
     def trajectories(self, images: int) -> int:
         """Trajectories that yield at least so many images."""
         return -(-images // self.images)
@@ -45,7 +50,7 @@ class Method:
 
     def short(self, settings: InversionSettings, each: int) -> InversionSettings:
         """The same stages with ``each`` iterations apiece, for one unit of work."""
-        count = len(settings.prune_at) + 1 if settings.method == "smi" else self.images
+        count = self.stages
         return self.settings(
             iterations=each * count,
             prune_at=tuple(k / count for k in range(1, count)),

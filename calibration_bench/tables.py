@@ -34,6 +34,20 @@ CHECKS = {
     "spread": "spread",
 }
 
+FLOOR = {
+    "method": "method",
+    "live": "live patches",
+    "gflop": "GFLOP",
+    "unfused_mb": "MB, unfused",
+    "possible_ms": "possible, ms",
+    "achieved_ms": "achieved, ms",
+    "achieved_over_possible": "achieved / possible",
+    "achieved_tflops": "achieved TFLOP/s",
+    "needed_tflops": "of the shapes alone",
+    "best_tflops": "of large squares",
+    "where": "where the time goes",
+}
+
 
 def groups(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
     """Rows by their values of some columns, in the order of first appearance."""
@@ -76,4 +90,31 @@ def _compared(row: Row, others: list[Row]) -> Row:
         "against_official_dmi": against("official", "dmi"),
         "against_official_smi": against("official", "smi"),
         "against_own_dmi": against(row["implementation"], "dmi"),
+    }
+
+
+def floor_tables(rows: list[Row]) -> list[Table]:
+    """A table for each model."""
+    found = groups(rows, "model", "batch", "precision", "threads")
+    return [
+        Table(
+            f"{model}: an iteration of {batch} trajectories, {precision}, {threads} threads",
+            FLOOR,
+            [_floor(row) for row in same],
+        )
+        for (model, batch, precision, threads), same in found.items()
+    ]
+
+
+def _floor(row: Row) -> Row:
+    precision = row["precision"]
+    top = sorted(row["shares"].items(), key=lambda item: -item[1])[:7]
+    return {
+        **row,
+        "gflop": row["operations"] / 1e9,
+        "possible_ms": 1e3 * row["possible_seconds"],
+        "achieved_ms": 1e3 * row["achieved_seconds"],
+        "needed_tflops": row["operations"] / row[f"matmul_seconds_{precision}"] / 1e12,
+        "best_tflops": row[f"best_tflops_{precision}"],
+        "where": ", ".join(f"{name} {share:.0%}" for name, share in top),
     }
