@@ -37,7 +37,8 @@ class Profiled:
             self.starts.add(done + warmup)
             done += length
             self.ends.add(done)
-        self.done, self.open, self.found = 0, None, list[Any]()
+        self.done, self.found = 0, list[Any]()
+        self.open: Any = None
         self._turn()
 
     def __call__(self, _: int = 1) -> None:

@@ -57,13 +57,13 @@ def markdown(table: Table) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value for people: three significant digits, nothing for None."""
+    """A value for people: four significant digits, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     if isinstance(value, list | tuple):
         return ", ".join(cell(v) for v in value)
     return str(value).replace("|", "\\|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -117,4 +118,89 @@ def _floor(row: Row) -> Row:
         "needed_tflops": row["operations"] / row[f"matmul_seconds_{precision}"] / 1e12,
         "best_tflops": row[f"best_tflops_{precision}"],
         "where": ", ".join(f"{name} {share:.0%}" for name, share in top),
+    }
+
+
+SWEEP = {
+    "method": "method",
+    "iterations": "iterations",
+    "seeds": "seeds",
+    "seconds": "s to invert",
+    "accuracy": "top-1, %",
+    "accuracy_error": "± over seeds",
+    "float_accuracy": "float top-1, %",
+    "agreement": "agreement, %",
+    "kl": "KL",
+    "kl_error": "± over seeds",
+}
+
+KNEES = {
+    "method": "method",
+    "best_accuracy": "best mean top-1, %",
+    "best_iterations": "at iterations",
+    "knee_iterations": "within 0.2 points from",
+    "knee_seconds": "s to invert",
+    "best_kl": "least mean KL",
+    "kl_iterations": "within 10 % from",
+    "kl_seconds": "s to invert, KL",
+}
+
+POINTS, SHARE = 0.2, 0.1
+"""What counts as good as the best: percentage points of accuracy, share of the KL."""
+
+
+def quality_tables(rows: list[Row]) -> list[Table]:
+    """For each model and test set the sweep, averaged over seeds, and each method's knee."""
+    found: list[Table] = []
+    about = ("model", "fingerprint", "data", "test_images", "images", "bits", "threads")
+    for values, same in groups(rows, *about).items():
+        model, _, data, test_images, images, bits, threads = values
+        title = (
+            f"{model}, W{bits}A8, {images} images inverted by {threads} threads, "
+            f"tested on {test_images} of {data}"
+        )
+        means = [_mean(part) for part in groups(same, "method", "iterations").values()]
+        means.sort(key=lambda row: (row["method"], row["iterations"]))
+        knees = [_knee(part) for part in groups(means, "method").values()]
+        found += [Table(f"Knee: {title}", KNEES, knees), Table(f"Sweep: {title}", SWEEP, means)]
+    return found
+
+
+def _mean(rows: list[Row]) -> Row:
+    """Means over seeds; spreads are standard deviations."""
+
+    def over(name: str) -> list[float]:
+        return [float(row[name]) for row in rows]
+
+    percent = {
+        name: 100 * statistics.mean(over(name))
+        for name in ("accuracy", "float_accuracy", "agreement")
+    }
+    return {
+        **{name: rows[0][name] for name in ("method", "iterations")},
+        **percent,
+        "seeds": len(rows),
+        "seconds": statistics.mean(over("invert_seconds")),
+        "accuracy_error": 100 * statistics.stdev(over("accuracy")) if len(rows) > 1 else None,
+        "kl": statistics.mean(over("kl")),
+        "kl_error": statistics.stdev(over("kl")) if len(rows) > 1 else None,
+    }
+
+
+def _knee(means: list[Row]) -> Row:
+    """The best of a method over iterations, and the least time that is as good."""
+    best = max(means, key=lambda row: float(row["accuracy"]))
+    least = min(means, key=lambda row: float(row["kl"]))
+    good = [row for row in means if row["accuracy"] >= best["accuracy"] - POINTS - 1e-9]
+    close = [row for row in means if row["kl"] <= (1 + SHARE) * least["kl"]]
+    knee, kl_knee = (min(some, key=lambda row: float(row["seconds"])) for some in (good, close))
+    return {
+        "method": best["method"],
+        "best_accuracy": best["accuracy"],
+        "best_iterations": best["iterations"],
+        "knee_iterations": knee["iterations"],
+        "knee_seconds": knee["seconds"],
+        "best_kl": least["kl"],
+        "kl_iterations": kl_knee["iterations"],
+        "kl_seconds": kl_knee["seconds"],
     }

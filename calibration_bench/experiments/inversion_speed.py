@@ -24,7 +24,7 @@ from calibration_bench.registry import Bench, Experiment, Key, Measured, Row
 from calibration_bench.tables import speed_tables
 from dfq import InversionSettings, LoadedModel
 from dfq.device import resolve_device, resolve_precision
-from dfq.errors import SettingError
+from dfq.errors import RunError, SettingError
 
 IMAGES = 32
 IMPLEMENTATIONS = ("dfq", "official", "official-frozen")
@@ -223,9 +223,16 @@ def _race(contenders: list[_Contender], options: Options, bench: Bench) -> Itera
             yield Measured(contender.key, contender.row(), last)
     for contender in contenders if options.memory else ():
         bench.notes.note(f"memory: {contender.name}")
-        where = {"images": IMAGES, "official": str(options.official)}
-        found = memory.peak({**contender.key, **where})
-        yield Measured(contender.key, {**contender.row(), **found})
+        yield Measured(contender.key, {**contender.row(), **_peak(contender, options)})
+
+
+def _peak(contender: _Contender, options: Options) -> Row:
+    """Memory of 32 images in one pass; where that fails, why."""
+    where = {"images": IMAGES, "official": str(options.official)}
+    try:
+        return memory.peak({**contender.key, **where})
+    except RunError as error:
+        return {"memory_error": str(error)}
 
 
 def _check(contenders: list[_Contender], rounds: int, bench: Bench) -> Iterator[Measured]:
