@@ -71,12 +71,12 @@ class Stage:
 
 
 def stages(settings: InversionSettings, patches: int) -> list[Stage]:
-    """What a trajectory consists of; stages without an iteration are left out."""
+    """What a trajectory consists of; few iterations leave stages of SMI without any."""
     found, before, live = [], 0, patches
     for event in events(settings, patches):
         found.append(Stage(live, event.iteration - before))
         before, live = event.iteration, live - event.count
-    return [stage for stage in found if stage.length]
+    return found
 
 
 def random_model(spec: str, seed: int) -> LoadedModel:

@@ -128,6 +128,8 @@ def _pruning(settings: InversionSettings, lengths: list[int]) -> dict[str, Any]:
     if settings.method == "dmi":
         at, ratio = [-1], [0.0]
     else:
+        if 0 in lengths:
+            raise SettingError(f"{settings.iterations} iterations are too few for SMI's stages.")
         at = [sum(lengths[:k]) for k in range(1, len(lengths))]
         ratio = [settings.prune_share] * len(at)
     return {"num_patches": 1 + (SIDE // PATCH) ** 2, "prune_it": at, "prune_ratio": ratio}

@@ -65,7 +65,9 @@ def _session(options: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value.name if isinstance(value, Path) else value
+    """Paths by their last part: where things lay is nobody's business."""
+    is_path = isinstance(value, Path) or (isinstance(value, str) and value.startswith("/"))
+    return Path(value).name if is_path else value
 
 
 def _warn_of_other_code(store: Store, planned: list[Key], code: str, notes: Notes) -> None:

@@ -229,6 +229,11 @@ def test_a_short_run_has_the_stages_of_the_real_one(name: str, count: int) -> No
     assert short.unit_size == 3
 
 
+def test_stages_keep_their_places_where_iterations_are_few() -> None:
+    few = stages(InversionSettings(method="smi", iterations=40), 196)
+    assert [s.length for s in few] == [1, 0, 1, 1, 37]
+
+
 def test_smi_stages_have_the_published_lengths() -> None:
     real = stages(InversionSettings(method="smi", iterations=4000), 196)
     assert [s.length for s in real] == [50, 50, 100, 100, 3700]
