@@ -1,0 +1,137 @@
+"""The command line: ``list``, ``run NAME``, ``report``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+from typer.core import TyperGroup
+
+from calibration_bench import registry
+from calibration_bench.options import function
+from calibration_bench.report import markdown, report
+from dfq.errors import DfqError
+
+out_console = Console(highlight=False)
+err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Results = Annotated[Path, typer.Option(help="Directory of the results.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Again = Annotated[bool, typer.Option("--again", help="Measure also the rows already there.")]
+DEFAULT_RESULTS = Path("bench-results")
+
+
+class _Group(TyperGroup):
+    """Turns dfq's errors into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DfqError as error:
+            if "--json" in sys.argv[1:]:
+                kind = type(error).__name__
+                _print_json({"error": {"type": kind, "message": str(error)}})
+            err_console.print(f"[bold red]error:[/] {escape(str(error))}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            err_console.print("Interrupted. Finished rows are kept; run it again to go on.")
+            raise typer.Exit(130) from None
+
+
+class _Experiments(TyperGroup):
+    """The registry's experiments as commands, imported when one is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        return [e.name for e in registry.ENTRIES]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        entry = registry.entry(cmd_name)
+        shared = {
+            "json_": (Json, False),
+            "results": (Results, DEFAULT_RESULTS),
+            "again": (Again, False),
+        }
+
+        def body(options: Any, json_: bool, results: Path, again: bool) -> None:
+            _run(entry, options, json_, results, again)
+
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(cmd_name, help=f"{entry.line}. Needs: {entry.needs}.")(
+            function(entry.load().options, body, shared)
+        )
+        return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="calibration_bench",
+    help="Measure inversion and calibration, keep every measurement, and report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+runs = typer.Typer(cls=_Experiments, no_args_is_help=True, help="Run an experiment.")
+app.add_typer(runs, name="run")
+
+
+@runs.callback()
+def _runs() -> None:
+    """Run an experiment; what is there already is not measured again."""
+
+
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """List the experiments: name, what it answers, what it needs."""
+    if json_:
+        _print_json({"rows": [dataclasses.asdict(e) for e in registry.ENTRIES]})
+        return
+    table = RichTable("name", "what it answers", "needs")
+    for entry in registry.ENTRIES:
+        table.add_row(entry.name, entry.line, entry.needs)
+    out_console.print(table)
+
+
+@app.command("report")
+def report_(results: Results = DEFAULT_RESULTS) -> None:
+    """Render the stored results as Markdown tables."""
+    sys.stdout.write(report(results))
+
+
+class _Lines:
+    """Notes on stderr, each with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+
+    def note(self, text: str) -> None:
+        err_console.print(f"[dim]{time.perf_counter() - self.started:8.1f} s[/] {escape(text)}")
+
+
+def _run(entry: registry.Entry, options: Any, json_: bool, results: Path, again: bool) -> None:
+    from calibration_bench.runner import run
+
+    outcome = run(entry, options, results, _Lines(), again=again)
+    if json_:
+        _print_json(outcome)
+        return
+    tables = [markdown(registry.Table(**table)) for table in outcome["tables"]]
+    sys.stdout.write("\n\n".join(tables) + "\n")
+    err_console.print(f"Kept in {outcome['results']}", soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> None:
+    """Entry point of ``python -m calibration_bench``."""
+    app()

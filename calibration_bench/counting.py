@@ -1,0 +1,143 @@
+"""Operations and bytes of one iteration of inversion, counted from the architecture.
+
+An iteration needs the token-sparse forward and the gradient with respect to the patches:
+each linear layer is multiplied with once forward and once backward (no gradient of its
+weights), each of attention's two products once forward and twice backward.  Where the
+class token alone is classified, the last block needs keys and values of all tokens and
+everything else of the class token only.  Not subtracted: what the first block's prefix
+tokens cost, which are the same in every iteration (below 1 %).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dfq.vit import Architecture
+
+FLOAT = 4
+"""Bytes of pixels and of Adam's moments."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """``count`` times ``batch`` products ``[m, k] @ [k, n]``.
+
+    ``weight`` says that the right factor is one of the model's matrices (read as it is
+    stored, ``[n, k]``, forward), so it is the same for the whole batch.
+    """
+
+    name: str
+    m: int
+    k: int
+    n: int
+    batch: int = 1
+    count: int = 1
+    backward: bool = False
+    weight: bool = True
+
+    @property
+    def operations(self) -> int:
+        """Multiply-adds, times 2."""
+        return 2 * self.count * self.batch * self.m * self.k * self.n
+
+    @property
+    def values(self) -> int:
+        """Values read and written."""
+        sides = self.m * self.k + self.k * self.n + self.m * self.n
+        return self.count * self.batch * sides
+
+
+def products(
+    arch: Architecture, live: int, batch: int, *, whole_last_block: bool = False
+) -> list[Product]:
+    """All matrix products of an iteration over ``batch`` images of ``live`` patches.
+
+    ``whole_last_block`` counts the last block as all others, needed or not.
+    """
+    tokens, dim = arch.num_prefix_tokens + live, arch.embed_dim
+    sparse_end = _one_token(arch) and not whole_last_block
+    full = arch.depth - sparse_end
+    found = [*_linear("embed", batch * live, arch.grid.patch_values, dim)]
+    found += _block(arch, tokens, tokens, batch, full)
+    if sparse_end:
+        found += _block(arch, tokens, 1, batch, 1)
+    found += _linear("head", batch, dim, arch.num_classes)
+    return found
+
+
+def _one_token(arch: Architecture) -> bool:
+    """Whether the classifier reads a single token."""
+    return arch.pool == "token"
+
+
+def _linear(name: str, rows: int, width: int, out: int, count: int = 1) -> Iterator[Product]:
+    """A linear layer's output, and the gradient of its input."""
+    yield Product(name, rows, width, out, count=count)
+    yield Product(name, rows, out, width, count=count, backward=True)
+
+
+def _block(
+    arch: Architecture, tokens: int, queries: int, batch: int, count: int
+) -> Iterator[Product]:
+    """Blocks in which so many tokens of each image ask, and all are asked."""
+    dim, inner, rows = arch.embed_dim, arch.attention_dim, batch * queries
+    if queries == tokens:
+        yield from _linear("qkv", rows, dim, 3 * inner, count)
+    else:
+        yield from _linear("kv", batch * tokens, dim, 2 * inner, count)
+        yield from _linear("q", rows, dim, inner, count)
+    yield from _attention(arch, tokens, queries, batch, count)
+    yield from _linear("proj", rows, inner, dim, count)
+    yield from _linear("fc1", rows, dim, arch.mlp_hidden, count)
+    yield from _linear("fc2", rows, arch.mlp_hidden, dim, count)
+
+
+def _attention(
+    arch: Architecture, tokens: int, queries: int, batch: int, count: int
+) -> Iterator[Product]:
+    """Both products of attention, and for each the gradients of both its factors."""
+    heads, width = batch * arch.num_heads, arch.head_dim
+
+    def product(name: str, m: int, k: int, n: int, backward: bool) -> Product:
+        return Product(name, m, k, n, heads, count, backward, weight=False)
+
+    yield product("scores", queries, width, tokens, False)
+    yield product("mix", queries, tokens, width, False)
+    yield product("d scores", queries, width, tokens, True)
+    yield product("d values", tokens, queries, width, True)
+    yield product("d queries", queries, tokens, width, True)
+    yield product("d keys", tokens, queries, width, True)
+
+
+def operations(arch: Architecture, live: int, batch: int) -> int:
+    """Operations of matrix products that an iteration needs; all others are below 1 %."""
+    return sum(product.operations for product in products(arch, live, batch))
+
+
+def compulsory_bytes(arch: Architecture, live: int, batch: int, size: int) -> int:
+    """Least traffic to memory, if activations never left the caches.
+
+    Weights of ``size`` bytes a value are read forward and again backward; pixels and
+    Adam's moments are read and written.
+    """
+    matrices = sum(
+        p.count * p.k * p.n for p in products(arch, live, 1, whole_last_block=True) if p.weight
+    )
+    return size * matrices + FLOAT * 6 * batch * live * arch.grid.patch_values
+
+
+def unfused_bytes(arch: Architecture, live: int, batch: int, size: int) -> int:
+    """Traffic if every operation read its inputs from memory and wrote its results there.
+
+    Matrix products, norms, softmax, activations and residuals forward and backward at
+    ``size`` bytes a value; pixels, their total variation and Adam in float32.
+    """
+    tokens = arch.num_prefix_tokens + live
+    hidden = batch * tokens * arch.embed_dim
+    weights = batch * arch.num_heads * tokens**2
+    inner = batch * tokens * arch.mlp_hidden
+    block = 5 * (2 * hidden + inner + weights) + 4 * 2 * hidden
+    matrices = sum(p.values for p in products(arch, live, batch))
+    pixels = batch * live * arch.grid.patch_values
+    return size * (matrices + arch.depth * block) + FLOAT * 20 * pixels

@@ -1,0 +1,1 @@
+"""One module an experiment; :mod:`calibration_bench.registry` lists them."""

@@ -1,0 +1,24 @@
+"""dfq's engine under the clock."""
+
+from __future__ import annotations
+
+from calibration_bench.measure import Stopwatch, Trace
+from calibration_bench.methods import stages
+from dfq import InversionSettings, LoadedModel
+from dfq.inversion import Engine, plan_units
+
+
+def run(loaded: LoadedModel, settings: InversionSettings, device: str) -> Trace:
+    """Time one unit of work: ``settings.unit_size`` trajectories.
+
+    The engine is made before the clock starts; all else (noise, iterations, selection,
+    assembly of images) is timed.
+    """
+    patches = loaded.vit.arch.grid.patches
+    (unit,) = plan_units(settings, patches)
+    engine = Engine(loaded.vit, loaded.preprocessing, settings, device)
+    clock = Stopwatch(device)
+    clock()
+    engine.run(unit, clock)
+    clock()
+    return Trace.of(clock.moments, [s.length for s in stages(settings, patches)])

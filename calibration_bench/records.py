@@ -1,0 +1,105 @@
+"""Results on disk: one JSON file an experiment, replaced whole whenever a row is added."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from calibration_bench.registry import Key, Measured, Row
+from dfq.errors import DataError
+from dfq.files import check_writable, write_json
+
+FORMAT = "dfq-bench"
+FORMAT_VERSION = 1
+
+
+def now() -> str:
+    """The time, in UTC to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class Store:
+    """The rows of one experiment, each with its key and the session that measured it."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.path = directory / f"{name}.json"
+        self.name = name
+
+    def read(self) -> dict[str, Any]:
+        """The file's content; that of an empty one where there is none.
+
+        Raises:
+            DataError: the file is damaged or of another format.
+        """
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return _empty(self.name)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{str(self.path)!r} cannot be read as results: {error}.") from error
+        known = (FORMAT, FORMAT_VERSION)
+        if not isinstance(content, dict) or (
+            (content.get("format"), content.get("format_version")) != known
+        ):
+            raise DataError(f"{str(self.path)!r} holds no results of format {known}.")
+        return content
+
+    def rows(self) -> list[Row]:
+        """All rows, in the order in which they were first measured."""
+        return [flat(entry) for entry in self.read()["rows"]]
+
+    def find(self, key: Key) -> dict[str, Any] | None:
+        """The stored entry of a key."""
+        return next((e for e in self.read()["rows"] if e["key"] == key), None)
+
+    def begin(self, session: dict[str, Any]) -> str:
+        """Store what all rows of a run share; returns its name."""
+        check_writable(self.path.parent)
+        content = self.read()
+        name = str(1 + max((int(n) for n in content["sessions"]), default=0))
+        content["sessions"][name] = session
+        write_json(self.path, content)
+        return name
+
+    def put(self, measured: Measured, session: str) -> None:
+        """Add a row, or put it in the place of the one with its key."""
+        content = self.read()
+        entry = {
+            "key": measured.key,
+            "row": measured.row,
+            "complete": measured.complete,
+            "session": session,
+            "measured": now(),
+        }
+        places = [i for i, e in enumerate(content["rows"]) if e["key"] == measured.key]
+        if places:
+            content["rows"][places[0]] = entry
+        else:
+            content["rows"].append(entry)
+        write_json(self.path, content)
+
+
+def flat(entry: dict[str, Any]) -> Row:
+    """A row as it is shown: what decides it, what was measured, and when."""
+    about = {name: entry[name] for name in ("complete", "session", "measured")}
+    return {**entry["key"], **entry["row"], **about}
+
+
+def command_line() -> str:
+    """How this process was called; absolute paths by their last part."""
+    words = [w if not os.path.isabs(w) else f".../{Path(w).name}" for w in sys.argv[1:]]
+    return " ".join(["calibration_bench", *words])
+
+
+def _empty(name: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "experiment": name,
+        "sessions": {},
+        "rows": [],
+    }

@@ -1,0 +1,112 @@
+"""Which experiments there are, and what one is made of."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dfq.errors import UsageError, nearest
+
+Row = dict[str, Any]
+"""One measurement: JSON values by column."""
+
+Key = dict[str, Any]
+"""The settings that decide a row; rows of equal keys are the same measurement."""
+
+
+class Notes(Protocol):
+    """Where an experiment says what it is doing."""
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What an experiment is given besides its options: a place for files, and a voice."""
+
+    results: Path
+    notes: Notes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row and its key; an incomplete one is stored, shown, and measured again later."""
+
+    key: Key
+    row: Row
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a report; ``columns`` maps a key of the rows to how it is written."""
+
+    title: str
+    columns: dict[str, str]
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a module of ``calibration_bench.experiments`` exports as ``EXPERIMENT``.
+
+    ``options`` is a dataclass whose fields become options of the command line; ``plan``
+    lists the keys of all rows that options ask for; ``measure`` yields those missing as
+    they are done; ``tables`` renders stored rows and reads nothing else.
+    """
+
+    options: type[Any]
+    plan: Callable[[Any, Bench], list[Key]]
+    measure: Callable[[Any, list[Key], Bench], Iterator[Measured]]
+    tables: Callable[[list[Row]], list[Table]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An experiment as ``list`` shows it, without importing it."""
+
+    name: str
+    line: str
+    needs: str
+
+    def load(self) -> Experiment:
+        module = f"calibration_bench.experiments.{self.name.replace('-', '_')}"
+        experiment: Experiment = importlib.import_module(module).EXPERIMENT
+        return experiment
+
+
+ENTRIES = (
+    Entry(
+        "inversion-speed",
+        "Seconds and memory an image: dfq beside the official code of SMI",
+        "official rows: a checkout of Egg-Hu/SMI (--official DIR)",
+    ),
+    Entry(
+        "inversion-floor",
+        "How far an iteration is from what this processor could do, and where the rest goes",
+        "nothing",
+    ),
+    Entry(
+        "inversion-quality",
+        "Accuracy after quantization over inversion effort: where each method's knee is",
+        "a model with weights and labelled images; the demo has both",
+    ),
+)
+
+
+def entry(name: str) -> Entry:
+    """The experiment of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = {e.name: e for e in ENTRIES}
+    if name not in known:
+        raise UsageError(
+            f"No experiment is called {name!r}; there are {', '.join(known)}.{nearest(name, known)}"
+        )
+    return known[name]

@@ -1,0 +1,69 @@
+"""Stored results as Markdown; nothing but the JSON files is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from calibration_bench.records import Store
+from calibration_bench.registry import ENTRIES, Entry, Table
+from dfq.errors import DataError
+
+
+def report(directory: Path) -> str:
+    """All experiments with results in a directory.
+
+    Raises:
+        DataError: there is none, or a file is damaged.
+    """
+    found = [e for e in ENTRIES if (directory / f"{e.name}.json").is_file()]
+    if not found:
+        raise DataError(f"{str(directory)!r} holds no results; `run` an experiment first.")
+    return "\n\n".join(_section(entry, Store(directory, entry.name)) for entry in found) + "\n"
+
+
+def _section(entry: Entry, store: Store) -> str:
+    content = store.read()
+    rows = store.rows()
+    parts = [f"## {entry.name}", entry.line + "."]
+    parts += [markdown(table) for table in entry.load().tables(rows) if table.rows]
+    used = {row["session"] for row in rows}
+    parts += [_session(n, s) for n, s in content["sessions"].items() if n in used]
+    unfinished = sum(not row["complete"] for row in rows)
+    if unfinished:
+        parts.append(f"{unfinished} rows are of an unfinished run.")
+    return "\n\n".join(parts)
+
+
+def _session(name: str, session: dict[str, Any]) -> str:
+    machine, versions = session["hardware"], session["versions"]
+    memory = machine.get("memory_bytes") or 0
+    return (
+        f"Session {name}, {session['date']}: {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads, {memory / 2**30:.0f} GiB, "
+        f"{machine['torch_capability']}; torch {versions['torch']}, timm {versions['timm']}, "
+        f"dfq {versions['dfq']} (code {versions['dfq_code']}); seed {session['seed']}; "
+        f"`{session['command']}`."
+    )
+
+
+def markdown(table: Table) -> str:
+    """A table with its title."""
+    header = list(table.columns.values())
+    lines = [header, ["---"] * len(header)]
+    lines += [[cell(row.get(key)) for key in table.columns] for row in table.rows]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"**{table.title}**\n\n{body}"
+
+
+def cell(value: Any) -> str:
+    """A value for people: four significant digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(cell(v) for v in value)
+    return str(value).replace("|", "\\|")

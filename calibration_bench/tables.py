@@ -1,0 +1,206 @@
+"""Stored rows of the experiments as tables; pure functions of JSON values."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from calibration_bench.registry import Row, Table
+
+SPEED = {
+    "implementation": "implementation",
+    "method": "method",
+    "seconds_per_image": "s / image",
+    "against_official_dmi": "times faster than official DMI",
+    "against_official_smi": "than official SMI",
+    "against_own_dmi": "than its own DMI",
+    "peak_memory_mb": "peak memory, MB",
+    "process_peak_mb": "whole process, MB",
+    "tflops": "TFLOP/s",
+    "spread": "spread",
+    "batch": "batch",
+    "precision": "precision",
+    "session": "session",
+}
+
+CHECKS = {
+    "model": "model",
+    "implementation": "implementation",
+    "method": "method",
+    "iterations": "iterations",
+    "predicted_seconds_per_image": "predicted s / image",
+    "actual_seconds_per_image": "actual",
+    "error": "predicted / actual - 1",
+    "spread": "spread",
+}
+
+FLOOR = {
+    "method": "method",
+    "live": "live patches",
+    "gflop": "GFLOP",
+    "unfused_mb": "MB, unfused",
+    "possible_ms": "possible, ms",
+    "achieved_ms": "achieved, ms",
+    "achieved_over_possible": "achieved / possible",
+    "achieved_tflops": "achieved TFLOP/s",
+    "needed_tflops": "of the shapes alone",
+    "best_tflops": "of large squares",
+    "where": "where the time goes",
+}
+
+
+def groups(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by their values of some columns, in the order of first appearance."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return found
+
+
+def speed_tables(rows: list[Row]) -> list[Table]:
+    """A table for each model and setting of a trajectory, and the checks."""
+    races = groups(
+        (row for row in rows if row["kind"] == "speed"), "model", "iterations", "threads", "device"
+    )
+    found = [
+        Table(
+            f"{model}, T = {iterations}, {threads} threads, {device}",
+            SPEED,
+            [_compared(row, same) for row in same],
+        )
+        for (model, iterations, threads, device), same in races.items()
+    ]
+    checks = [row for row in rows if row["kind"] == "check"]
+    return [*found, Table("Extrapolation against whole runs", CHECKS, checks)]
+
+
+def _compared(row: Row, others: list[Row]) -> Row:
+    """A row with how many times faster it is than others' rows."""
+
+    def against(implementation: str, method: str) -> float | None:
+        own = {"precision": row["precision"]} if implementation == row["implementation"] else {}
+        wanted = {"implementation": implementation, "method": method, **own}
+        for other in others:
+            if all(other[name] == value for name, value in wanted.items()):
+                return float(other["seconds_per_image"]) / float(row["seconds_per_image"])
+        return None
+
+    return {
+        **row,
+        "against_official_dmi": against("official", "dmi"),
+        "against_official_smi": against("official", "smi"),
+        "against_own_dmi": against(row["implementation"], "dmi"),
+    }
+
+
+def floor_tables(rows: list[Row]) -> list[Table]:
+    """A table for each model."""
+    found = groups(rows, "model", "batch", "precision", "threads")
+    return [
+        Table(
+            f"{model}: an iteration of {batch} trajectories, {precision}, {threads} threads",
+            FLOOR,
+            [_floor(row) for row in same],
+        )
+        for (model, batch, precision, threads), same in found.items()
+    ]
+
+
+def _floor(row: Row) -> Row:
+    precision = row["precision"]
+    top = sorted(row["shares"].items(), key=lambda item: -item[1])[:7]
+    return {
+        **row,
+        "gflop": row["operations"] / 1e9,
+        "possible_ms": 1e3 * row["possible_seconds"],
+        "achieved_ms": 1e3 * row["achieved_seconds"],
+        "needed_tflops": row["operations"] / row[f"matmul_seconds_{precision}"] / 1e12,
+        "best_tflops": row[f"best_tflops_{precision}"],
+        "where": ", ".join(f"{name} {share:.0%}" for name, share in top),
+    }
+
+
+SWEEP = {
+    "method": "method",
+    "iterations": "iterations",
+    "seeds": "seeds",
+    "seconds": "s to invert",
+    "accuracy": "top-1, %",
+    "accuracy_error": "± over seeds",
+    "float_accuracy": "float top-1, %",
+    "agreement": "agreement, %",
+    "kl": "KL",
+    "kl_error": "± over seeds",
+}
+
+KNEES = {
+    "method": "method",
+    "best_accuracy": "best mean top-1, %",
+    "best_iterations": "at iterations",
+    "knee_iterations": "within 0.2 points from",
+    "knee_seconds": "s to invert",
+    "best_kl": "least mean KL",
+    "kl_iterations": "within 10 % from",
+    "kl_seconds": "s to invert, KL",
+}
+
+POINTS, SHARE = 0.2, 0.1
+"""What counts as good as the best: percentage points of accuracy, share of the KL."""
+
+
+def quality_tables(rows: list[Row]) -> list[Table]:
+    """For each model and test set the sweep, averaged over seeds, and each method's knee."""
+    found: list[Table] = []
+    about = ("model", "fingerprint", "data", "test_images", "images", "bits", "threads")
+    for values, same in groups(rows, *about).items():
+        model, _, data, test_images, images, bits, threads = values
+        title = (
+            f"{model}, W{bits}A8, {images} images inverted by {threads} threads, "
+            f"tested on {test_images} of {data}"
+        )
+        means = [_mean(part) for part in groups(same, "method", "iterations").values()]
+        means.sort(key=lambda row: (row["method"], row["iterations"]))
+        knees = [_knee(part) for part in groups(means, "method").values()]
+        found += [Table(f"Knee: {title}", KNEES, knees), Table(f"Sweep: {title}", SWEEP, means)]
+    return found
+
+
+def _mean(rows: list[Row]) -> Row:
+    """Means over seeds; spreads are standard deviations."""
+
+    def over(name: str) -> list[float]:
+        return [float(row[name]) for row in rows]
+
+    percent = {
+        name: 100 * statistics.mean(over(name))
+        for name in ("accuracy", "float_accuracy", "agreement")
+    }
+    return {
+        **{name: rows[0][name] for name in ("method", "iterations")},
+        **percent,
+        "seeds": len(rows),
+        "seconds": statistics.mean(over("invert_seconds")),
+        "accuracy_error": 100 * statistics.stdev(over("accuracy")) if len(rows) > 1 else None,
+        "kl": statistics.mean(over("kl")),
+        "kl_error": statistics.stdev(over("kl")) if len(rows) > 1 else None,
+    }
+
+
+def _knee(means: list[Row]) -> Row:
+    """The best of a method over iterations, and the least time that is as good."""
+    best = max(means, key=lambda row: float(row["accuracy"]))
+    least = min(means, key=lambda row: float(row["kl"]))
+    good = [row for row in means if row["accuracy"] >= best["accuracy"] - POINTS - 1e-9]
+    close = [row for row in means if row["kl"] <= (1 + SHARE) * least["kl"]]
+    knee, kl_knee = (min(some, key=lambda row: float(row["seconds"])) for some in (good, close))
+    return {
+        "method": best["method"],
+        "best_accuracy": best["accuracy"],
+        "best_iterations": best["iterations"],
+        "knee_iterations": knee["iterations"],
+        "knee_seconds": knee["seconds"],
+        "best_kl": least["kl"],
+        "kl_iterations": kl_knee["iterations"],
+        "kl_seconds": kl_knee["seconds"],
+    }
