@@ -19,6 +19,7 @@ from dfq.errors import CheckpointError, OutputError, UsageError
 from dfq.files import explain, replaced_directory, write_bytes, write_json
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.quantizer import Quantizer
+from dfq.quantization.rounding import GROUP_LEVELS
 from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
 from dfq.vit.architecture import Architecture, Preprocessing, from_json, to_json
 
@@ -229,6 +230,8 @@ def _check_values(name: str, tensor: torch.Tensor, path: Path) -> None:
         raise CheckpointError(f"{str(path)!r}: {name!r} holds NaN or infinite values.")
     if name.endswith(("_scale", ".scales")) and not bool((tensor > 0).all()):
         raise CheckpointError(f"{str(path)!r}: {name!r} holds a scale that is not above 0.")
+    if name.endswith("group_scale") and int(tensor.max()) > GROUP_LEVELS:
+        raise CheckpointError(f"{str(path)!r}: {name!r} holds a scale above {GROUP_LEVELS}.")
     if name.endswith("input_zero_point") and not 0 <= int(tensor) <= 255:
         raise CheckpointError(f"{str(path)!r}: {name!r} is {int(tensor)}, outside 0..255.")
 

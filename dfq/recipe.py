@@ -91,6 +91,13 @@ class QuantizationSettings:
     rounding: Rounding = _setting(
         "gptq", "nearest; gptq: second-order rounding of 4-bit weights (arXiv 2210.17323)"
     )
+    group: int = _setting(
+        64,
+        "inputs of 4-bit weights that share an integer scale within their channel "
+        "(arXiv 2405.04532); 0: one scale per output channel",
+        0,
+        1 << 20,
+    )
     bias_correction: bool = _setting(
         True, "shift biases by the mean error of the rounded weights (arXiv 1906.04721, 4.2)"
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dfq.quantization import rounding
+from dfq.quantization.rounding import WeightScales
 
 
 def correlated(samples: int, features: int, seed: int = 0) -> Tensor:
@@ -19,8 +22,8 @@ def weights(outputs: int, inputs: int) -> Tensor:
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1))
 
 
-def output_error(x: Tensor, weight: Tensor, integers: Tensor, scale: Tensor) -> float:
-    return float(((weight - integers.float() * scale[:, None]) @ x.T).square().mean())
+def output_error(x: Tensor, weight: Tensor, integers: Tensor, scales: WeightScales) -> float:
+    return float(((weight - scales.dequantize(integers)) @ x.T).square().mean())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -30,7 +33,8 @@ def test_searched_scales_are_no_worse_than_the_full_range(bits: int) -> None:
     high = 2 ** (bits - 1) - 1
 
     def loss(scale: Tensor) -> Tensor:
-        rounded = rounding.round_nearest(weight, scale, bits).float() * scale[:, None]
+        scales = WeightScales(scale)
+        rounded = scales.dequantize(rounding.round_nearest(weight, scales, bits))
         return (weight - rounded).square().sum(1)
 
     full = weight.abs().amax(1) / high
@@ -41,51 +45,81 @@ def test_searched_scales_are_no_worse_than_the_full_range(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_integers_stay_symmetric(bits: int) -> None:
+def test_integers_fill_their_range(bits: int) -> None:
     low, high = rounding.integer_range(bits)
-    integers = rounding.round_nearest(weights(4, 50) * 100, torch.ones(4), bits)
-    assert (low, high) == (-high, high)
+    integers = rounding.round_nearest(weights(4, 50) * 100, WeightScales(torch.ones(4)), bits)
+    assert (low, high) == {4: (-8, 7), 8: (-127, 127)}[bits]
     assert int(integers.min()) == low
     assert int(integers.max()) == high
 
 
-def test_second_order_rounding_beats_nearest_on_its_inputs() -> None:
+@pytest.mark.parametrize("group", [0, 32, 64])
+def test_second_order_rounding_beats_nearest_on_its_inputs(group: int) -> None:
     x, weight = correlated(500, 150), weights(24, 150)
     hessian = x.T @ x / len(x)
-    scale = rounding.search_scale(weight, 4, hessian.diagonal())
-    nearest = rounding.round_nearest(weight, scale, 4)
-    second = rounding.round_gptq(weight, scale, 4, hessian)
-    assert output_error(x, weight, second, scale) < 0.6 * output_error(x, weight, nearest, scale)
+    scales = rounding.search_scales(weight, 4, hessian.diagonal(), group=group)
+    nearest = rounding.round_nearest(weight, scales, 4)
+    second = rounding.round_gptq(weight, scales, 4, hessian)
+    assert output_error(x, weight, second, scales) < 0.6 * output_error(x, weight, nearest, scales)
 
 
 def test_second_order_rounding_of_uncorrelated_inputs_is_nearest() -> None:
     weight = weights(8, 40)
-    scale = rounding.search_scale(weight, 4)
+    scales = rounding.search_scales(weight, 4)
     hessian = torch.rand(40, generator=torch.Generator().manual_seed(0)).add(0.1).diag()
-    found = rounding.round_gptq(weight, scale, 4, hessian)
-    assert torch.equal(found, rounding.round_nearest(weight, scale, 4))
+    found = rounding.round_gptq(weight, scales, 4, hessian)
+    assert torch.equal(found, rounding.round_nearest(weight, scales, 4))
 
 
 def test_a_singular_hessian_is_damped() -> None:
     x, weight = correlated(3, 60), weights(5, 60)
     x[:, :10] = 0
-    scale = rounding.search_scale(weight, 4)
-    integers = rounding.round_gptq(weight, scale, 4, x.T @ x)
-    assert int(integers.abs().max()) <= 7
+    scales = rounding.search_scales(weight, 4)
+    integers = rounding.round_gptq(weight, scales, 4, x.T @ x)
+    assert output_error(x, weight, integers, scales) < float((weight @ x.T).square().mean())
 
 
 def test_an_all_zero_channel_stays_zero() -> None:
     weight = weights(3, 20)
     weight[1] = 0
-    scale = rounding.search_scale(weight, 4)
-    assert bool((scale > 0).all())
-    assert rounding.round_nearest(weight, scale, 4)[1].abs().max() == 0
+    for group in (0, 8):
+        scales = rounding.search_scales(weight, 4, group=group)
+        assert bool((scales.channel > 0).all())
+        assert rounding.round_nearest(weight, scales, 4)[1].abs().max() == 0
 
 
 def test_bias_correction_takes_the_mean_error_away() -> None:
     x, weight = correlated(300, 30), weights(6, 30)
-    scale = rounding.search_scale(weight, 4)
-    integers = rounding.round_nearest(weight, scale, 4)
-    shift = rounding.bias_correction(weight, integers, scale, x.mean(0))
-    exact, rounded = x @ weight.T, x @ (integers.float() * scale[:, None]).T + shift
+    scales = rounding.search_scales(weight, 4)
+    values = scales.dequantize(rounding.round_nearest(weight, scales, 4))
+    shift = rounding.bias_correction(weight, values, x.mean(0))
+    exact, rounded = x @ weight.T, x @ values.T + shift
     torch.testing.assert_close(rounded.mean(0), exact.mean(0), rtol=1e-4, atol=1e-4)
+
+
+@given(
+    inputs=st.integers(1, 100), group=st.integers(1, 120), bits=st.just(4), seed=st.integers(0, 99)
+)
+def test_groups_are_integers_within_their_channel(
+    inputs: int, group: int, bits: int, seed: int
+) -> None:
+    weight = torch.randn(3, inputs, generator=torch.Generator().manual_seed(seed))
+    scales = rounding.search_scales(weight, bits, group=group)
+    assert scales.group is not None
+    assert scales.group.shape == (3, -(-inputs // group))
+    assert scales.group.amax(1).tolist() == [rounding.GROUP_LEVELS] * 3
+    integers = rounding.round_nearest(weight, scales, bits)
+    wide = scales.widen(integers)
+    assert wide.dtype == torch.int8
+    torch.testing.assert_close(wide.float() * scales.channel[:, None], scales.dequantize(integers))
+
+
+def test_groups_lose_less_than_channels() -> None:
+    weight = weights(16, 256) * torch.logspace(-1, 0, 256)
+
+    def loss(group: int) -> float:
+        scales = rounding.search_scales(weight, 4, group=group)
+        rounded = scales.dequantize(rounding.round_nearest(weight, scales, 4))
+        return float((weight - rounded).square().sum())
+
+    assert loss(32) < 0.8 * loss(0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dfq import runtime
 from dfq.quantization.packing import pack_int4, unpack_int4
 from dfq.quantization.quantizer import Quantizer
+from dfq.quantization.rounding import WeightScales
 from dfq.runtime import reference
 from dfq.runtime.params import LinearParams, OutputFormat
 from dfq.vit.modules import attend
@@ -19,7 +20,8 @@ class IntegerLinear(nn.Module):
     """A linear layer with integer weights and 8-bit input.
 
     State: ``weight`` int8 ``[out, in]``, or uint8 ``[out, ceil(in / 2)]`` with two 4-bit
-    integers a byte (:func:`dfq.quantization.packing.pack_int4`); ``weight_scale`` and
+    integers a byte (:func:`dfq.quantization.packing.pack_int4`); of 4-bit weights with groups
+    ``group_scale`` uint8 ``[out, ceil(in / group)]``; ``weight_scale`` and
     ``bias`` float32 ``[out]``; ``input_scale`` float32 and ``input_zero_point`` int32
     scalars.  The backend's own copy of the weight is built at the first call and is
     never copied, pickled or part of ``state_dict``.
@@ -27,37 +29,52 @@ class IntegerLinear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
+    group_scale: Tensor
     bias: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bits: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bits: int, group: int = 0) -> None:
+        """``group`` inputs of 4-bit weights share an integer scale; 0 for none."""
         super().__init__()
+        self.group = group if bits == 4 else 0
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.backend: str | None = None
         packed = bits == 4
         columns = -(-in_features // 2) if packed else in_features
         dtype = torch.uint8 if packed else torch.int8
         self.register_buffer("weight", torch.zeros(out_features, columns, dtype=dtype))
+        if self.group:
+            groups = -(-in_features // self.group)
+            ones = torch.ones(out_features, groups, dtype=torch.uint8)
+            self.register_buffer("group_scale", ones)
         self.register_buffer("weight_scale", torch.ones(out_features))
         self.register_buffer("bias", torch.zeros(out_features))
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
         self._prepared: tuple[Any, ...] | None = None
 
-    def assign(self, integers: Tensor, scale: Tensor, bias: Tensor, quantizer: Quantizer) -> None:
-        """Take int8 ``[out, in]`` integers, their scales ``[out]``, a bias ``[out]`` and the
-        quantizer of the input."""
+    def assign(
+        self, integers: Tensor, scales: WeightScales, bias: Tensor, quantizer: Quantizer
+    ) -> None:
+        """Take int8 ``[out, in]`` integers, their scales, a bias ``[out]`` and the quantizer
+        of the input."""
         self.weight.copy_(pack_int4(integers) if self.bits == 4 else integers)
-        self.weight_scale.copy_(scale)
+        self.weight_scale.copy_(scales.channel)
+        if scales.group is not None:
+            self.group_scale.copy_(scales.group)
         self.bias.copy_(bias)
         self.input_scale.fill_(quantizer.scale)
         self.input_zero_point.fill_(quantizer.zero_point)
         self.reset()
 
     def integers(self) -> Tensor:
-        """The weights as int8 ``[out, in]``."""
-        return unpack_int4(self.weight, self.in_features) if self.bits == 4 else self.weight
+        """The weights in units of ``weight_scale``, int8 ``[out, in]``."""
+        if self.bits == 8:
+            return self.weight
+        group = self.group_scale if self.group else None
+        scales = WeightScales(self.weight_scale, group, self.group)
+        return scales.widen(unpack_int4(self.weight, self.in_features))
 
     def dequantized(self) -> Tensor:
         """The weights that the integers stand for, float32 ``[out, in]``."""

@@ -36,8 +36,8 @@ class QuantizedAttention(Attention):
     def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
         super().__init__(arch)
         width = arch.attention_dim
-        self.qkv = IntegerLinear(arch.embed_dim, 3 * width, settings.bits)
-        self.proj = IntegerLinear(width, arch.embed_dim, settings.bits)
+        self.qkv = IntegerLinear(arch.embed_dim, 3 * width, settings.bits, settings.group)
+        self.proj = IntegerLinear(width, arch.embed_dim, settings.bits, settings.group)
         self.product = AttentionProduct(settings.attention == "int8")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ class QuantizedMlp(Mlp):
 
     def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
         super().__init__(arch)
-        self.fc1 = IntegerLinear(arch.embed_dim, arch.mlp_hidden, settings.bits)
-        self.fc2 = IntegerLinear(arch.mlp_hidden, arch.embed_dim, settings.bits)
+        self.fc1 = IntegerLinear(arch.embed_dim, arch.mlp_hidden, settings.bits, settings.group)
+        self.fc2 = IntegerLinear(arch.mlp_hidden, arch.embed_dim, settings.bits, settings.group)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2.integer_forward(self._hidden(x), OutputFormat())
@@ -201,10 +201,10 @@ def quantize_vit(
 
 def _fill_patch_embed(target: IntegerPatchEmbed, linear: nn.Linear) -> None:
     weight = linear.weight / target.std
-    scale = rounding.search_scale(weight, target.bits)
-    integers = rounding.round_nearest(weight, scale, target.bits)
-    bias = linear.bias - (integers.float() * scale[:, None]) @ target.mean
-    target.assign(integers, scale, bias, PIXEL)
+    scales = rounding.search_scales(weight, target.bits)
+    integers = rounding.round_nearest(weight, scales, target.bits)
+    bias = linear.bias - scales.dequantize(integers) @ target.mean
+    target.assign(integers, scales, bias, PIXEL)
 
 
 def _fill(
@@ -217,11 +217,12 @@ def _fill(
 ) -> None:
     hessian = statistics.hessian
     importance = None if hessian is None else hessian.diagonal()
-    scale = rounding.search_scale(weight, target.bits, importance)
+    scales = rounding.search_scales(weight, target.bits, importance, group=target.group)
     if hessian is not None:
-        integers = rounding.round_gptq(weight, scale, target.bits, hessian)
+        integers = rounding.round_gptq(weight, scales, target.bits, hessian)
     else:
-        integers = rounding.round_nearest(weight, scale, target.bits)
+        integers = rounding.round_nearest(weight, scales, target.bits)
     if settings.bias_correction:
-        bias = bias + rounding.bias_correction(weight, integers, scale, statistics.mean)
-    target.assign(integers, scale, bias, quantizer)
+        rounded = scales.dequantize(integers)
+        bias = bias + rounding.bias_correction(weight, rounded, statistics.mean)
+    target.assign(integers, scales, bias, quantizer)

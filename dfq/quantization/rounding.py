@@ -1,8 +1,11 @@
-"""How float weights become integers: clipping by error, nearest and second-order rounding."""
+"""How float weights become integers: scales by error, nearest and second-order rounding."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dfq.errors import RunError
@@ -17,14 +20,75 @@ CLIP_LOWEST = {4: 0.5, 8: 0.9}
 DAMPING = 0.01
 """Added to the Hessian's diagonal, as a share of its mean (arXiv 2210.17323, 3.3)."""
 
+GROUP_LEVELS = 16
+"""Largest integer scale of a group: 4-bit integers times it still fit in 8 bits."""
+
 COLUMNS = 128
 """Columns between two updates of the remaining weights (arXiv 2210.17323, 3.3)."""
 
 
 def integer_range(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer of symmetric weights: -7..7 or -127..127."""
+    """Smallest and largest integer of weights: -8..7 or -127..127; the zero point is 0."""
     high = 2 ** (bits - 1) - 1
-    return -high, high
+    return (-high - 1 if bits == 4 else -high), high
+
+
+@dataclass(frozen=True)
+class WeightScales:
+    """What a weight's integers stand for.
+
+    ``channel`` float32 ``[out]``.  With ``group``, uint8 ``[out, ceil(in / size)]`` of values
+    1 to 16, each run of ``size`` inputs has an integer scale of its own within its channel
+    (QServe, arXiv 2405.04532, section 4.1): products run on ``integers * group`` as on any
+    8-bit weights of one scale per channel.
+    """
+
+    channel: Tensor
+    group: Tensor | None = None
+    size: int = 0
+
+    def steps(self, inputs: int) -> Tensor:
+        """The distance between two integers of each weight, float32 ``[out, in or 1]``."""
+        if self.group is None:
+            return self.channel[:, None]
+        return self.channel[:, None] * expand_groups(self.group, self.size, inputs).float()
+
+    def widen(self, integers: Tensor) -> Tensor:
+        """The integers in units of the channel's scale, int8 ``[out, in]``."""
+        if self.group is None:
+            return integers
+        return integers * expand_groups(self.group, self.size, integers.shape[1]).to(torch.int8)
+
+    def dequantize(self, integers: Tensor) -> Tensor:
+        """The weights that the integers stand for, float32 ``[out, in]``."""
+        return integers.float() * self.steps(integers.shape[1])
+
+
+def expand_groups(group: Tensor, size: int, inputs: int) -> Tensor:
+    """The group scale of each weight: ``[out, groups]`` to ``[out, in]``."""
+    return group.repeat_interleave(size, dim=1)[:, :inputs]
+
+
+def search_scales(
+    weight: Tensor, bits: int, importance: Tensor | None = None, *, group: int = 0
+) -> WeightScales:
+    """Scales that minimise the weighted squared rounding error of ``weight`` ``[out, in]``.
+
+    ``group`` is how many inputs share a second, integer scale; 0 for none.  The scale that
+    each group would like best is rounded to a 16th of its channel's largest.
+    ``importance`` as in :func:`search_scale`.
+    """
+    if not group:
+        return WeightScales(search_scale(weight, bits, importance))
+    outputs, inputs = weight.shape
+    weights = torch.ones_like(weight[0]) if importance is None else importance
+    padding = -inputs % group
+    rows = F.pad(weight, (0, padding)).reshape(-1, group)
+    shares = F.pad(weights, (0, padding)).reshape(1, -1, group).expand(outputs, -1, -1)
+    wanted = search_scale(rows, bits, shares.reshape(-1, group)).reshape(outputs, -1)
+    channel = wanted.amax(1) / GROUP_LEVELS
+    levels = (wanted / channel[:, None]).round_().clamp_(1, GROUP_LEVELS)
+    return WeightScales(channel, levels.to(torch.uint8), group)
 
 
 def search_scale(weight: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
@@ -32,8 +96,8 @@ def search_scale(weight: Tensor, bits: int, importance: Tensor | None = None) ->
 
     Args:
         weight: float32 ``[out, in]``.
-        importance: weight of each input's error, ``[in]``; the mean square of the input
-            makes it the error of the output, for uncorrelated inputs.
+        importance: weight of each input's error, ``[in]`` or ``[out, in]``; the mean square
+            of the input makes it the error of the output, for uncorrelated inputs.
 
     Returns:
         float32 ``[out]``, above 0.
@@ -46,19 +110,20 @@ def search_scale(weight: Tensor, bits: int, importance: Tensor | None = None) ->
     for share in torch.linspace(1.0, CLIP_LOWEST[bits], CLIP_STEPS).tolist():
         scale = full * share
         error = weight - (weight / scale[:, None]).round_().clamp_(low, high) * scale[:, None]
-        loss = error.square_() @ weights
+        loss = error.square_().mul_(weights).sum(1)
         better = loss < least
         best, least = torch.where(better, scale, best), torch.where(better, loss, least)
     return best
 
 
-def round_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """int8 ``[out, in]`` nearest to ``weight / scale``, ties to even."""
+def round_nearest(weight: Tensor, scales: WeightScales, bits: int) -> Tensor:
+    """int8 ``[out, in]`` nearest to the weights, ties to even."""
     low, high = integer_range(bits)
-    return (weight / scale[:, None]).round_().clamp_(low, high).to(torch.int8)
+    steps = scales.steps(weight.shape[1])
+    return (weight / steps).round_().clamp_(low, high).to(torch.int8)
 
 
-def round_gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Tensor:
+def round_gptq(weight: Tensor, scales: WeightScales, bits: int, hessian: Tensor) -> Tensor:
     """Round column by column, each column's error made up for by those not yet rounded.
 
     GPTQ (arXiv 2210.17323, section 3): with the Cholesky factor of the inverse Hessian,
@@ -66,7 +131,7 @@ def round_gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Ten
 
     Args:
         weight: float32 ``[out, in]``.
-        scale: float32 ``[out]``.
+        scales: of the weight's integers; they stay as they are.
         hessian: ``x x^T`` summed or averaged over inputs, float32 ``[in, in]``.
 
     Returns:
@@ -75,6 +140,7 @@ def round_gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Ten
     low, high = integer_range(bits)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     rest = weight[:, order].clone()
+    steps = scales.steps(weight.shape[1]).expand_as(weight)[:, order]
     factor = _inverse_factor(hessian[order][:, order])
     result = torch.empty_like(rest, dtype=torch.int8)
     for start in range(0, rest.shape[1], COLUMNS):
@@ -82,9 +148,10 @@ def round_gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Ten
         block, errors = rest[:, start:end], torch.empty_like(rest[:, start:end])
         for i in range(end - start):
             row = factor[start + i, start + i : end]
-            rounded = (block[:, i] / scale).round_().clamp_(low, high)
+            step = steps[:, start + i]
+            rounded = (block[:, i] / step).round_().clamp_(low, high)
             result[:, start + i] = rounded.to(torch.int8)
-            errors[:, i] = (block[:, i] - rounded * scale) / row[0]
+            errors[:, i] = (block[:, i] - rounded * step) / row[0]
             block[:, i:] -= errors[:, i, None] * row
         rest[:, end:] -= errors @ factor[start:end, end:]
     return result[:, order.argsort()]
@@ -112,9 +179,10 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         damping *= 10
 
 
-def bias_correction(weight: Tensor, integers: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
+def bias_correction(weight: Tensor, rounded: Tensor, mean: Tensor) -> Tensor:
     """What rounding takes from each output on average, ``[out]``; add it to the bias.
 
-    Arxiv 1906.04721, section 4.2, with the input's mean from calibration.
+    Arxiv 1906.04721, section 4.2, with the input's mean from calibration; ``rounded`` are the
+    weights that the integers stand for.
     """
-    return (weight - integers.float() * scale[:, None]) @ mean
+    return (weight - rounded) @ mean
