@@ -24,7 +24,7 @@ from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
 from dfq.vit.architecture import Architecture, Preprocessing, from_json, to_json
 
 FORMAT = "dfq-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, MODEL, REPORT, RECIPE = "config.json", "model.safetensors", "report.json", "recipe.toml"
 
 _SAFETENSORS_NAMES = {
@@ -145,7 +145,19 @@ def read_info(path: str | Path) -> CheckpointInfo:
 def _check_arch(arch: Architecture, preprocessing: Preprocessing) -> None:
     channels = {arch.in_channels, len(preprocessing.mean), len(preprocessing.std)}
     positive = (arch.in_channels, arch.embed_dim, arch.num_heads, arch.head_dim, arch.mlp_hidden)
-    if len(channels) != 1 or min(positive) < 1 or arch.grid.patches < 1:
+    heads = arch.pool_heads
+    bad_pool = heads < 1 or arch.embed_dim % max(1, heads) or arch.pool_hidden < 1
+    tokens = arch.pooled_tokens or 0
+    if (
+        len(channels) != 1
+        or min(positive) < 1
+        or arch.grid.patches < 1
+        or arch.depth < 1
+        or (arch.pool == "map" and bad_pool)
+        or arch.num_prefix_tokens < tokens
+        or (arch.rope and arch.head_dim % 2)
+        or (arch.relative_bias and arch.num_prefix_tokens != 1)
+    ):
         raise CheckpointError("The architecture's sizes contradict each other or are 0.")
     if arch.depth > 4096 or min(preprocessing.std) <= 0:
         raise CheckpointError("The architecture or the preprocessing is out of bounds.")

@@ -57,5 +57,5 @@ def _gradient_norm(vit: ViT, patches: Tensor, positions: Tensor, objective: Obje
 
 @torch.no_grad()
 def _token_norm(vit: ViT, patches: Tensor, positions: Tensor) -> Tensor:
-    tokens = vit.encode(vit.embed(patches, positions))
+    tokens = vit.tokens(patches, positions)
     return tokens[:, vit.arch.num_prefix_tokens :].float().norm(dim=-1)

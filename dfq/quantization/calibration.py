@@ -15,7 +15,7 @@ from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES, layers, range_sites, weight_bits
 from dfq.recipe import QuantizationSettings
 from dfq.sparse import SparseImages, pixels_to_input
-from dfq.vit import Attention, Preprocessing, ViT
+from dfq.vit import Preprocessing, ViT
 
 
 class InputStatistics:
@@ -64,7 +64,8 @@ def calibrate(
 ) -> Calibration:
     """Run sparse images through the float model and collect ranges and statistics.
 
-    Patches keep their true positions; absent patches are absent, never black.  Memory
+    Patches keep their true positions; absent patches are absent, never black.  All tokens
+    of the last block are seen, also those that no pooling reads.  Memory
     does not grow with the number of images.  ``advance`` is called with the number of
     images after every batch.
 
@@ -92,7 +93,7 @@ def calibrate(
         for batch in batches:
             moved = batch.to(device)
             x = pixels_to_input(moved.patches, preprocessing.mean, preprocessing.std, arch.grid)
-            vit.forward_sparse(x, moved.positions)
+            vit.classify(vit.tokens(x, moved.positions))
             images += len(batch)
             if advance is not None:
                 advance(len(batch))
@@ -126,16 +127,17 @@ def _watch_layers(
 
 
 def _watch_attention(vit: ViT, observers: dict[str, RangeObserver]) -> list[Any]:
-    def watch(attention: Attention, prefix: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], qkv: Tensor) -> None:
-            q, k, v = attention.split(qkv)
-            scores = (q @ k.transpose(-2, -1)) * attention.head_dim**-0.5
-            for site, values in zip(ATTENTION_SITES, (q, k, v, scores.softmax(-1)), strict=True):
+    def watch(prefix: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            q, k, v, bias = inputs
+            scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+            shares = (scores if bias is None else scores + bias).softmax(-1)
+            for site, values in zip(ATTENTION_SITES, (q, k, v, shares), strict=True):
                 observers[f"{prefix}.{site}"].observe(values)
 
         return hook
 
     return [
-        vit.block(i).attn.qkv.register_forward_hook(watch(vit.block(i).attn, f"blocks.{i}"))
+        vit.block(i).attn.product.register_forward_pre_hook(watch(f"blocks.{i}"))
         for i in range(vit.arch.depth)
     ]

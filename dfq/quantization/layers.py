@@ -182,9 +182,9 @@ class AttentionProduct(nn.Module):
         if integer:
             self.register_buffer("scales", torch.ones(4))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``[B, H, T, D]`` each; float output of the same shape."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``[B, H, T, D]`` each, ``bias`` of the scores; float output of the shape of ``q``."""
         if not self.integer:
-            return attend(q, k, v)
+            return attend(q, k, v, bias)
         q_scale, k_scale, v_scale, p_scale = self.scales.tolist()
-        return reference.attention(q, k, v, (q_scale, k_scale, v_scale, p_scale))
+        return reference.attention(q, k, v, (q_scale, k_scale, v_scale, p_scale), bias)

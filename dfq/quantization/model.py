@@ -19,7 +19,8 @@ from dfq.recipe import QuantizationSettings
 from dfq.runtime.params import OutputFormat
 from dfq.sparse import channel_values
 from dfq.vit import Architecture, Attention, Block, Mlp, Preprocessing, ViT
-from dfq.vit.modules import activate, merge_heads
+from dfq.vit.modules import AttentionPool, merge_heads
+from dfq.vit.relations import Relations
 
 if TYPE_CHECKING:
     from dfq.quantization.calibration import Calibration, InputStatistics
@@ -32,18 +33,20 @@ class QuantizedAttention(Attention):
 
     qkv: IntegerLinear
     proj: IntegerLinear
+    product: AttentionProduct
 
     def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
         super().__init__(arch)
         width = arch.attention_dim
-        self.qkv = IntegerLinear(arch.embed_dim, 3 * width, settings.bits, settings.group)
-        self.proj = IntegerLinear(width, arch.embed_dim, settings.bits, settings.group)
+        self.qkv = _linear(arch.embed_dim, 3 * width, settings)
+        self.proj = _linear(width, arch.embed_dim, settings)
         self.product = AttentionProduct(settings.attention == "int8")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
         dtype = torch.float32 if self.product.integer else attention_dtype(x.device)
-        q, k, v = self.split(self.qkv.forward(x, dtype))
-        return self.proj.forward(merge_heads(self.product.forward(q, k, v)))
+        q, k, v = self.split(self.qkv.forward(x, dtype), at)
+        mixed = self.product.forward(q[:, :, :rows], k, v, self.bias(at, rows))
+        return self.proj.forward(self.norm(merge_heads(mixed).float()))
 
 
 class QuantizedMlp(Mlp):
@@ -56,21 +59,43 @@ class QuantizedMlp(Mlp):
     fc1: IntegerLinear
     fc2: IntegerLinear
 
-    def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
-        super().__init__(arch)
-        self.fc1 = IntegerLinear(arch.embed_dim, arch.mlp_hidden, settings.bits, settings.group)
-        self.fc2 = IntegerLinear(arch.mlp_hidden, arch.embed_dim, settings.bits, settings.group)
+    def __init__(self, like: Mlp, settings: QuantizationSettings) -> None:
+        """``like`` is a float MLP, whose shape and norm it takes."""
+        first, second = cast(nn.Linear, like.fc1), cast(nn.Linear, like.fc2)
+        width, hidden = second.out_features, second.in_features
+        super().__init__(width, hidden, like.activation, gated=like.gated, norm=like.norm)
+        self.fc1 = _linear(width, first.out_features, settings)
+        self.fc2 = _linear(hidden, width, settings)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2.integer_forward(self._hidden(x), OutputFormat())
 
     def _hidden(self, x: Tensor) -> Tensor:
-        if self.activation == "quick_gelu":
-            return self.fc2.quantize_input(activate(self.fc1.forward(x), self.activation))
+        fused = self.activation in ("gelu", "gelu_tanh") and isinstance(self.norm, nn.Identity)
+        if self.gated or not fused:
+            return self.fc2.quantize_input(self.activate(self.fc1.forward(x)))
         quantizer = self.fc2.input_quantizer
         gelu: Literal["none", "tanh"] = "tanh" if self.activation == "gelu_tanh" else "none"
         out = OutputFormat(torch.uint8, quantizer.scale, quantizer.zero_point, gelu)
         return self.fc1.integer_forward(self.fc1.quantize_input(x), out)
+
+
+def _linear(inputs: int, outputs: int, settings: QuantizationSettings) -> IntegerLinear:
+    return IntegerLinear(inputs, outputs, settings.bits, settings.group)
+
+
+class QuantizedPool(AttentionPool):
+    """Attention pooling with integer linear layers; its products are in floating point."""
+
+    kv: IntegerLinear
+    proj: IntegerLinear
+    mlp: QuantizedMlp
+
+    def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
+        super().__init__(arch)
+        self.kv = _linear(arch.embed_dim, 2 * arch.embed_dim, settings)
+        self.proj = _linear(arch.embed_dim, arch.embed_dim, settings)
+        self.mlp = QuantizedMlp(self.mlp, settings)
 
 
 class QuantizedBlock(Block):
@@ -81,7 +106,8 @@ class QuantizedBlock(Block):
 
     def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
         super().__init__(arch)
-        self.attn, self.mlp = QuantizedAttention(arch, settings), QuantizedMlp(arch, settings)
+        self.attn = QuantizedAttention(arch, settings)
+        self.mlp = QuantizedMlp(self.mlp, settings)
 
 
 class QuantizedViT(ViT):
@@ -100,8 +126,10 @@ class QuantizedViT(ViT):
         patch_embed = IntegerPatchEmbed(arch.grid.patch_values, arch.embed_dim, 8)
         self.patch_embed = patch_embed
         self.set_normalisation()
+        if arch.pool == "map":
+            self.attn_pool = QuantizedPool(arch, settings)
         if arch.num_classes:
-            self.head = IntegerLinear(arch.embed_dim, arch.num_classes, 8)
+            self.head = IntegerLinear(arch.head_inputs, arch.num_classes, 8)
         self.eval().requires_grad_(False)
 
     def set_normalisation(self) -> None:

@@ -10,6 +10,9 @@ EDGE_LAYERS = ("patch_embed", "head")
 
 BLOCK_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
+POOL_LAYERS = ("kv", "proj", "mlp.fc1", "mlp.fc2")
+"""Linear layers of attention pooling, where a model has it."""
+
 ATTENTION_SITES = ("attn.q", "attn.k", "attn.v", "attn.probabilities")
 """Inputs of the two attention products, quantized with ``attention = "int8"``."""
 
@@ -22,7 +25,8 @@ def scheme_name(settings: QuantizationSettings) -> str:
 def layers(arch: Architecture) -> list[str]:
     """Names of all linear layers, in the order of the forward pass."""
     blocks = [f"blocks.{i}.{layer}" for i in range(arch.depth) for layer in BLOCK_LAYERS]
-    return ["patch_embed", *blocks, *(["head"] if arch.num_classes else [])]
+    pool = [f"attn_pool.{layer}" for layer in POOL_LAYERS if arch.pool == "map"]
+    return ["patch_embed", *blocks, *pool, *(["head"] if arch.num_classes else [])]
 
 
 def weight_bits(layer: str, settings: QuantizationSettings) -> int:

@@ -42,11 +42,18 @@ def quantize_signed(x: Tensor, scale: float) -> Tensor:
     return (x.float() / scale).round_().clamp_(-127, 127).to(torch.int8)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scales: tuple[float, float, float, float]) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[float, float, float, float],
+    bias: Tensor | None = None,
+) -> Tensor:
     """Attention whose two products take 8-bit integers; returns float32 ``[B, H, T, D]``.
 
     ``q``, ``k`` and ``v`` are float ``[B, H, T, D]``; ``scales`` are those of q, k, v
-    (int8, symmetric) and of the probabilities (uint8, zero point 0).  Integers are
+    (int8, symmetric) and of the probabilities (uint8, zero point 0).  ``bias`` is added to
+    the scores.  Queries may be fewer than keys.  Integers are
     carried in float32, where sums below 2^24 are exact: every score with a head of at
     most 1040 channels, every output with at most 518 tokens; beyond, sums are rounded to
     24 bits.
@@ -54,5 +61,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scales: tuple[float, float, float
     q_scale, k_scale, v_scale, p_scale = scales
     q, k, v = (quantize_signed(x, s).float() for x, s in ((q, q_scale), (k, k_scale), (v, v_scale)))
     scores = (q @ k.transpose(-2, -1)) * (q_scale * k_scale * q.shape[-1] ** -0.5)
+    scores = scores if bias is None else scores + bias.float()
     probabilities = quantize(scores.softmax(-1), p_scale, 0).float()
     return (probabilities @ v) * (p_scale * v_scale)

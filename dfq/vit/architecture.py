@@ -9,17 +9,27 @@ from typing import Any, Literal, get_args
 from dfq.errors import CheckpointError
 from dfq.sparse import Grid
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
-Pool = Literal["token", "avg"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
+Pool = Literal["token", "distilled", "avg", "map"]
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The shape of a :class:`dfq.vit.ViT`; enough to build one without weights.
 
-    ``num_prefix_tokens`` counts the class token and the registers, which precede the
-    patch tokens.  ``num_classes`` is 0 for a backbone without a classifier.  Sizes are
-    (height, width) in pixels.
+    ``num_prefix_tokens`` counts the class token, the distillation token and the registers,
+    which precede the patch tokens.  ``num_classes`` is 0 for a backbone without a classifier.
+    Sizes are (height, width) in pixels.
+
+    ``pool``: ``token`` the class token; ``distilled`` the first two tokens, one after the other
+    (their mean without a classifier); ``avg`` the mean; ``map`` attention of one learnt query,
+    with ``pool_heads`` heads and an MLP of ``pool_hidden`` (both 0 otherwise).  The last two
+    leave the prefix tokens out unless ``pool_includes_prefix``.
+
+    ``gated_mlp``: the first linear layer of the MLP gives a gate and a value, and ``mlp_hidden``
+    is the width of either.  ``rope``: queries and keys of patches are rotated by position.
+    ``relative_bias``: attention scores have a learnt bias by relative position.
+    ``attn_norm`` and ``mlp_norm``: a norm before the last linear layer of each.
     """
 
     image_size: tuple[int, int]
@@ -42,6 +52,24 @@ class Architecture:
     pre_norm: bool
     final_norm: bool
     pooled_norm: bool
+    gated_mlp: bool = False
+    attn_norm: bool = False
+    mlp_norm: bool = False
+    rope: bool = False
+    relative_bias: bool = False
+    pool_heads: int = 0
+    pool_hidden: int = 0
+    pool_activation: Activation = "gelu"
+
+    @property
+    def pooled_tokens(self) -> int | None:
+        """How many of the first tokens are pooled; None if the others take part."""
+        return {"token": 1, "distilled": 2}.get(self.pool)
+
+    @property
+    def head_inputs(self) -> int:
+        """Width of what the classifier reads."""
+        return (2 if self.pool == "distilled" else 1) * self.embed_dim
 
     @property
     def grid(self) -> Grid:

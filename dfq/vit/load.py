@@ -31,7 +31,8 @@ from dfq.errors import (
     nearest,
 )
 from dfq.vit.architecture import Preprocessing, to_json
-from dfq.vit.convert import SUPPORTED, convert, describe
+from dfq.vit.convert import convert
+from dfq.vit.describe import SUPPORTED, describe
 from dfq.vit.modules import ViT
 from dfq.vit.weights import classes_in, load_into, read_weights
 

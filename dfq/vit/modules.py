@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from dfq.sparse import patchify
 from dfq.vit.architecture import Activation, Architecture
+from dfq.vit.relations import Relations, bias_entries, bias_index, rotations
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """The nonlinearity of the MLP."""
+    if activation == "silu":
+        return F.silu(x)
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
@@ -28,7 +31,10 @@ class Attention(nn.Module):
     """Multi-head self-attention over tokens ``[B, T, embed_dim]``."""
 
     qkv: nn.Module
+    product: nn.Module
+    norm: nn.Module
     proj: nn.Module
+    relative_bias: Tensor | None
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -36,23 +42,43 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(arch.embed_dim, 3 * arch.attention_dim)
         self.q_norm = _norm(arch.head_dim, arch, arch.qk_norm)
         self.k_norm = _norm(arch.head_dim, arch, arch.qk_norm)
+        self.product = Product()
+        self.norm = _norm(arch.attention_dim, arch, arch.attn_norm)
         self.proj = nn.Linear(arch.attention_dim, arch.embed_dim)
+        self.relative_bias = None
+        if arch.relative_bias:
+            table = torch.zeros(bias_entries(arch.grid), arch.num_heads)
+            self.relative_bias = nn.Parameter(table)
 
-    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, T, 3*H*D]`` to queries, keys and values ``[B, H, T, D]``."""
+    def split(self, qkv: Tensor, at: Relations) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, T, 3*H*D]`` to queries, keys and values ``[B, H, T, D]``, rotated."""
         b, t, _ = qkv.shape
         q, k, v = (
             qkv.reshape(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         )
-        return self.q_norm(q), self.k_norm(k), v
+        return at.rotate(self.q_norm(q)), at.rotate(self.k_norm(k)), v
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.split(self.qkv(x))
-        y: Tensor = self.proj(merge_heads(attend(q, k, v)))
+    def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
+        """``[B, T, embed_dim]``, or only the first ``rows`` tokens of it."""
+        q, k, v = self.split(self.qkv(x), at)
+        mixed = merge_heads(self.product(q[:, :, :rows], k, v, self.bias(at, rows)))
+        y: Tensor = self.proj(self.norm(mixed))
         return y
 
+    def bias(self, at: Relations, rows: int | None = None) -> Tensor | None:
+        """What is added to the scores of the first ``rows`` tokens, if anything."""
+        bias = at.bias(self.relative_bias)
+        return None if bias is None else bias[:, :, :rows]
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+
+class Product(nn.Module):
+    """The two matrix products of attention, as a place to watch them."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        return attend(q, k, v, bias)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention ``[B, H, T, D]``, scaled by ``D ** -0.5``.
 
     Fused, except in bfloat16 on a CPU: there PyTorch's fused kernel takes three times as
@@ -60,8 +86,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scores = scores if bias is None else scores + bias.to(scores.dtype)
         return scores.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -70,19 +97,41 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a nonlinearity between them."""
+    """Two linear layers with a nonlinearity between them, gated or not."""
 
     fc1: nn.Module
+    norm: nn.Module
     fc2: nn.Module
 
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: Activation,
+        *,
+        gated: bool = False,
+        norm: nn.Module | None = None,
+    ) -> None:
+        """``gated``: ``fc1`` gives ``hidden`` gates, then ``hidden`` values
+        (arXiv 2002.05202)."""
         super().__init__()
-        self.activation = arch.activation
-        self.fc1 = nn.Linear(arch.embed_dim, arch.mlp_hidden)
-        self.fc2 = nn.Linear(arch.mlp_hidden, arch.embed_dim)
+        self.activation, self.gated = activation, gated
+        self.fc1 = nn.Linear(width, (2 if gated else 1) * hidden)
+        self.norm = norm or nn.Identity()
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(activate(self.fc1(x), self.activation))
+        y: Tensor = self.fc2(self.activate(self.fc1(x)))
+        return y
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Output of ``fc1`` to input of ``fc2``."""
+        if self.gated:
+            gate, value = x.chunk(2, dim=-1)
+            x = activate(gate, self.activation) * value
+        else:
+            x = activate(x, self.activation)
+        y: Tensor = self.norm(x)
         return y
 
 
@@ -97,11 +146,47 @@ class Block(nn.Module):
         self.norm1 = _norm(arch.embed_dim, arch)
         self.attn = Attention(arch)
         self.norm2 = _norm(arch.embed_dim, arch)
-        self.mlp = Mlp(arch)
+        self.mlp = Mlp(
+            arch.embed_dim,
+            arch.mlp_hidden,
+            arch.activation,
+            gated=arch.gated_mlp,
+            norm=_norm(arch.mlp_hidden, arch, arch.mlp_norm),
+        )
+
+    def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
+        """``[B, T, embed_dim]``, or only the first ``rows`` tokens of it."""
+        x = x[:, :rows] + cast(Tensor, self.attn(self.norm1(x), at, rows))
+        return x + cast(Tensor, self.mlp(self.norm2(x)))
+
+
+class AttentionPool(nn.Module):
+    """Attention of one learnt query over all tokens, then an MLP (arXiv 2106.04560)."""
+
+    kv: nn.Module
+    proj: nn.Module
+    mlp: Mlp
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        width = arch.embed_dim
+        self.query = nn.Parameter(torch.zeros(arch.pool_heads, width // arch.pool_heads))
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = _norm(width, arch)
+        self.mlp = Mlp(width, arch.pool_hidden, arch.pool_activation)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``[B, T, C]`` to the query, keys and values ``[B, H, 1 or T, D]``."""
+        heads, width = self.query.shape
+        kv = self.kv(x).reshape(*x.shape[:2], 2, heads, width).permute(2, 0, 3, 1, 4)
+        query = self.query.to(kv.dtype)[:, None].expand(len(x), -1, -1, -1)
+        return query, kv[0], kv[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + cast(Tensor, self.attn(self.norm1(x)))
-        return x + cast(Tensor, self.mlp(self.norm2(x)))
+        """Tokens ``[B, T, C]`` to ``[B, C]``."""
+        y: Tensor = self.proj(merge_heads(attend(*self.split(x))))
+        return (y + cast(Tensor, self.mlp(self.norm(y))))[:, 0]
 
 
 class ViT(nn.Module):
@@ -113,28 +198,46 @@ class ViT(nn.Module):
     """
 
     patch_embed: nn.Module
+    attn_pool: nn.Module
     head: nn.Module
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.arch = arch
-        dim = arch.embed_dim
-        self.patch_embed = nn.Linear(arch.grid.patch_values, dim)
+        dim, grid = arch.embed_dim, arch.grid
+        self.patch_embed = nn.Linear(grid.patch_values, dim)
         self.patch_norm = _norm(dim, arch, arch.patch_norm)
         self.prefix = nn.Parameter(torch.zeros(arch.num_prefix_tokens, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(arch.grid.patches, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(grid.patches, dim))
+        self.rope: Tensor | None = None
+        if arch.rope:
+            self.rope = nn.Parameter(torch.zeros(grid.patches, 2 * arch.head_dim))
         self.norm_pre = _norm(dim, arch, arch.pre_norm)
         self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.depth))
         self.norm = _norm(dim, arch, arch.final_norm)
+        self.attn_pool = AttentionPool(arch) if arch.pool == "map" else nn.Identity()
         self.fc_norm = _norm(dim, arch, arch.pooled_norm)
-        self.head = nn.Linear(dim, arch.num_classes) if arch.num_classes else nn.Identity()
+        classes = arch.num_classes
+        self.head = nn.Linear(arch.head_inputs, classes) if classes else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_sparse(patchify(images, self.arch.grid))
 
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits of the patches present; ``positions`` may be left out for all, in order."""
-        x = self.encode(self.embed(patches, positions))
+        """Logits of the patches present; ``positions`` may be left out for all, in order.
+
+        Where prefix tokens are what is pooled, the last block computes no others.
+        """
+        at = self.relations(positions)
+        x = self.encode(self.embed(patches, positions), at, stop=-1)
+        return self.classify(self.block(-1)(x, at, self.arch.pooled_tokens))
+
+    def tokens(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
+        """All tokens after the last block, ``[B, prefix + L, embed_dim]``."""
+        return self.encode(self.embed(patches, positions), self.relations(positions))
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Tokens after the last block to logits."""
         logits: Tensor = self.head(self.pool(self.norm(x)))
         return logits
 
@@ -147,42 +250,64 @@ class ViT(nn.Module):
         tokens: Tensor = self.norm_pre(x)
         return tokens
 
+    def relations(self, positions: Tensor | None = None) -> Relations:
+        """What attention needs to know of patches at ``positions`` ``[B, L]``."""
+        if self.rope is not None:
+            sin, cos = rotations(self.rope, positions, self.arch.num_prefix_tokens)
+            return Relations(sin=sin, cos=cos)
+        if self.arch.relative_bias:
+            return Relations(index=bias_index(self.arch.grid, positions, self.prefix.device))
+        return Relations()
+
     def block(self, index: int) -> Block:
         """One of the blocks."""
         block = self.blocks[index]
         assert isinstance(block, Block)
         return block
 
-    def encode(self, x: Tensor, stop: int | None = None) -> Tensor:
+    def encode(self, x: Tensor, at: Relations, stop: int | None = None) -> Tensor:
         """Run the blocks before ``stop`` (all of them by default)."""
         for block in self.blocks[:stop]:
-            x = block(x)
+            x = block(x, at)
         return x
 
     @torch.no_grad()
     def importance(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """Attention to each patch in the last block, averaged over heads: float32 ``[B, L]``.
+        """Attention that each patch gets, averaged over heads: float32 ``[B, L]``.
 
-        With a class token it is the class token's attention (arXiv 2509.23235, section 3),
-        without one the mean attention of all patches.
+        In the last block, from the class token (arXiv 2509.23235, section 3) and the
+        distillation token; with attention pooling from the pooling query; where neither
+        pools, the mean over all patches.
         """
-        x = self.encode(self.embed(patches, positions), stop=-1)
-        block = self.block(-1)
-        q, k, _ = block.attn.split(block.attn.qkv(block.norm1(x)))
-        start = self.arch.num_prefix_tokens
-        q = q[:, :, :1] if self.arch.class_token else q[:, :, start:]
-        scores = (q.float() @ k.float().transpose(-2, -1)) * self.arch.head_dim**-0.5
-        return scores.softmax(-1).mean(dim=(1, 2))[:, start:]
+        at, start = self.relations(positions), self.arch.num_prefix_tokens
+        if isinstance(self.attn_pool, AttentionPool):
+            x = self.norm(self.encode(self.embed(patches, positions), at))
+            q, k, _ = self.attn_pool.split(x)
+            return _attention(q, k, None)[:, :, start:].mean(1)
+        x = self.encode(self.embed(patches, positions), at, stop=-1)
+        block, rows = self.block(-1), self.arch.pooled_tokens
+        q, k, _ = block.attn.split(block.attn.qkv(block.norm1(x)), at)
+        shares = _attention(q[:, :, :rows], k, block.attn.bias(at, rows))
+        return shares[:, 0 if rows else start :, start:].mean(1)
 
     def pool(self, x: Tensor) -> Tensor:
-        """Normed tokens ``[B, T, embed_dim]`` to the head's input ``[B, embed_dim]``."""
+        """Normed tokens ``[B, T, embed_dim]`` to the head's input ``[B, head_inputs]``."""
         if self.arch.pool == "token":
             x = x[:, 0]
+        elif self.arch.pool == "distilled":
+            x = x[:, :2].flatten(1) if self.arch.num_classes else x[:, :2].mean(dim=1)
         else:
             start = 0 if self.arch.pool_includes_prefix else self.arch.num_prefix_tokens
-            x = x[:, start:].mean(dim=1)
+            x = x[:, start:]
+            x = x.mean(dim=1) if self.arch.pool == "avg" else self.attn_pool(x)
         pooled: Tensor = self.fc_norm(x)
         return pooled
+
+
+def _attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax of scores, averaged over heads: ``[B, Tq, Tk]``."""
+    scores = (q.float() @ k.float().transpose(-2, -1)) * q.shape[-1] ** -0.5
+    return (scores if bias is None else scores + bias.float()).softmax(-1).mean(1)
 
 
 def _norm(dim: int, arch: Architecture, present: bool = True) -> nn.Module:

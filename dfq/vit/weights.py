@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import clean_state_dict
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import beit, clean_state_dict, deit, eva, vision_transformer
 from torch import Tensor, nn
 
 from dfq.errors import WeightsError
@@ -88,9 +89,10 @@ def load_into(
     """
     own = model.state_dict()
     if not resize:
-        _check_size(own.get("pos_embed"), state.get("pos_embed"), name, path)
+        for key in ("pos_embed", "blocks.0.attn.relative_position_bias_table"):
+            _check_size(own.get(key), state.get(key), name, path)
     try:
-        state = checkpoint_filter_fn(dict(state), cast(Any, model))
+        state = _filter(model)(dict(state), cast(Any, model))
     except (RuntimeError, KeyError, ValueError, AssertionError, AttributeError) as error:
         raise WeightsError(
             f"{path.name!r} does not fit {name!r}: {str(error).splitlines()[0]:.200}"
@@ -100,6 +102,16 @@ def load_into(
     if missing or unknown or shapes:
         raise WeightsError(_mismatch(own, state, missing, unknown, shapes, name, path))
     model.load_state_dict(state)
+
+
+def _filter(model: nn.Module) -> Callable[..., Any]:
+    """timm's own translation of the formats in which weights of such models circulate."""
+    if isinstance(model, deit.VisionTransformerDistilled):
+        return partial(deit.checkpoint_filter_fn, adapt_layer_scale=True)
+    homes = {beit.Beit: beit, eva.Eva: eva}
+    home: Any = homes.get(type(model), vision_transformer)
+    translate: Callable[..., Any] = home.checkpoint_filter_fn
+    return translate
 
 
 def _check_size(own: Tensor | None, theirs: Tensor | None, name: str, path: Path) -> None:
