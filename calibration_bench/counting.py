@@ -89,7 +89,7 @@ def _block(
         yield from _linear("q", rows, dim, inner, count)
     yield from _attention(arch, tokens, queries, batch, count)
     yield from _linear("proj", rows, inner, dim, count)
-    yield from _linear("fc1", rows, dim, arch.mlp_hidden, count)
+    yield from _linear("fc1", rows, dim, (2 if arch.gated_mlp else 1) * arch.mlp_hidden, count)
     yield from _linear("fc2", rows, arch.mlp_hidden, dim, count)
 
 

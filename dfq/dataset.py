@@ -24,7 +24,7 @@ from dfq.files import explain, make_directory, write_bytes, write_json
 from dfq.sparse import Grid, SparseImages
 
 FORMAT = "dfq-sparse-images"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 SHARD_NAME = re.compile(r"shard-([0-9]{5,})-([0-9]{1,7})\.safetensors")
 

@@ -98,11 +98,15 @@ class ModelEntry:
     pretrained: bool
 
 
+HOMES = ("vision_transformer", "deit", "beit", "eva")
+"""Modules of timm that define models which may be supported."""
+
+
 def models(pattern: str | None = None) -> list[ModelEntry]:
-    """The names of models: demo, aliases, and timm's VisionTransformers.
+    """The names of models: demo, aliases, and timm's vision transformers.
 
     ``pattern`` keeps names that contain it.  timm's names are those of its
-    VisionTransformer family; whether a member is supported shows when it is loaded.
+    modules of patch transformers; whether a member is supported shows when it is loaded.
 
     Raises:
         UnknownModelError: no name contains the pattern.
@@ -111,7 +115,7 @@ def models(pattern: str | None = None) -> list[ModelEntry]:
 
     from dfq.vit.load import ALIASES
 
-    names = sorted({*timm.list_models(module="vision_transformer"), *timm.list_models("deit*")})
+    names = sorted({name for home in HOMES for name in timm.list_models(module=home)})
     entries = [
         ModelEntry("demo", "demo", True),
         *(ModelEntry(alias, "alias", True) for alias in ALIASES),

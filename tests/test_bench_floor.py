@@ -38,12 +38,12 @@ def counted(vit: ViT, live: int, batch: int, forward: Any) -> int:
 
 
 def whole(vit: ViT, patches: Tensor, positions: Tensor) -> Tensor:
-    return vit.forward_sparse(patches, positions)
+    return vit.classify(vit.tokens(patches, positions))
 
 
 def last_row_only(vit: ViT, patches: Tensor, positions: Tensor) -> Tensor:
     """The same logits; the last block computes what the class token needs."""
-    x = vit.encode(vit.embed(patches, positions), stop=-1)
+    x = vit.encode(vit.embed(patches, positions), vit.relations(positions), stop=-1)
     block, inner = vit.block(-1), vit.arch.attention_dim
     qkv: Any = block.attn.qkv
     normed = block.norm1(x)

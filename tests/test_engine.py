@@ -157,7 +157,7 @@ def test_gradient_and_activation_are_norms(loaded: LoadedModel) -> None:
     logits[torch.arange(2), objective.labels].sum().backward()
     assert leaf.grad is not None
     torch.testing.assert_close(measured("gradient"), leaf.grad.norm(dim=2))
-    tokens = loaded.vit.encode(loaded.vit.embed(patches, positions))
+    tokens = loaded.vit.tokens(patches, positions)
     torch.testing.assert_close(measured("activation"), tokens[:, 1:].norm(dim=2))
 
 

@@ -13,14 +13,14 @@ from conftest import make_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import (
+    ConvMlp,
     DiffAttention,
     GELUTanh,
-    GluMlp,
     LayerNorm,
     QuickGELU,
     RmsNorm,
-    SwiGLU,
 )
+from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -278,18 +278,19 @@ def outside(name: str, **args: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def _with_pool(model: VisionTransformer, **changes: Any) -> nn.Module:
+    model.attn_pool = AttentionPoolLatent(64, num_heads=2, **changes)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "CNN": (outside("resnet18"), "ResNet"),
     "Swin": (outside("swin_tiny_patch4_window7_224"), "SwinTransformer"),
-    "distilled DeiT": (outside("deit_tiny_distilled_patch16_224"), "VisionTransformerDistilled"),
-    "EVA-02": (outside("eva02_tiny_patch14_224"), "Eva"),
-    "BEiT": (outside("beit_base_patch16_224"), "Beit"),
     "hybrid": (outside("vit_tiny_r_s16_p8_224"), "patch embedding"),
     "not of timm": (lambda: nn.Linear(4, 4), "Linear"),
     "wrapped": (lambda: nn.Sequential(make_vit()), "Sequential"),
     "subclass": (lambda: type("MyViT", (VisionTransformer,), {})(depth=1, embed_dim=12), "MyViT"),
-    "SwiGLU": (lambda: make_vit(mlp_layer=SwiGLU), "SwiGLU"),
-    "GLU": (lambda: make_vit(mlp_layer=GluMlp), "GluMlp"),
+    "convolutional MLP": (lambda: make_vit(mlp_layer=ConvMlp), "ConvMlp"),
     "parallel block": (lambda: make_vit(block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
     "parallel things": (lambda: make_vit(block_fn=ParallelThingsBlock), "ParallelThingsBlock"),
     "post-norm": (lambda: make_vit(block_fn=ResPostBlock), "ResPostBlock"),
@@ -300,10 +301,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: make_vit(norm_layer=partial(nn.LayerNorm, elementwise_affine=False)),
         "norms",
     ),
-    "norm of attention": (lambda: make_vit(scale_attn_norm=True), "attention outputs"),
-    "norm in the MLP": (lambda: make_vit(scale_mlp_norm=True), "inside its MLP"),
-    "attention pooling": (lambda: make_vit(global_pool="map"), "'map'"),
     "largest value pooling": (lambda: make_vit(global_pool="max"), "'max'"),
+    "post-norm EVA": (outside("eva02_enormous_patch14_clip_224"), "EvaBlockPostNorm"),
+    "mixed rotations": (outside("vit_small_patch16_rope_mixed_224"), "rotary"),
+    "two queries": (lambda: _with_pool(make_vit(global_pool="map"), latent_len=2), "one query"),
     "no pooling": (lambda: make_vit(global_pool=""), "pooling"),
     "ReLU": (lambda: make_vit(act_layer="relu"), "ReLU"),
     "padded patches": (lambda: make_vit(dynamic_img_pad=True), "patch embedding"),

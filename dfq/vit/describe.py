@@ -89,6 +89,9 @@ def refusal(name: str, why: str) -> UnsupportedModelError:
 def _check_block(block: Any, kind: type[nn.Module], name: str) -> None:
     if type(block) is not kind:
         raise refusal(name, f"its blocks are {type(block).__name__}")
+    for norm in (block.norm1, block.norm2):
+        if not isinstance(norm, nn.LayerNorm):
+            raise refusal(name, f"its norms are {type(norm).__name__}")
     attn: Any = block.attn
     mlp: Any = block.mlp
     if type(attn) not in ATTENTIONS or getattr(attn, "gate", None) is not None:
