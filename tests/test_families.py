@@ -9,12 +9,14 @@ import pytest
 import timm
 import torch
 from families import FAMILIES, VARIANTS, Family, table
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dfq
 from dfq.sparse import patchify
 from dfq.vit import ViT
 from dfq.vit.load import LoadedModel, load_model
+from dfq.vit.weights import load_into, read_weights
 
 ALL = [pytest.param(f, id=f.name) for f in [*FAMILIES, *VARIANTS]]
 FAST: dict[str, Any] = {
@@ -148,3 +150,16 @@ def test_examples_are_names_of_timm(family: Family) -> None:
 def test_the_table_in_the_docs_is_that_of_the_tested_families() -> None:
     page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     assert table() in page
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_weights_of_the_family_survive_a_file(family: Family, tmp_path: Path) -> None:
+    model, path = family.make(), tmp_path / "weights.safetensors"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    again = family.make()
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    load_into(again, read_weights(path), name=family.name, path=path, resize=False)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
