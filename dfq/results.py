@@ -94,7 +94,7 @@ class QuantizeResult:
     accuracy_top5: FloatQuantized | None
     agreement_on: AgreementOn | None
     attention: str
-    layers: tuple[LayerNoise, ...]
+    layers: list[LayerNoise]
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,11 @@ def assert_schema(value: Any, kind: Any) -> None:
             assert types.NoneType in typing.get_args(kind)
             return
         (kind,) = (k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        assert type(value) is list
+        for item in value:
+            assert_schema(item, typing.get_args(kind)[0])
+        return
     if not dataclasses.is_dataclass(kind):
         assert type(value) is kind or (kind is float and type(value) is int)
         return
@@ -499,7 +504,7 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "mean that is no number": (quantize_with("--mean", "nan,0,0"), "--mean", "nan"),
     "bound": (quantize_with("--min-agreement", "90"), "min_agreement is 90", "0 to 1"),
     "bound without data": (quantize_with("--min-accuracy", "0.5"), "min_accuracy", "--eval DATA"),
-    "classes": (quantize_with("--num-classes", "0"), "--num-classes is 0", "at least 1"),
+    "classes": (quantize_with("--num-classes", "-1"), "--num-classes is -1", "at least 0"),
     "other classes": (quantize_with("--num-classes", "6"), "asked for 6", "--num-classes 5"),
     "image size": (quantize_with("--img-size", "-5"), "--img-size is -5", "at least 1"),
     "missing recipe": (quantize_at("--recipe", lambda p: p.tmp / "none.toml"),

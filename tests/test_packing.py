@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.packing import pack_int4, unpack_int4
 from dfq.quantization.quantizer import Quantizer
+from dfq.quantization.rounding import WeightScales
 
 QUICK = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -73,6 +74,8 @@ def test_layer_holds_four_bit_weights_packed(in_features: int) -> None:
     generator = torch.Generator().manual_seed(in_features)
     integers = torch.randint(-7, 8, (3, in_features), generator=generator, dtype=torch.int8)
     layer = IntegerLinear(in_features, 3, 4)
-    layer.assign(integers, torch.ones(3), torch.zeros(3), Quantizer(0.5, 3, signed=False))
+    layer.assign(
+        integers, WeightScales(torch.ones(3)), torch.zeros(3), Quantizer(0.5, 3, signed=False)
+    )
     assert layer.weight.shape == (3, (in_features + 1) // 2)
     assert torch.equal(layer.integers(), integers)

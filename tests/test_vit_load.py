@@ -490,8 +490,10 @@ def test_a_module_cannot_be_given_another_shape(option: dict[str, int]) -> None:
 # ---- settings
 
 
-@pytest.mark.parametrize(("flag", "value"), [("num_classes", 0), ("img_size", 0), ("img_size", -1)])
-def test_sizes_below_one_are_refused(flag: str, value: int, weights_file: Path) -> None:
+@pytest.mark.parametrize(
+    ("flag", "value"), [("num_classes", -1), ("img_size", 0), ("img_size", -1)]
+)
+def test_sizes_out_of_their_range_are_refused(flag: str, value: int, weights_file: Path) -> None:
     with pytest.raises(SettingError, match=f"--{flag.replace('_', '-')} is {value}"):
         load_model("vit_tiny", weights=weights_file, **{flag: value})
 
@@ -589,3 +591,10 @@ def test_the_fingerprint_does_not_depend_on_how_numbers_are_written() -> None:
 def test_a_model_without_prefix_tokens_has_a_fingerprint() -> None:
     model = make_vit(class_token=False, global_pool="avg")
     assert len(load_model(model).fingerprint) == 64
+
+
+def test_no_classes_leave_the_head_of_a_file_out(weights_file: Path) -> None:
+    loaded = load_model("vit_tiny_patch16_224", weights=weights_file, img_size=32, num_classes=0)
+    assert loaded.vit.arch.num_classes == 0
+    assert loaded.vit(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
+    assert load_model("demo", num_classes=0).vit.arch.num_classes == 0

@@ -46,7 +46,7 @@ def _decibels(signal: float, noise: float) -> float:
 @torch.no_grad()
 def layer_noise(
     vit: ViT, quantized: QuantizedViT, batches: Iterable[SparseImages]
-) -> tuple[LayerNoise, ...]:
+) -> list[LayerNoise]:
     """Measure every quantized layer on sparse images that pass through the float model."""
     energies = {name: _Energies() for name in layers(vit.arch)}
     handles = [
@@ -64,7 +64,7 @@ def layer_noise(
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(LayerNoise(name, *e.ratios()) for name, e in energies.items())
+    return [LayerNoise(name, *e.ratios()) for name, e in energies.items()]
 
 
 def _hook(target: IntegerLinear, energies: _Energies) -> Callable[..., None]:

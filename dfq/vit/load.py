@@ -91,7 +91,7 @@ def load_model(
         model: ``"demo"``, an alias (``vit_base``), a timm name with or without a
             pretrained tag, a ``hf-hub:`` address, or a timm module.
         weights: a safetensors or torch file to load instead of pretrained weights.
-        num_classes: classes of the head; told from ``weights`` where left out.
+        num_classes: classes of the head, 0 for none; told from ``weights`` where left out.
         img_size: side of the square input in pixels; wins over timm's data config.
         mean, std: per channel, in the range of pixels / 255; win over timm's data config.
 
@@ -99,9 +99,9 @@ def load_model(
         UnknownModelError, UnsupportedModelError, WeightsError, PretrainedError,
         SettingError: as their names say.
     """
-    for flag, value in (("--num-classes", num_classes), ("--img-size", img_size)):
-        if value is not None and value < 1:
-            raise SettingError(f"{flag} is {value}; it must be at least 1.")
+    for flag, value, least in (("--num-classes", num_classes, 0), ("--img-size", img_size, 1)):
+        if value is not None and value < least:
+            raise SettingError(f"{flag} is {value}; it must be at least {least}.")
     if isinstance(model, nn.Module):
         loaded = _from_module(model, weights, mean, std)
         arch = loaded.vit.arch
@@ -158,7 +158,10 @@ def _demo(
         )
     path = demo.WEIGHTS if weights is None else Path(weights)
     state = read_weights(path)
-    args["num_classes"] = num_classes or classes_in(state) or args["num_classes"]
+    classes = classes_in(state) if num_classes is None else num_classes
+    args["num_classes"] = args["num_classes"] if classes is None else classes
+    if classes == 0:
+        state = {k: v for k, v in state.items() if not k.startswith("head.")}
     timm_model = timm.create_model(**args)
     load_into(timm_model, state, name="demo", path=path, resize=False)
     preprocessing = Preprocessing(
@@ -174,6 +177,8 @@ def _from_file(name: str, path: Path, num_classes: int | None, img_size: int | N
     classes = num_classes if num_classes is not None else classes_in(state)
     if classes is None and not any(key.startswith("head") for key in state):
         classes = 0
+    if classes == 0:
+        state = {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}
     arch = name if ":" in name else split_model_name_tag(name)[0]
     kwargs: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model = _reach(name, arch, False, img_size, **kwargs)
@@ -190,12 +195,13 @@ def _pretrained(name: str, num_classes: int | None, img_size: int | None) -> nn.
                 f"timm has no pretrained weights for {name!r}. Give a file of weights with "
                 "--weights, or a name with a tag from `dfq models`."
             )
-        if num_classes is not None and num_classes != config.num_classes:
+        if num_classes not in (None, 0, config.num_classes):
             raise WeightsError(
                 f"The pretrained weights of {name!r} have {config.num_classes} classes, not "
                 f"{num_classes}. Leave --num-classes out, or give your own --weights."
             )
-    return _reach(name, name, True, img_size)
+    kwargs: dict[str, Any] = {"num_classes": 0} if num_classes == 0 else {}
+    return _reach(name, name, True, img_size, **kwargs)
 
 
 def _reach(
