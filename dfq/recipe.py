@@ -49,7 +49,7 @@ class InversionSettings:
     importance: Importance = _setting(
         "auto",
         "which patches leave first; auto: attention of the class token or the pooling query, "
-        "gradient where neither exists",
+        "random where neither exists",
     )
     plateau: int = _setting(
         0,

@@ -17,11 +17,12 @@ MEASURES: tuple[str, ...] = tuple(m for m in get_args(Importance) if m != "auto"
 def resolve_importance(importance: Importance, arch: Architecture) -> Importance:
     """What ``auto`` stands for: the attention of the token or query that pools the image.
 
-    Average pooling has none; there it is the gradient, see ``docs/inversion.md``.
+    Average pooling has none; there no measure was better than chance, see
+    ``docs/inversion.md``.
     """
     if importance != "auto":
         return importance
-    return "gradient" if arch.pool == "avg" else "attention"
+    return "random" if arch.pool == "avg" else "attention"
 
 
 def importance_of(
