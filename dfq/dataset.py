@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,11 @@ class SparseImageDataset:
         """Read every shard; raise :class:`DamagedError` at the first that is not whole."""
         for shard in self.shards:
             self.read(shard)
+
+    def units(self) -> Iterator[list[SparseImages]]:
+        """All images of one unit of work after another: every trajectory lies in one."""
+        for _, shards in groupby(self.shards, key=lambda shard: shard.name.split("-")[1]):
+            yield [self.read(shard) for shard in shards]
 
     def batches(self, size: int) -> Iterator[SparseImages]:
         """Batches of at most ``size`` images of one number of patches, in stored order."""

@@ -27,12 +27,15 @@ from dfq.inversion import plan_units
 from dfq.inversion.workers import launched_together
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
+from dfq.quantization.coverage import Coverage
 from dfq.quantization.diagnosis import layer_noise
+from dfq.quantization.equalization import equalize
 from dfq.quantization.scheme import layers, scheme_name
 from dfq.recipe import (
     SECTIONS,
     InversionSettings,
     Method,
+    QuantizationSettings,
     Recipe,
     load_recipe,
     override,
@@ -231,19 +234,22 @@ def quantize(
         source, origin = _calibration_set(
             loaded, chosen, None if method else calibration, target, cache, progress
         )
-    with clock("calibrate"), progress.task("Calibrating", len(source)) as advance:
+    covered = _covered(source, chosen.quantization)
+    with clock("calibrate"), progress.task("Calibrating", len(covered)) as advance:
         found = calibrate(
             vit,
-            source.batches(chosen.quantization.batch),
+            covered.batches(chosen.quantization.batch),
             loaded.preprocessing,
             chosen.quantization,
             advance,
         )
     with clock("quantize"), progress.task("Quantizing", len(layers(vit.arch))) as advance:
-        quantized = quantize_vit(vit, found, loaded.preprocessing, chosen.quantization, advance)
+        equal, found = equalize(vit, found, chosen.quantization.equalize)
+        quantized = quantize_vit(equal, found, loaded.preprocessing, chosen.quantization, advance)
         del found
         diagnosed = islice(source.batches(DIAGNOSIS_BATCH), DIAGNOSIS_BATCHES)
-        noise = layer_noise(vit, quantized, diagnosed)
+        noise = layer_noise(equal, quantized, diagnosed)
+        del equal
     result = QuantizeResult(
         model=name,
         scheme=scheme,
@@ -351,6 +357,14 @@ def _calibration_set(
     images = open_images(path, loaded.vit.arch, loaded.preprocessing, labelled=False)
     dense = DenseImages(images, loaded.vit.arch, settings.images)
     return dense, CalibrationSource("images", len(dense), str(path), True)
+
+
+def _covered(
+    source: SparseImageDataset | DenseImages, settings: QuantizationSettings
+) -> SparseImageDataset | DenseImages | Coverage:
+    """Inverted images with what makes them cover real ones; other images as they are."""
+    inverted = isinstance(source, SparseImageDataset) and source.method != "noise"
+    return Coverage(source, settings) if inverted else source  # type: ignore[arg-type]
 
 
 def _check_model(dataset: SparseImageDataset, loaded: LoadedModel) -> None:

@@ -37,7 +37,7 @@ class InversionSettings:
     )
     images: int = _setting(32, "images to make (pri: sparse images)", 1, 10_000_000)
     stages: int = _setting(4, "pri: images a trajectory yields, v of the paper", 1, 1024)
-    iterations: int = _setting(100, "iterations T of a trajectory", 1, 1_000_000)
+    iterations: int = _setting(48, "iterations T of a trajectory", 1, 1_000_000)
     lr: float = _setting(0.25, "step size of Adam, in normalised pixels", 1e-6, 100.0)
     beta1: float = _setting(0.5, "decay of Adam's first moment", 0.0, 0.9999)
     beta2: float = _setting(0.99, "decay of Adam's second moment", 0.0, 0.9999)
@@ -88,11 +88,18 @@ class QuantizationSettings:
         "float", "float: fused attention; int8: both attention products on 8-bit integers"
     )
     observer: Observer = _setting("minmax", "how activation ranges follow from calibration")
+    equalize: float | None = _setting(
+        None,
+        "bring the channels after layer norms to more equal ranges: 1 to their own range each "
+        "(arXiv 2212.08254), less leaves room beyond it; left out: one range for all",
+        0.0,
+        1.0,
+    )
     rounding: Rounding = _setting(
         "gptq", "nearest; gptq: second-order rounding of 4-bit weights (arXiv 2210.17323)"
     )
     group: int = _setting(
-        64,
+        32,
         "inputs of 4-bit weights that share an integer scale within their channel "
         "(arXiv 2405.04532); 0: one scale per output channel",
         0,
@@ -100,6 +107,18 @@ class QuantizationSettings:
     )
     bias_correction: bool = _setting(
         True, "shift biases by the mean error of the rounded weights (arXiv 1906.04721, 4.2)"
+    )
+    damping: float = _setting(
+        0.1, "gptq: added to the Hessian's diagonal, as a share of its mean", 1e-6, 1e3
+    )
+    smooth: tuple[float, ...] = _setting(
+        (4.0, 8.0),
+        "calibrate on inverted images at these shares of their resolution too, as divisors",
+        1.0,
+        1024.0,
+    )
+    fractal: int = _setting(
+        16, "images of noise with a natural spectrum to calibrate on beside inverted ones", 0, 65536
     )
     batch: int = _setting(8, "images of a calibration step", 1, 4096)
 
@@ -151,7 +170,9 @@ def _allowed(value: Any, hint: Any, doc: Any) -> str | None:
             return None
         good = type(value) is int and low <= value <= high
         return None if good else f"a whole number from {span}"
-    if hint is float:
+    if hint == (float | None) and value is None:
+        return None
+    if hint is float or hint == (float | None):
         good = type(value) in (int, float) and low <= value <= high
         return None if good else f"a number from {span}"
     good = isinstance(value, tuple) and all(

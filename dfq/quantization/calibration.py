@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,15 @@ from dfq.vit import Preprocessing, ViT
 
 
 class InputStatistics:
-    """Running mean and, on request, second moment of a linear layer's input."""
+    """Running mean, range and, on request, second moment of a linear layer's input.
+
+    ``low`` and ``high`` are float32 ``[in]``, the smallest and largest value of each feature.
+    """
 
     def __init__(self, features: int, *, second_moment: bool, device: torch.device) -> None:
         self.count = 0
+        self.low = torch.full((features,), torch.inf, device=device)
+        self.high = torch.full((features,), -torch.inf, device=device)
         self._sum = torch.zeros(features, dtype=torch.float64, device=device)
         self._squares = torch.zeros(features, features, device=device) if second_moment else None
 
@@ -30,9 +36,22 @@ class InputStatistics:
         """Take inputs ``[..., in]`` into account."""
         x = x.detach().float().flatten(0, -2)
         self.count += x.shape[0]
+        low, high = x.aminmax(dim=0)
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self._sum += x.sum(0, dtype=torch.float64)
         if self._squares is not None:
             self._squares.addmm_(x.T, x)
+
+    def moved(self, middle: Tensor, ratio: Tensor) -> InputStatistics:
+        """Those of ``(x - middle) / ratio``, feature by feature."""
+        found = copy.copy(self)
+        found.low, found.high = (self.low - middle) / ratio, (self.high - middle) / ratio
+        found._sum = (self._sum - self.count * middle) / ratio
+        if self._squares is not None:
+            cross = torch.outer(self._sum.float(), middle)
+            shifted = self._squares - cross - cross.T + self.count * torch.outer(middle, middle)
+            found._squares = shifted / torch.outer(ratio, ratio)
+        return found
 
     @property
     def mean(self) -> Tensor:

@@ -247,7 +247,7 @@ def _fill(
     importance = None if hessian is None else hessian.diagonal()
     scales = rounding.search_scales(weight, target.bits, importance, group=target.group)
     if hessian is not None:
-        integers = rounding.round_gptq(weight, scales, target.bits, hessian)
+        integers = rounding.round_gptq(weight, scales, target.bits, hessian, settings.damping)
     else:
         integers = rounding.round_nearest(weight, scales, target.bits)
     if settings.bias_correction:

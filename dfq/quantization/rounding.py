@@ -17,9 +17,6 @@ CLIP_STEPS = 40
 CLIP_LOWEST = {4: 0.5, 8: 0.9}
 """The smallest clipping candidate, as a share of the largest magnitude."""
 
-DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a share of its mean (arXiv 2210.17323, 3.3)."""
-
 GROUP_LEVELS = 16
 """Largest integer scale of a group: 4-bit integers times it still fit in 8 bits."""
 
@@ -123,7 +120,9 @@ def round_nearest(weight: Tensor, scales: WeightScales, bits: int) -> Tensor:
     return (weight / steps).round_().clamp_(low, high).to(torch.int8)
 
 
-def round_gptq(weight: Tensor, scales: WeightScales, bits: int, hessian: Tensor) -> Tensor:
+def round_gptq(
+    weight: Tensor, scales: WeightScales, bits: int, hessian: Tensor, damping: float = 0.01
+) -> Tensor:
     """Round column by column, each column's error made up for by those not yet rounded.
 
     GPTQ (arXiv 2210.17323, section 3): with the Cholesky factor of the inverse Hessian,
@@ -133,6 +132,8 @@ def round_gptq(weight: Tensor, scales: WeightScales, bits: int, hessian: Tensor)
         weight: float32 ``[out, in]``.
         scales: of the weight's integers; they stay as they are.
         hessian: ``x x^T`` summed or averaged over inputs, float32 ``[in, in]``.
+        damping: added to the Hessian's diagonal, as a share of its mean; large values come
+            close to rounding to the nearest.
 
     Returns:
         int8 ``[out, in]``.
@@ -141,7 +142,7 @@ def round_gptq(weight: Tensor, scales: WeightScales, bits: int, hessian: Tensor)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     rest = weight[:, order].clone()
     steps = scales.steps(weight.shape[1]).expand_as(weight)[:, order]
-    factor = _inverse_factor(hessian[order][:, order])
+    factor = _inverse_factor(hessian[order][:, order], damping)
     result = torch.empty_like(rest, dtype=torch.int8)
     for start in range(0, rest.shape[1], COLUMNS):
         end = min(start + COLUMNS, rest.shape[1])
@@ -157,7 +158,7 @@ def round_gptq(weight: Tensor, scales: WeightScales, bits: int, hessian: Tensor)
     return result[:, order.argsort()]
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the damped Hessian's inverse.
 
     Damping grows until the matrix is numerically positive definite.
@@ -165,7 +166,6 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     if not bool(torch.isfinite(hessian).all()):
         raise RunError("Activations overflow on the calibration images; use other images.")
     mean = hessian.diagonal().mean().clamp_min(1e-12)
-    damping = DAMPING
     while True:
         damped = hessian.double() + torch.eye(
             len(hessian), dtype=torch.float64, device=hessian.device

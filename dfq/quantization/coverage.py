@@ -1,0 +1,131 @@
+"""Images beside the inverted ones, so that calibration meets what real images bring.
+
+Inverted images are rich in fine texture and poor in smooth areas, so statistics of them
+alone leave directions of a layer's input unseen that photographs use.  Both additions are
+made without data: inverted images at lower resolutions, and noise with the spectrum of
+natural images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfq.dataset import SparseImageDataset
+from dfq.recipe import QuantizationSettings
+from dfq.sparse import Grid, SparseImages, patchify, unpatchify
+
+SPREAD = 64.0
+"""Standard deviation of fractal noise, in levels of a pixel."""
+
+MIDDLE = 127.5
+
+
+class Coverage:
+    """An inverted dataset with what is added to it, as batches of sparse images."""
+
+    def __init__(self, dataset: SparseImageDataset, settings: QuantizationSettings) -> None:
+        self.dataset, self.settings = dataset, settings
+
+    def __len__(self) -> int:
+        trajectories = sum(len(_trajectories(unit)) for unit in self.dataset.units())
+        return len(self.dataset) + trajectories * len(self.settings.smooth) + self.settings.fractal
+
+    def batches(self, size: int) -> Iterator[SparseImages]:
+        """Batches of at most ``size`` images of one number of patches."""
+        yield from self.dataset.batches(size)
+        for unit in self.dataset.units():
+            whole = recompose(unit)
+            for factor in self.settings.smooth:
+                for images in whole:
+                    yield from _cut(smoothed(images, self.dataset.grid, factor), size)
+        if self.settings.fractal:
+            yield from _cut(fractal_noise(self.settings.fractal, self.dataset.grid), size)
+
+
+def recompose(unit: list[SparseImages]) -> list[SparseImages]:
+    """The images of each trajectory laid together into one, grouped by number of patches.
+
+    ``unit`` holds all images of some trajectories.  Labels are kept, ``stage`` is 0.
+    """
+    found: dict[int, list[SparseImages]] = {}
+    for trajectory in _trajectories(unit):
+        parts = [batch[batch.trajectory == trajectory] for batch in unit]
+        positions = torch.cat([p.positions.flatten() for p in parts])
+        patches = torch.cat([p.patches.flatten(0, 1) for p in parts])
+        order = positions.argsort()
+        image = SparseImages(
+            patches=patches[order][None],
+            positions=positions[order][None],
+            labels=next(p.labels[:1] for p in parts if len(p)),
+            stage=torch.zeros(1, dtype=torch.int64),
+            trajectory=torch.tensor([trajectory]),
+        )
+        found.setdefault(len(positions), []).append(image)
+    return [_join(images) for images in found.values()]
+
+
+def smoothed(images: SparseImages, grid: Grid, factor: float) -> SparseImages:
+    """The images resampled to 1 / ``factor`` of their resolution and back.
+
+    Pixels of absent patches have no part in it.
+    """
+    present = torch.ones_like(images.patches, dtype=torch.float32)
+    pixels = unpatchify(images.patches.float(), images.positions, grid)
+    weight = unpatchify(present, images.positions, grid)
+    size = [max(1, round(side / factor)) for side in pixels.shape[-2:]]
+    blurred = _resample(pixels, size) / _resample(weight, size).clamp_min(0.05)
+    patches = patchify(blurred.round_().clamp_(0, 255), grid).to(torch.uint8)
+    index = images.positions[..., None].expand_as(images.patches)
+    return SparseImages(
+        patches.gather(1, index), images.positions, images.labels, images.stage, images.trajectory
+    )
+
+
+def _resample(pixels: Tensor, size: list[int]) -> Tensor:
+    small = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+    return F.interpolate(small, size=pixels.shape[-2:], mode="bicubic")
+
+
+def fractal_noise(count: int, grid: Grid, seed: int = 0) -> SparseImages:
+    """Whole images of noise whose amplitude falls as 1 / frequency, as in natural images.
+
+    (D. J. Field, J. Opt. Soc. Am. A 4, 2379, 1987.)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    height, width = (n * p for n, p in zip((grid.rows, grid.columns), grid.patch_size, strict=True))
+    white = torch.randn(count, grid.channels, height, width, generator=generator)
+    down, right = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    frequency = (down.square() + right.square()).sqrt().clamp_min(1 / max(height, width))
+    noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
+    noise = noise - noise.mean((2, 3), keepdim=True)
+    noise = noise / noise.std((2, 3), keepdim=True, correction=0).clamp_min(1e-6)
+    pixels = (noise * SPREAD + MIDDLE).round_().clamp_(0, 255)
+    return SparseImages(
+        patches=patchify(pixels, grid).to(torch.uint8),
+        positions=torch.arange(grid.patches).expand(count, -1).contiguous(),
+        labels=torch.full((count,), -1),
+        stage=torch.zeros(count, dtype=torch.int64),
+        trajectory=torch.arange(count),
+    )
+
+
+def _trajectories(unit: list[SparseImages]) -> list[int]:
+    return sorted({int(t) for batch in unit for t in batch.trajectory})
+
+
+def _join(images: list[SparseImages]) -> SparseImages:
+    return SparseImages(
+        *(
+            torch.cat([getattr(i, name) for i in images])
+            for name in ("patches", "positions", "labels", "stage", "trajectory")
+        )
+    )
+
+
+def _cut(images: SparseImages, size: int) -> Iterator[SparseImages]:
+    for start in range(0, len(images), size):
+        yield images[start : start + size]

@@ -1,0 +1,96 @@
+"""Ranges by channel, folded into layer norms and the layers after them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dfq.inversion import Engine, plan_units
+from dfq.quantization import calibrate, quantize_vit
+from dfq.quantization.calibration import Calibration
+from dfq.quantization.equalization import equalize, norm_layer_pairs
+from dfq.recipe import InversionSettings, QuantizationSettings
+from dfq.sparse import SparseImages, pixels_to_input
+from dfq.vit.load import LoadedModel
+
+SETTINGS = InversionSettings(iterations=4, images=8, precision="float32", threads=1)
+W4 = QuantizationSettings(bits=4)
+
+
+@pytest.fixture
+def images(loaded: LoadedModel) -> list[SparseImages]:
+    engine = Engine(loaded.vit, loaded.preprocessing, SETTINGS)
+    return [b for unit in plan_units(SETTINGS, 16) for b in engine.run(unit)]
+
+
+@pytest.fixture
+def found(loaded: LoadedModel, images: list[SparseImages]) -> Calibration:
+    for name, _ in norm_layer_pairs(loaded.vit.arch):
+        loaded.vit.get_parameter(f"{name}.weight").data[3] *= 30
+    return calibrate(loaded.vit, images, loaded.preprocessing, W4)
+
+
+def inputs(loaded: LoadedModel, images: list[SparseImages]) -> tuple[Tensor, Tensor]:
+    p = loaded.preprocessing
+    x = pixels_to_input(images[0].patches, p.mean, p.std, loaded.vit.arch.grid)
+    return x, images[0].positions
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_the_function_stays(
+    loaded: LoadedModel, images: list[SparseImages], found: Calibration, strength: float
+) -> None:
+    equal, _ = equalize(loaded.vit, found, strength)
+    at = inputs(loaded, images)
+    torch.testing.assert_close(
+        equal.forward_sparse(*at), loaded.vit.forward_sparse(*at), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_statistics_are_those_of_the_changed_model(
+    loaded: LoadedModel, images: list[SparseImages], found: Calibration, strength: float
+) -> None:
+    equal, moved = equalize(loaded.vit, found, strength)
+    again = calibrate(equal, images, loaded.preprocessing, W4)
+    for _, name in norm_layer_pairs(loaded.vit.arch):
+        ours, theirs = moved.statistics[name], again.statistics[name]
+        torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-3, atol=1e-3)
+        assert ours.hessian is not None
+        assert theirs.hessian is not None
+        scale = float(theirs.hessian.abs().max())
+        assert float((ours.hessian - theirs.hessian).abs().max()) < 1e-3 * scale
+        low, high = moved.quantizers[name].range
+        assert low <= float(theirs.low.min()) * 0.99
+        assert high >= float(theirs.high.max()) * 0.99
+
+
+def test_channels_span_their_own_ranges_at_full_strength(
+    loaded: LoadedModel, found: Calibration
+) -> None:
+    _, moved = equalize(loaded.vit, found, 1.0)
+    for _, name in norm_layer_pairs(loaded.vit.arch):
+        spans = moved.statistics[name].high - moved.statistics[name].low
+        torch.testing.assert_close(spans, spans.max().expand_as(spans), rtol=1e-3, atol=1e-3)
+
+
+def test_an_outlier_channel_costs_less(
+    loaded: LoadedModel, images: list[SparseImages], found: Calibration
+) -> None:
+    settings = QuantizationSettings(bits=8)
+    at = inputs(loaded, images)
+    expected = loaded.vit.forward_sparse(*at)
+
+    def error(strength: float | None) -> float:
+        equal, moved = equalize(loaded.vit, found, strength)
+        quantized = quantize_vit(equal, moved, loaded.preprocessing, settings)
+        return float((quantized.forward_sparse(*at) - expected).norm() / expected.norm())
+
+    assert error(0.5) < 0.7 * error(None)
+
+
+def test_without_a_strength_nothing_changes(loaded: LoadedModel, found: Calibration) -> None:
+    equal, moved = equalize(loaded.vit, found, None)
+    assert equal is loaded.vit
+    assert moved is found
