@@ -95,6 +95,11 @@ ENTRIES = (
         "Accuracy after quantization over inversion effort: where each method's knee is",
         "a model with weights and labelled images; the demo has both",
     ),
+    Entry(
+        "quantization-accuracy",
+        "Accuracy by calibration source, and what each ingredient of quantization is worth",
+        "a model with weights and labelled images; the demo has both",
+    ),
 )
 
 

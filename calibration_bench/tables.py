@@ -159,15 +159,15 @@ def quality_tables(rows: list[Row]) -> list[Table]:
             f"{model}, W{bits}A8, {images} images inverted by {threads} threads, "
             f"tested on {test_images} of {data}"
         )
-        means = [_mean(part) for part in groups(same, "method", "iterations").values()]
+        means = [mean_over_seeds(part) for part in groups(same, "method", "iterations").values()]
         means.sort(key=lambda row: (row["method"], row["iterations"]))
         knees = [_knee(part) for part in groups(means, "method").values()]
         found += [Table(f"Knee: {title}", KNEES, knees), Table(f"Sweep: {title}", SWEEP, means)]
     return found
 
 
-def _mean(rows: list[Row]) -> Row:
-    """Means over seeds; spreads are standard deviations."""
+def mean_over_seeds(rows: list[Row]) -> Row:
+    """Means over seeds, in percent where they are shares; spreads are standard deviations."""
 
     def over(name: str) -> list[float]:
         return [float(row[name]) for row in rows]
@@ -177,7 +177,7 @@ def _mean(rows: list[Row]) -> Row:
         for name in ("accuracy", "float_accuracy", "agreement")
     }
     return {
-        **{name: rows[0][name] for name in ("method", "iterations")},
+        **{name: rows[0][name] for name in ("method", "source", "iterations") if name in rows[0]},
         **percent,
         "seeds": len(rows),
         "seconds": statistics.mean(over("invert_seconds")),

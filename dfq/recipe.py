@@ -13,7 +13,7 @@ from dfq.errors import RecipeError, SettingError, nearest
 Method = Literal["pri", "smi", "dmi", "noise"]
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Observer = Literal["minmax", "moving_average", "histogram"]
+Observer = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]
 Rounding = Literal["nearest", "gptq"]
 AttentionMode = Literal["float", "int8"]
 

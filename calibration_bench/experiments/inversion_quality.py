@@ -9,32 +9,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-import dfq
-from calibration_bench.logits import (
-    LabelledImages,
-    compare,
-    first_image,
-    float_logits,
-    logits,
-    open_data,
-)
+from calibration_bench.logits import float_logits
 from calibration_bench.methods import Method
 from calibration_bench.options import at_least, numbers, option, words
-from calibration_bench.registry import Bench, Experiment, Key, Measured, Row
+from calibration_bench.quantized import FLOATS, about, invert, load, quantize, scratch
+from calibration_bench.registry import Bench, Experiment, Key, Measured
 from calibration_bench.tables import quality_tables
-from dfq import LoadedModel
-from dfq.device import resolve_precision
+from dfq import QuantizationSettings
 from dfq.errors import SettingError
-from dfq.files import make_directory
-
-FLOATS = "float-logits"
-"""Directory of the float models' logits, in that of the results."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +43,6 @@ class Options:
     threads: int | None = option(None, "Threads; left out: torch's.")
 
 
-@lru_cache(maxsize=1)
-def _load(options: Options) -> tuple[LoadedModel, LabelledImages]:
-    """The float model and the test images."""
-    loaded = dfq.load_model(options.model, **_model(options))
-    return loaded, open_data(options.data, loaded, options.limit)
-
-
-def _model(options: Options) -> dict[str, Any]:
-    """Arguments that dfq's functions take beside the model's name."""
-    return {
-        "weights": options.weights,
-        "num_classes": options.num_classes,
-        "img_size": options.img_size,
-    }
-
-
 def plan(options: Options, bench: Bench) -> list[Key]:
     """Seed by seed and effort by effort over the methods, so that they take turns."""
     at_least(options.limit, 1, "--limit")
@@ -82,9 +53,9 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     if min(efforts) < deepest:
         raise SettingError(f"--iterations has {min(efforts)}; --methods need at least {deepest}.")
     bench.notes.note(f"reading {options.model} and {options.data}")
-    about = _about(options, *_load(options))
+    shared = {**about(options, *load(options)), "bits": options.bits}
     keys = [
-        {**about, "method": m.name, "iterations": 0 if m.name == "noise" else t, "seed": seed}
+        {**shared, "method": m.name, "iterations": 0 if m.name == "noise" else t, "seed": seed}
         for seed in seeds
         for t in efforts
         for m in methods
@@ -92,73 +63,25 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     return [key for at, key in enumerate(keys) if key not in keys[:at]]
 
 
-def _about(options: Options, loaded: LoadedModel, data: LabelledImages) -> Key:
-    """What all keys share."""
-    return {
-        "model": options.model,
-        "fingerprint": loaded.fingerprint[:16],
-        "data": data.name,
-        "data_digest": data.digest[:16],
-        "test_images": len(data),
-        "images": options.images,
-        "bits": options.bits,
-        "precision": resolve_precision(options.precision, torch.device("cpu")),
-        "threads": options.threads or torch.get_num_threads(),
-    }
-
-
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
     """Invert, quantize and compare, one key after the other."""
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    loaded, data = _load(options)
+    loaded, data = load(options)
     bench.notes.note(f"float model on {len(data)} images")
     reference = float_logits(loaded, data, bench.results / FLOATS)
+    settings = QuantizationSettings(bits=cast(Any, options.bits))
     for number, key in enumerate(missing, 1):
-        bench.notes.note(
-            f"{number} of {len(missing)}: {key['method']}, {key['iterations']} iterations, "
-            f"seed {key['seed']}"
-        )
-        with tempfile.TemporaryDirectory(dir=_scratch(bench)) as directory:
-            found = _one(options, key, Path(directory), data)
-            ours = logits(dfq.load(found.pop("checkpoint")), data, loaded.preprocessing)
-        labels = torch.from_numpy(data.labels)
-        yield Measured(key, {**found, **compare(ours, reference, labels)})
-
-
-def _scratch(bench: Bench) -> Path:
-    path = bench.results / "scratch"
-    make_directory(path)
-    return path
-
-
-def _one(options: Options, key: Key, directory: Path, data: LabelledImages) -> Row:
-    """Invert into a fresh directory and quantize from it.
-
-    dfq measures every checkpoint that it makes; it is given a single image for that, and
-    the bench compares with the float logits that it has.
-    """
-    method = Method(key["method"])
-    given = {name: key[name] for name in ("images", "precision", "threads", "seed")}
-    effort = {} if method.name == "noise" else {"iterations": key["iterations"]}
-    recipe = dfq.Recipe(inversion=method.settings(**given, **effort))
-    ready = partial(dict[str, Any], recipe=recipe, cache=directory, **_model(options))
-    inverted = dfq.invert(options.model, out=directory / "images", **ready())
-    first_image(data, directory / "one.npz")
-    quantized = dfq.quantize(
-        options.model,
-        bits=options.bits,
-        calibration=inverted.path,
-        out=directory / "checkpoint",
-        eval=directory / "one.npz",
-        **ready(),
-    )
-    return {
-        "invert_seconds": inverted.seconds,
-        "seconds_per_image": inverted.seconds / inverted.images,
-        "quantize_seconds": quantized.seconds.calibrate + quantized.seconds.quantize,
-        "scheme": quantized.scheme,
-        "checkpoint": quantized.checkpoint,
-    }
+        method, effort, seed = key["method"], key["iterations"], key["seed"]
+        bench.notes.note(f"{number} of {len(missing)}: {method}, {effort} iterations, seed {seed}")
+        with tempfile.TemporaryDirectory(dir=scratch(bench)) as directory:
+            place = Path(directory)
+            made = invert(options, method, key, iterations=effort, seed=seed, out=place / "images")
+            found = quantize(options, made.path, settings, place, reference)
+        times = {
+            "invert_seconds": made.seconds,
+            "seconds_per_image": made.seconds / made.images,
+        }
+        yield Measured(key, {**times, **found})
 
 
 EXPERIMENT = Experiment(Options, plan, measure, quality_tables)

@@ -1,0 +1,169 @@
+"""Which calibration images are worth what, and which ingredient of quantization.
+
+Sources are inversion methods, noise, and real images where some are given.  Variants
+change the quantization settings: the plain scheme with one ingredient after another
+added, and the default with each taken away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration_bench.logits import float_logits
+from calibration_bench.methods import Method
+from calibration_bench.options import at_least, numbers, option, words
+from calibration_bench.quantized import FLOATS, about, invert, load, quantize, scratch
+from calibration_bench.registry import Bench, Experiment, Key, Measured
+from calibration_bench.source_tables import accuracy_tables
+from dfq import InversionSettings, QuantizationSettings
+from dfq.errors import SettingError
+
+REAL = "real"
+
+PLAIN: dict[str, Any] = {
+    "rounding": "nearest",
+    "bias_correction": False,
+    "group": 0,
+    "damping": 0.01,
+    "smooth": (),
+    "fractal": 0,
+}
+"""Min-max ranges, rounding to the nearest, one scale per channel, the inverted images alone."""
+
+ORDER = (
+    ("gptq", ("rounding",)),
+    ("bias", ("bias_correction",)),
+    ("groups", ("group",)),
+    ("damping", ("damping",)),
+    ("smooth", ("smooth",)),
+    ("fractal", ("fractal",)),
+)
+"""Ingredients in the order in which they are added, with their settings."""
+
+
+def _variants() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {"default": {}, "plain": PLAIN}
+    rest = dict(PLAIN)
+    for name, fields in ORDER:
+        found[f"without-{name}"] = {f: PLAIN[f] for f in fields}
+        rest = {f: v for f, v in rest.items() if f not in fields}
+        found[f"plain+{name}"] = rest
+    found[f"plain+{ORDER[-1][0]}"] = {}
+    for strength in (0.5, 1.0):
+        found[f"equalize-{strength:g}"] = {"equalize": strength}
+    for observer in ("percentile", "mse"):
+        found[observer] = {"observer": observer}
+    return found
+
+
+VARIANTS = _variants()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``run quantization-accuracy`` takes."""
+
+    model: str = option("demo", "A model with a classifier, as for dfq quantize.")
+    weights: Path | None = option(None, "Its weights.")
+    num_classes: int | None = option(None, "Classes of its head.")
+    img_size: int | None = option(None, "Side of its input in pixels.")
+    data: str = option("demo", "Labelled image folder, .npz, or 'demo'.")
+    limit: int | None = option(None, "Test on the first so many images only.")
+    sources: str = option("pri4,smi,dmi,noise", "Methods, noise, and real with --real.")
+    real: str | None = option(None, "Images for the source 'real': a folder or an .npz.")
+    variants: str = option("default", f"Of quantization: {', '.join(VARIANTS)}; or all.")
+    bits: str = option("4,8", "Of the weights.")
+    attention: str = option("float", "float, int8, or both with a comma.")
+    iterations: int = option(InversionSettings().iterations, "Of inversion.")
+    seeds: str = option("0,1,2", "Seeds of noise, targets and jitter.")
+    images: int = option(32, "Images to make and calibrate on.")
+    precision: str = option("auto", "Of inversion: auto, float32 or bfloat16.")
+    threads: int | None = option(None, "Threads; left out: torch's.")
+
+
+def plan(options: Options, bench: Bench) -> list[Key]:
+    """Seed by seed and source by source, so that images are made once for all variants."""
+    at_least(options.limit, 1, "--limit")
+    sources = words(options.sources, "--sources")
+    if REAL in sources and options.real is None:
+        raise SettingError("--sources has real; name the images with --real.")
+    for source in sources:
+        if source != REAL:
+            Method(source)
+    wanted = "all" if options.variants == "all" else "some"
+    variants = (
+        list(VARIANTS) if wanted == "all" else words(options.variants, "--variants", VARIANTS)
+    )
+    modes = words(options.attention, "--attention", ("float", "int8"))
+    bench.notes.note(f"reading {options.model} and {options.data}")
+    shared = about(options, *load(options))
+    return [
+        {
+            **shared,
+            "source": source,
+            "iterations": 0 if source in (REAL, "noise") else options.iterations,
+            "seed": seed,
+            "variant": variant,
+            "bits": bits,
+            "attention": attention,
+        }
+        for seed in numbers(options.seeds, "--seeds")
+        for source in sources
+        for variant in variants
+        for bits in numbers(options.bits, "--bits", 4)
+        for attention in modes
+    ]
+
+
+def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
+    """Quantize and compare; images are kept while the next key has the same."""
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    loaded, data = load(options)
+    bench.notes.note(f"float model on {len(data)} images")
+    reference = float_logits(loaded, data, bench.results / FLOATS)
+    with tempfile.TemporaryDirectory(dir=scratch(bench)) as directory:
+        made: dict[tuple[str, int], tuple[str, float]] = {}
+        for number, key in enumerate(missing, 1):
+            name = (key["source"], key["seed"])
+            bench.notes.note(f"{number} of {len(missing)}: {_title(key)}")
+            if name not in made:
+                made = {name: _images(options, key, Path(directory))}
+            path, seconds = made[name]
+            settings = _settings(key)
+            with tempfile.TemporaryDirectory(dir=directory) as place:
+                found = quantize(options, path, settings, Path(place), reference)
+            yield Measured(key, {"invert_seconds": seconds, **found})
+
+
+def _images(options: Options, key: Key, directory: Path) -> tuple[str, float]:
+    """Where the images of a key are, and how long they took to make."""
+    if key["source"] == REAL:
+        return str(options.real), 0.0
+    out = directory / f"{key['source']}-{key['seed']}"
+    made = invert(
+        options, key["source"], key, iterations=key["iterations"], seed=key["seed"], out=out
+    )
+    return made.path, made.seconds
+
+
+def _settings(key: Key) -> QuantizationSettings:
+    changed = VARIANTS[key["variant"]]
+    base = QuantizationSettings(bits=key["bits"], attention=key["attention"])
+    return dataclasses.replace(base, **changed)
+
+
+def _title(key: Key) -> str:
+    return (
+        f"{key['source']}, seed {key['seed']}, W{key['bits']}A8, attention {key['attention']}, "
+        f"{key['variant']}"
+    )
+
+
+EXPERIMENT = Experiment(Options, plan, measure, accuracy_tables)

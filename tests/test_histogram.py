@@ -1,0 +1,87 @@
+"""Ranges from a histogram of flat memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfq.quantization.histogram import BINS, Histogram, quantizer_of
+from dfq.quantization.observers import RangeObserver
+from dfq.recipe import Observer
+
+
+def heavy(count: int = 200_000) -> torch.Tensor:
+    """Normal values, a few of them far out."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    values[:1] = 60.0
+    return values
+
+
+def error(values: torch.Tensor, observer: Observer) -> float:
+    watch = RangeObserver(observer, signed=True)
+    watch.observe(values)
+    quantizer = watch.quantizer()
+    low, high = quantizer.range
+    rounded = (values / quantizer.scale).round().mul(quantizer.scale).clamp(low, high)
+    return float((rounded - values).square().mean())
+
+
+@pytest.mark.parametrize("observer", ["percentile", "mse"])
+def test_outliers_do_not_set_the_range(observer: Observer) -> None:
+    watch = RangeObserver(observer, signed=True)
+    watch.observe(heavy())
+    assert 3 < watch.quantizer().range[1] < 30
+
+
+def test_least_error_is_least() -> None:
+    values = heavy()
+    assert error(values, "mse") < 1.02 * min(error(values, "minmax"), error(values, "percentile"))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    parts=st.lists(
+        st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20), min_size=1, max_size=5
+    )
+)
+def test_nothing_is_lost_and_the_range_holds_all(parts: list[list[float]]) -> None:
+    histogram = Histogram()
+    for part in parts:
+        histogram.observe(torch.tensor(part))
+    values = [v for part in parts for v in part]
+    low, high = histogram.occupied()
+    assert int(histogram.counts.sum()) == len(values)
+    width = 2 * histogram.reach / BINS
+    assert low - width <= min(values)
+    assert max(values) <= high + width
+    assert high - low <= max(values) - min(values) + 2.01 * width
+
+
+def test_memory_is_flat_while_the_range_grows() -> None:
+    histogram = Histogram()
+    for power in range(12):
+        histogram.observe(
+            torch.randn(1000, generator=torch.Generator().manual_seed(power)) * 2**power
+        )
+    assert histogram.counts.shape == (BINS,)
+    assert int(histogram.counts.sum()) == 12_000
+
+
+@pytest.mark.parametrize("observer", ["percentile", "mse"])
+def test_positive_values_have_zero_at_zero(observer: Observer) -> None:
+    watch = RangeObserver(observer)
+    watch.observe(torch.rand(10_000, generator=torch.Generator().manual_seed(0)))
+    quantizer = watch.quantizer()
+    assert quantizer.zero_point == 0
+    assert quantizer.range[1] == pytest.approx(1, rel=0.02)
+
+
+def test_constant_and_empty_inputs_give_quantizers() -> None:
+    for observer in ("percentile", "mse"):
+        watch = RangeObserver(observer)  # type: ignore[arg-type]
+        watch.observe(torch.empty(0))
+        watch.observe(torch.zeros(10))
+        assert watch.quantizer().scale > 0
+    assert quantizer_of(0.0, 0.0, signed=True).scale > 0
