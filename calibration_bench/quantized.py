@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from calibration_bench.logits import (
     open_data,
 )
 from calibration_bench.methods import Method
+from calibration_bench.options import option
 from calibration_bench.registry import Bench, Key, Row
 from dfq import InversionSettings, InvertResult, LoadedModel, QuantizationSettings
 from dfq.device import resolve_precision
@@ -26,28 +28,20 @@ FLOATS = "float-logits"
 """Directory of the float models' logits, in that of the results."""
 
 
-class Tested(Protocol):
-    """Options that name a model and the images that it is tested on."""
+@dataclass(frozen=True)
+class Tested:
+    """Options that name a model, the images that it is tested on, and those to make."""
 
-    def __hash__(self) -> int: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def weights(self) -> Path | None: ...
-    @property
-    def num_classes(self) -> int | None: ...
-    @property
-    def img_size(self) -> int | None: ...
-    @property
-    def data(self) -> str: ...
-    @property
-    def limit(self) -> int | None: ...
-    @property
-    def images(self) -> int: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def threads(self) -> int | None: ...
+    model: str = option("demo", "A model with a classifier, as for dfq quantize.")
+    weights: Path | None = option(None, "Its weights.")
+    num_classes: int | None = option(None, "Classes of its head.")
+    img_size: int | None = option(None, "Side of its input in pixels.")
+    data: str = option("demo", "Labelled image folder, .npz, or 'demo'.")
+    limit: int | None = option(None, "Test on the first so many images only.")
+    images: int = option(32, "Images to make and calibrate on.")
+    seeds: str = option("0,1,2", "Seeds of noise, targets and jitter.")
+    precision: str = option("auto", "Of inversion: auto, float32 or bfloat16.")
+    threads: int | None = option(None, "Threads; left out: torch's.")
 
 
 def model_arguments(options: Tested) -> dict[str, Any]:

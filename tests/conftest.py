@@ -74,6 +74,17 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of timm's own ``test_vit`` at 32 px with 5 classes, randomly initialised."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", img_size=32, num_classes=5)
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def labelled_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 random 16x16 colour images of 5 classes."""
     rng = np.random.default_rng(0)

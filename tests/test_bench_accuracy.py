@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
-import torch
-from safetensors.torch import save_file
 
 from calibration_bench import registry
 from calibration_bench.experiments.quantization_accuracy import VARIANTS, Options, _settings
@@ -18,16 +15,6 @@ from dfq.errors import SettingError
 
 MODEL = "test_vit"
 ACCURACY = registry.entry("quantization-accuracy")
-
-
-@pytest.fixture(scope="module")
-def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model(MODEL, img_size=32, num_classes=5)
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_file(model.state_dict(), path)
-    return path
 
 
 class Notes:

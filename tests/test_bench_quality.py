@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
-import torch
-from safetensors.torch import save_file
 
 import dfq
 from calibration_bench import registry
@@ -20,17 +17,6 @@ from dfq.errors import SettingError
 
 MODEL = "test_vit"
 QUALITY = registry.entry("inversion-quality")
-
-
-@pytest.fixture(scope="module")
-def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of timm's own test model at 32 px with 5 classes, randomly initialised."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model(MODEL, img_size=32, num_classes=5)
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_file(model.state_dict(), path)
-    return path
 
 
 class Silent:

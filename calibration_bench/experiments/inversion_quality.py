@@ -17,7 +17,7 @@ import torch
 from calibration_bench.logits import float_logits
 from calibration_bench.methods import Method
 from calibration_bench.options import at_least, numbers, option, words
-from calibration_bench.quantized import FLOATS, about, invert, load, quantize, scratch
+from calibration_bench.quantized import FLOATS, Tested, about, invert, load, quantize, scratch
 from calibration_bench.registry import Bench, Experiment, Key, Measured
 from calibration_bench.tables import quality_tables
 from dfq import QuantizationSettings
@@ -25,22 +25,12 @@ from dfq.errors import SettingError
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Tested):
     """What ``run inversion-quality`` takes."""
 
-    model: str = option("demo", "A model with a classifier, as for dfq quantize.")
-    weights: Path | None = option(None, "Its weights.")
-    num_classes: int | None = option(None, "Classes of its head.")
-    img_size: int | None = option(None, "Side of its input in pixels.")
-    data: str = option("demo", "Labelled image folder, .npz, or 'demo'.")
-    limit: int | None = option(None, "Test on the first so many images only.")
     methods: str = option("dmi,smi,pri2,pri4,pri7", "Methods; noise is one too.")
     iterations: str = option("10,25,50,100,200,400", "Iterations of a trajectory to try.")
-    seeds: str = option("0,1,2", "Seeds of noise, targets and jitter.")
-    images: int = option(32, "Images to make and calibrate on.")
     bits: int = option(4, "Of the weights: 4 or 8.")
-    precision: str = option("auto", "Of inversion: auto, float32 or bfloat16.")
-    threads: int | None = option(None, "Threads; left out: torch's.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:

@@ -19,7 +19,7 @@ import torch
 from calibration_bench.logits import float_logits
 from calibration_bench.methods import Method
 from calibration_bench.options import at_least, numbers, option, words
-from calibration_bench.quantized import FLOATS, about, invert, load, quantize, scratch
+from calibration_bench.quantized import FLOATS, Tested, about, invert, load, quantize, scratch
 from calibration_bench.registry import Bench, Experiment, Key, Measured
 from calibration_bench.source_tables import accuracy_tables
 from dfq import InversionSettings, QuantizationSettings
@@ -67,25 +67,15 @@ VARIANTS = _variants()
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Tested):
     """What ``run quantization-accuracy`` takes."""
 
-    model: str = option("demo", "A model with a classifier, as for dfq quantize.")
-    weights: Path | None = option(None, "Its weights.")
-    num_classes: int | None = option(None, "Classes of its head.")
-    img_size: int | None = option(None, "Side of its input in pixels.")
-    data: str = option("demo", "Labelled image folder, .npz, or 'demo'.")
-    limit: int | None = option(None, "Test on the first so many images only.")
     sources: str = option("pri4,smi,dmi,noise", "Methods, noise, and real with --real.")
     real: str | None = option(None, "Images for the source 'real': a folder or an .npz.")
     variants: str = option("default", f"Of quantization: {', '.join(VARIANTS)}; or all.")
     bits: str = option("4,8", "Of the weights.")
     attention: str = option("float", "float, int8, or both with a comma.")
     iterations: int = option(InversionSettings().iterations, "Of inversion.")
-    seeds: str = option("0,1,2", "Seeds of noise, targets and jitter.")
-    images: int = option(32, "Images to make and calibrate on.")
-    precision: str = option("auto", "Of inversion: auto, float32 or bfloat16.")
-    threads: int | None = option(None, "Threads; left out: torch's.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
