@@ -88,10 +88,10 @@ class QuantizationSettings:
         "float", "float: fused attention; int8: both attention products on 8-bit integers"
     )
     observer: Observer = _setting("minmax", "how activation ranges follow from calibration")
-    equalize: float | None = _setting(
-        None,
+    equalize: float = _setting(
+        0.5,
         "bring the channels after layer norms to more equal ranges: 1 to their own range each "
-        "(arXiv 2212.08254), less leaves room beyond it; left out: one range for all",
+        "(arXiv 2212.08254), less leaves room beyond it, 0 leaves them as they are",
         0.0,
         1.0,
     )
@@ -170,9 +170,7 @@ def _allowed(value: Any, hint: Any, doc: Any) -> str | None:
             return None
         good = type(value) is int and low <= value <= high
         return None if good else f"a whole number from {span}"
-    if hint == (float | None) and value is None:
-        return None
-    if hint is float or hint == (float | None):
+    if hint is float:
         good = type(value) in (int, float) and low <= value <= high
         return None if good else f"a number from {span}"
     good = isinstance(value, tuple) and all(

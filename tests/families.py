@@ -24,7 +24,7 @@ class Family:
     examples: str
     scheme: str
     pooling: str
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
 
 
 SIZES: dict[str, Any] = {
@@ -58,7 +58,10 @@ def family(
     kind: Callable[..., nn.Module],
     **changes: Any,
 ) -> Family:
-    return Family(name, examples, scheme, pooling, lambda: build(kind, **changes))
+    def make(**more: Any) -> nn.Module:
+        return build(kind, **{**changes, **more})
+
+    return Family(name, examples, scheme, pooling, make)
 
 
 ABSOLUTE, ROTARY = "absolute", "rotary"

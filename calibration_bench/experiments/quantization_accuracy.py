@@ -31,6 +31,7 @@ PLAIN: dict[str, Any] = {
     "rounding": "nearest",
     "bias_correction": False,
     "group": 0,
+    "equalize": 0.0,
     "damping": 0.01,
     "smooth": (),
     "fractal": 0,
@@ -41,6 +42,7 @@ ORDER = (
     ("gptq", ("rounding",)),
     ("bias", ("bias_correction",)),
     ("groups", ("group",)),
+    ("equalize", ("equalize",)),
     ("damping", ("damping",)),
     ("smooth", ("smooth",)),
     ("fractal", ("fractal",)),
@@ -56,7 +58,7 @@ def _variants() -> dict[str, dict[str, Any]]:
         rest = {f: v for f, v in rest.items() if f not in fields}
         found[f"plain+{name}"] = rest
     found[f"plain+{ORDER[-1][0]}"] = {}
-    for strength in (0.5, 1.0):
+    for strength in (0.25, 0.75, 1.0):
         found[f"equalize-{strength:g}"] = {"equalize": strength}
     for observer in ("percentile", "mse"):
         found[observer] = {"observer": observer}

@@ -33,13 +33,12 @@ def equalize(vit: ViT, calibration: Calibration, strength: float | None) -> tupl
     ``(x - m) / (h / H) ** strength``, with ``H`` the widest half-width: the layer norm's affine
     takes this on and the linear layer undoes it, so the function stays.  With ``strength`` 1
     every channel spans its own observed range, as in RepQ-ViT (arXiv 2212.08254, section 3.2);
-    below 1 each has room of ``(H / h) ** (1 - strength)`` beyond what was observed, and 0
-    only centres them.
+    below 1 each has room of ``(H / h) ** (1 - strength)`` beyond what was observed.
 
     Returns a changed copy of the model and the calibration that it would have given; both as
-    they are if ``strength`` is None.
+    they are if ``strength`` is 0.
     """
-    if strength is None:
+    if not strength:
         return vit, calibration
     vit = copy.deepcopy(vit)
     quantizers, statistics = dict(calibration.quantizers), dict(calibration.statistics)

@@ -43,7 +43,8 @@ class QuantizedAttention(Attention):
         self.product = AttentionProduct(settings.attention == "int8")
 
     def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
-        dtype = torch.float32 if self.product.integer else attention_dtype(x.device)
+        exact = self.product.integer or isinstance(self.q_norm, nn.LayerNorm)
+        dtype = torch.float32 if exact else attention_dtype(x.device)
         q, k, v = self.split(self.qkv.forward(x, dtype), at)
         mixed = self.product.forward(q[:, :, :rows], k, v, self.bias(at, rows))
         return self.proj.forward(self.norm(merge_heads(mixed).float()))

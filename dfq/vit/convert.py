@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.errors import WeightsError
+from dfq.sparse import patchify
 from dfq.vit.describe import describe, refusal
 from dfq.vit.modules import ViT
 from dfq.vit.transfer import transfer
@@ -49,20 +50,26 @@ def check_finite(state: dict[str, Any]) -> None:
                 )
 
 
-def _compare(model: nn.Module, vit: ViT, name: str) -> None:
+def _compare(model: Any, vit: ViT, name: str) -> None:
+    """Compare every token after the last norm, and the output, on one random image."""
     generator = torch.Generator().manual_seed(0)
-    arch = vit.arch
+    arch, parameter = vit.arch, next(model.parameters())
     image = torch.randn(1, arch.in_channels, *arch.image_size, generator=generator)
     modes = {module: module.training for module in model.modules()}
-    parameter = next(model.parameters())
+    tokens: list[Tensor] = []
+    handle = model.norm.register_forward_hook(lambda *given: tokens.append(given[-1]))
     try:
         with torch.inference_mode():
-            theirs = model.eval()(image.to(parameter)).float().cpu()
-            ours = vit(image)
+            theirs = model.eval()(image.to(parameter))
+            ours = vit.tokens(patchify(image, arch.grid))
+            pairs = [(vit.norm(ours), tokens[0]), (vit.classify(ours), theirs)]
     finally:
+        handle.remove()
         for module, training in modes.items():
             module.training = training
     tolerance = TOLERANCE if parameter.dtype == torch.float32 else 0.1
-    worst = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
-    if not worst <= tolerance:
-        raise refusal(name, f"its output differs from what its parts compute (by {worst:.2g})")
+    for found, expected in pairs:
+        expected = expected.float().cpu()
+        worst = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        if not worst <= tolerance:
+            raise refusal(name, f"its output differs from what its parts compute (by {worst:.2g})")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +22,10 @@ from dfq.vit.convert import check_finite
 
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 """Where training checkpoints keep weights, in the order in which timm looks for them."""
+
+
+POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
+"""Ends of the names of parameters whose length follows from the image size."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -89,10 +95,13 @@ def load_into(
     """
     own = model.state_dict()
     if not resize:
-        for key in ("pos_embed", "blocks.0.attn.relative_position_bias_table"):
-            _check_size(own.get(key), state.get(key), name, path)
+        for key in sorted(own.keys() & state.keys()):
+            if key.endswith(POSITION_TABLES):
+                _check_size(own[key], state[key], name, path)
     try:
-        state = _filter(model)(dict(state), cast(Any, model))
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            state = _filter(model)(dict(state), cast(Any, model))
     except (RuntimeError, KeyError, ValueError, AssertionError, AttributeError) as error:
         raise WeightsError(
             f"{path.name!r} does not fit {name!r}: {str(error).splitlines()[0]:.200}"
@@ -105,7 +114,10 @@ def load_into(
 
 
 def _filter(model: nn.Module) -> Callable[..., Any]:
-    """timm's own translation of the formats in which weights of such models circulate."""
+    """timm's own translation of the formats in which weights of such models circulate.
+
+    Some print or warn on the way.
+    """
     if isinstance(model, deit.VisionTransformerDistilled):
         return partial(deit.checkpoint_filter_fn, adapt_layer_scale=True)
     homes = {beit.Beit: beit, eva.Eva: eva}
@@ -114,8 +126,8 @@ def _filter(model: nn.Module) -> Callable[..., Any]:
     return translate
 
 
-def _check_size(own: Tensor | None, theirs: Tensor | None, name: str, path: Path) -> None:
-    if own is not None and theirs is not None and own.shape[:-1] != theirs.shape[:-1]:
+def _check_size(own: Tensor, theirs: Tensor, name: str, path: Path) -> None:
+    if own.shape[:-1] != theirs.shape[:-1]:
         raise WeightsError(
             f"{path.name!r} was trained at another image size than {name!r}: its position "
             f"embedding has {theirs.shape[-2]} entries, the model's {own.shape[-2]}. "
@@ -132,7 +144,7 @@ def _mismatch(
     name: str,
     path: Path,
 ) -> str:
-    if not missing and not unknown and all(k.startswith("head.") for k in shapes):
+    if not missing and not unknown and all(k.startswith(("head.", "head_dist.")) for k in shapes):
         return (
             f"{path.name!r} has a head of {state['head.weight'].shape[0]} classes, the model was "
             f"asked for {own['head.weight'].shape[0]}. Use --num-classes "
