@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -361,6 +362,30 @@ def test_inspect_shows_a_table(cli: Cli, checkpoint: Path) -> None:
     ended = cli("inspect", checkpoint)
     assert ended.code == 0
     assert "checkpoint" in ended.stdout
+
+
+def test_inspect_shows_the_noise_of_every_layer(cli: Cli, checkpoint: Path) -> None:
+    shown = cli("inspect", checkpoint, "--layers").stdout
+    assert "patch_embed" in shown
+    assert "blocks.0.attn.qkv" in shown
+    layers = cli("inspect", checkpoint, "--layers", "--json").json["layers"]
+    assert layers[-1]["name"] == "head"
+    assert all(row["both"] > 10 for row in layers)
+
+
+@pytest.mark.parametrize(
+    "report",
+    ["[]", "{", '{"layers": 3}', '{"layers": [{"name": 1}]}', '{"layers": [["a"]]}', "null"],
+)
+def test_a_report_without_layers_is_refused(
+    cli: Cli, checkpoint: Path, tmp_path: Path, report: str
+) -> None:
+    copied = tmp_path / "copy"
+    shutil.copytree(checkpoint, copied)
+    (copied / "report.json").write_text(report)
+    ended = cli("inspect", copied, "--layers")
+    assert ended.code == 2
+    assert "no measured layers" in ended.stderr
 
 
 def test_inspect_does_not_draw_checkpoints(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
