@@ -733,7 +733,7 @@ def test_recipe_of_another_scheme_is_refused(checkpoint: Path) -> None:
 
 
 def test_recipe_of_other_groups_is_refused(checkpoint: Path) -> None:
-    change_config(checkpoint, lambda c: c["recipe"]["quantization"].update(group=32))
+    change_config(checkpoint, lambda c: c["recipe"]["quantization"].update(group=16))
     with pytest.raises(CheckpointError, match=r"group_scale' is"):
         load(checkpoint)
 
@@ -1104,7 +1104,7 @@ def test_specified_tensors_are_the_stored_ones(
         columns = (inputs + 1) // 2 if packed else inputs
         expected[f"{name}.weight"] = ("uint8" if packed else "int8", (outputs, columns))
         if packed:
-            expected[f"{name}.group_scale"] = ("uint8", (outputs, -(-inputs // 64)))
+            expected[f"{name}.group_scale"] = ("uint8", (outputs, -(-inputs // 32)))
         expected[f"{name}.weight_scale"] = expected[f"{name}.bias"] = ("float32", (outputs,))
         expected[f"{name}.input_scale"] = ("float32", ())
         expected[f"{name}.input_zero_point"] = ("int32", ())
