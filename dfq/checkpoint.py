@@ -155,10 +155,15 @@ def _check_arch(arch: Architecture, preprocessing: Preprocessing) -> None:
         or arch.depth < 1
         or (arch.pool == "map" and bad_pool)
         or arch.num_prefix_tokens < tokens
-        or (arch.rope and arch.head_dim % 2)
+        or (arch.rope and (arch.head_dim % 2 or arch.relative_bias))
+        or (arch.pool == "token" and not arch.class_token)
         or (arch.relative_bias and arch.num_prefix_tokens != 1)
     ):
         raise CheckpointError("The architecture's sizes contradict each other or are 0.")
+    if not 0.05 <= preprocessing.crop_pct <= 1:
+        raise CheckpointError(
+            f"preprocessing.crop_pct is {preprocessing.crop_pct}; it must be from 0.05 to 1."
+        )
     if arch.depth > 4096 or min(preprocessing.std) <= 0:
         raise CheckpointError("The architecture or the preprocessing is out of bounds.")
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -22,6 +23,9 @@ import dfq
 from dfq.errors import DfqError, GateError, SettingError, UsageError
 
 out_console = Console(highlight=False)
+LOUDEST = 1000
+"""No ratio in decibels is larger; a report that says so is not ours."""
+
 RATIOS = ("weights", "activations", "both")
 """What is quantized in the three ratios of a layer."""
 
@@ -57,7 +61,7 @@ def _fail(error: DfqError) -> None:
 
 
 def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+    return escape(text)
 
 
 def _wants_json() -> bool:
@@ -504,9 +508,10 @@ def _layers_of(facts: dict[str, Any], path: Path) -> list[dict[str, Any]]:
 
 
 def _is_layer(row: Any) -> bool:
-    return isinstance(row, dict) and all(
-        isinstance(row.get(key), kind)
-        for key, kind in (("name", str), *((k, int | float) for k in RATIOS))
+    return (
+        isinstance(row, dict)
+        and all(type(row.get(key)) in (int, float) and abs(row[key]) <= LOUDEST for key in RATIOS)
+        and str(row.get("name")).isprintable()
     )
 
 

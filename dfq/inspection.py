@@ -71,7 +71,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
     if report_path.is_file():
         try:
             report = json.loads(report_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             report = None
     return {
         "kind": "checkpoint",

@@ -229,7 +229,9 @@ def quantize(
         if eval is not None:
             data = _open_evaluation(eval, vit.arch, loaded.preprocessing, min_accuracy)
         else:
-            plan_units(_held_out_settings(chosen.inversion), vit.arch.grid.patches)
+            plan_units(
+                _held_out_settings(chosen.inversion, vit.arch.grid.patches), vit.arch.grid.patches
+            )
     with clock("invert"):
         source, origin = _calibration_set(
             loaded, chosen, None if method else calibration, target, cache, progress
@@ -382,10 +384,11 @@ def _check_model(dataset: SparseImageDataset, loaded: LoadedModel) -> None:
         )
 
 
-def _held_out_settings(settings: InversionSettings) -> InversionSettings:
+def _held_out_settings(settings: InversionSettings, patches: int) -> InversionSettings:
     """As the calibration set's, but of another seed and never noise."""
     method = settings.method if settings.method != "noise" else InversionSettings().method
-    stages = min(settings.stages, settings.iterations) if method == "pri" else 1
+    most = min(settings.iterations, patches)
+    stages = min(settings.stages, most) if method == "pri" else 1
     return dataclasses.replace(
         settings,
         method=method,
@@ -404,7 +407,7 @@ def _held_out(
     progress: Progress,
 ) -> Comparison:
     """Compare on images inverted with another seed, which calibration did not see."""
-    fresh = _held_out_settings(settings)
+    fresh = _held_out_settings(settings, loaded.vit.arch.grid.patches)
     dataset, _ = make_dataset(
         loaded,
         fresh,

@@ -87,7 +87,10 @@ class QuantizationSettings:
     attention: AttentionMode = _setting(
         "float", "float: fused attention; int8: both attention products on 8-bit integers"
     )
-    observer: Observer = _setting("minmax", "how activation ranges follow from calibration")
+    observer: Observer = _setting(
+        "minmax",
+        "how activation ranges follow from calibration; equalised layers always take minmax",
+    )
     equalize: float = _setting(
         0.5,
         "bring the channels after layer norms to more equal ranges: 1 to their own range each "
@@ -118,7 +121,7 @@ class QuantizationSettings:
         1024.0,
     )
     fractal: int = _setting(
-        16, "images of noise with a natural spectrum to calibrate on beside inverted ones", 0, 65536
+        16, "images of noise with a natural spectrum to calibrate on beside inverted ones", 0, 4096
     )
     batch: int = _setting(8, "images of a calibration step", 1, 4096)
 
@@ -235,7 +238,7 @@ def _section(section: str, values: dict[str, Any], source: str) -> Any:
 
 def override(recipe: Recipe, section: str, **values: Any) -> Recipe:
     """The recipe with the values that are not None put in place of its own."""
-    given = {k: v for k, v in values.items() if v is not None}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
     known = [f.name for f in dataclasses.fields(SECTIONS[section])]
     for key in given:
         if key not in known:

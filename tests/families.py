@@ -76,6 +76,7 @@ EVA02: dict[str, Any] = {
 }
 DINOV3: dict[str, Any] = {
     "rope_type": "dinov3",
+    "dynamic_img_size": True,
     "use_rot_pos_emb": True,
     "use_abs_pos_emb": False,
     "rope_rotate_half": True,
@@ -111,7 +112,7 @@ FAMILIES = [
     ),
     family(
         "ViT, average-pooled",
-        "vit_base_patch16_rope_reg1_gap_256",
+        "vit_base_patch16_siglip_gap_224",
         ABSOLUTE,
         MEAN,
         VisionTransformer,
@@ -172,7 +173,7 @@ FAMILIES = [
     ),
     family("EVA", "eva_large_patch14_196", ABSOLUTE, MEAN, Eva, global_pool="avg"),
     family("EVA-02", "eva02_base_patch14_448", "absolute and rotary", MEAN, Eva, **EVA02),
-    family("DINOv3", "vit_small_patch16_dinov3", ROTARY, CLASS, Eva, global_pool="token", **DINOV3),
+    family("DINOv3", "vit_small_patch16_dinov3", ROTARY, MEAN, Eva, global_pool="avg", **DINOV3),
     family(
         "DINOv3, SwiGLU",
         "vit_huge_plus_patch16_dinov3",

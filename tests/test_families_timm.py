@@ -200,3 +200,9 @@ def test_names_take_a_file_of_weights_at_a_size(name: str, tmp_path: Path) -> No
         load_model(name, weights=tmp_path / "file.safetensors", img_size=32, num_classes=4)
     with pytest.raises(SettingError, match="3 channels"):
         load_model(name, weights=tmp_path / "file.safetensors", img_size=32, mean=(0.5,))
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3_qkvb"])
+def test_dinov3_converts_as_timm_makes_it(name: str) -> None:
+    size = {"embed_dim": 48, "depth": 2, "num_heads": 2, "img_size": 32}
+    assert convert(timm.create_model(name, **size), name).arch.rope

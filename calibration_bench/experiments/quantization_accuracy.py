@@ -57,7 +57,7 @@ def _variants() -> dict[str, dict[str, Any]]:
         found[f"without-{name}"] = {f: PLAIN[f] for f in fields}
         rest = {f: v for f, v in rest.items() if f not in fields}
         found[f"plain+{name}"] = rest
-    found[f"plain+{ORDER[-1][0]}"] = {}
+    del found[f"plain+{ORDER[-1][0]}"]
     for strength in (0.25, 0.75, 1.0):
         found[f"equalize-{strength:g}"] = {"equalize": strength}
     for observer in ("percentile", "mse"):

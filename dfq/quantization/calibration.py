@@ -48,9 +48,12 @@ class InputStatistics:
         found.low, found.high = (self.low - middle) / ratio, (self.high - middle) / ratio
         found._sum = (self._sum - self.count * middle) / ratio
         if self._squares is not None:
-            cross = torch.outer(self._sum.float(), middle)
-            shifted = self._squares - cross - cross.T + self.count * torch.outer(middle, middle)
-            found._squares = shifted / torch.outer(ratio, ratio)
+            centre = middle.double()
+            cross = torch.outer(self._sum, centre)
+            square = self.count * torch.outer(centre, centre)
+            shifted = self._squares.double() - cross - cross.T + square
+            shifted.diagonal().clamp_min_(0)
+            found._squares = (shifted / torch.outer(ratio, ratio)).float()
         return found
 
     @property

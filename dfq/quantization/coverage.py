@@ -42,8 +42,9 @@ class Coverage:
             for factor in self.settings.smooth:
                 for images in whole:
                     yield from _cut(smoothed(images, self.dataset.grid, factor), size)
-        if self.settings.fractal:
-            yield from _cut(fractal_noise(self.settings.fractal, self.dataset.grid), size)
+        for first in range(0, self.settings.fractal, size):
+            count = min(size, self.settings.fractal - first)
+            yield fractal_noise(count, self.dataset.grid, first)
 
 
 def recompose(unit: list[SparseImages]) -> list[SparseImages]:
@@ -90,14 +91,21 @@ def _resample(pixels: Tensor, size: list[int]) -> Tensor:
     return F.interpolate(small, size=pixels.shape[-2:], mode="bicubic")
 
 
-def fractal_noise(count: int, grid: Grid, seed: int = 0) -> SparseImages:
+def fractal_noise(count: int, grid: Grid, first: int = 0) -> SparseImages:
     """Whole images of noise whose amplitude falls as 1 / frequency, as in natural images.
 
+    Image ``i`` is always the same; these are ``first`` to ``first + count``.
     (D. J. Field, J. Opt. Soc. Am. A 4, 2379, 1987.)
     """
-    generator = torch.Generator().manual_seed(seed)
     height, width = (n * p for n, p in zip((grid.rows, grid.columns), grid.patch_size, strict=True))
-    white = torch.randn(count, grid.channels, height, width, generator=generator)
+    white = torch.stack(
+        [
+            torch.randn(
+                grid.channels, height, width, generator=torch.Generator().manual_seed(index)
+            )
+            for index in range(first, first + count)
+        ]
+    )
     down, right = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
     frequency = (down.square() + right.square()).sqrt().clamp_min(1 / max(height, width))
     noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))

@@ -105,7 +105,8 @@ def _rotation_order(attn: Any) -> Tensor:
 def _rotations(model: Any) -> Tensor:
     """Sines, then cosines of each patch, ``[N, 2 * head_dim]``."""
     rope, grid = model.rope, list(model.patch_embed.grid_size)
-    table = rope.get_embed() if hasattr(rope, "feat_shape") else rope.get_embed(shape=grid)
+    cached = getattr(rope, "feat_shape", None) is not None
+    table = rope.get_embed() if cached else rope.get_embed(shape=grid)
     order = _rotation_order(model.blocks[0].attn)
     return torch.cat([part[:, order] for part in table.float().chunk(2, dim=-1)], dim=1)
 
