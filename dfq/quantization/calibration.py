@@ -96,7 +96,7 @@ def calibrate(
     """
     arch, device = vit.arch, vit.prefix.device
     observers = {
-        site: RangeObserver(settings.observer, signed=site.endswith(ATTENTION_SITES[:3]))
+        site: RangeObserver(settings.observer, signed=site.endswith(ATTENTION_SITES))
         for site in range_sites(arch, settings)
     }
     statistics = {
@@ -151,10 +151,7 @@ def _watch_layers(
 def _watch_attention(vit: ViT, observers: dict[str, RangeObserver]) -> list[Any]:
     def watch(prefix: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            q, k, v, bias = inputs
-            scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-            shares = (scores if bias is None else scores + bias).softmax(-1)
-            for site, values in zip(ATTENTION_SITES, (q, k, v, shares), strict=True):
+            for site, values in zip(ATTENTION_SITES, inputs[:3], strict=True):
                 observers[f"{prefix}.{site}"].observe(values)
 
         return hook
