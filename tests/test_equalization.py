@@ -90,6 +90,38 @@ def test_an_outlier_channel_costs_less(
     assert error(0.5) < 0.7 * error(0.0)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_how_size_is_split_between_norm_and_layer_does_not_matter(
+    loaded: LoadedModel, images: list[SparseImages], bits: int, seed: int
+) -> None:
+    """Trained models have channels a hundred times larger than others."""
+    settings = QuantizationSettings(bits=bits)  # type: ignore[arg-type]
+    at = inputs(loaded, images)
+    expected = loaded.vit.forward_sparse(*at)
+
+    def error() -> float:
+        found = calibrate(loaded.vit, images, loaded.preprocessing, settings)
+        equal, moved = equalize(loaded.vit, found, settings.equalize)
+        quantized = quantize_vit(equal, moved, loaded.preprocessing, settings)
+        return float((quantized.forward_sparse(*at) - expected).norm() / expected.norm())
+
+    before = error()
+    rescale(loaded, seed)
+    torch.testing.assert_close(loaded.vit.forward_sparse(*at), expected, rtol=1e-3, atol=1e-3)
+    assert error() == pytest.approx(before, rel=0.1)
+
+
+def rescale(loaded: LoadedModel, seed: int) -> None:
+    """Channels after layer norms times 0.01 to 100, the next layers' columns divided by it."""
+    g = torch.Generator().manual_seed(seed)
+    for norm, layer in norm_layer_pairs(loaded.vit.arch):
+        factor = 10 ** (torch.rand(loaded.vit.arch.embed_dim, generator=g) * 4 - 2)
+        loaded.vit.get_parameter(f"{norm}.weight").data.mul_(factor)
+        loaded.vit.get_parameter(f"{norm}.bias").data.mul_(factor)
+        loaded.vit.get_parameter(f"{layer}.weight").data.div_(factor)
+
+
 def test_without_a_strength_nothing_changes(loaded: LoadedModel, found: Calibration) -> None:
     equal, moved = equalize(loaded.vit, found, 0.0)
     assert equal is loaded.vit
