@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dfq.quantization.layers import IntegerLinear, IntegerPatchEmbed
 from dfq.quantization.model import QuantizedViT
@@ -50,8 +50,3 @@ def dequantized_linear(layer: IntegerLinear) -> nn.Linear:
 def dequantized(model: QuantizedViT) -> ViT:
     """The float model of the dequantized weights; its activations are not rounded."""
     return with_layers(model, dequantized_linear)
-
-
-def float_state(model: QuantizedViT) -> dict[str, Tensor]:
-    """State of :func:`dequantized`."""
-    return dequantized(model).state_dict()

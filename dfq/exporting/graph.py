@@ -27,6 +27,11 @@ class Graph:
         self._scope: list[str] = []
         self._used: Counter[str] = Counter()
 
+    @property
+    def bytes(self) -> int:
+        """Size of all constants."""
+        return sum(len(c.raw_data) for c in self.constants.values())
+
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Names of what is added inside begin with ``name``."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
 import torch
 from onnx import TensorProto
-from torch import Tensor
 
 from dfq.exporting.forms import integer_layers
 from dfq.exporting.graph import Graph
@@ -16,9 +16,13 @@ from dfq.quantization.layers import IntegerLinear, IntegerPatchEmbed
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.packing import pack_int4, unpack_int4
 from dfq.quantization.quantizer import Quantizer
+from dfq.quantization.rounding import expand_groups
+from dfq.quantization.scheme import ATTENTION_SITES
 from dfq.vit import ViT
 
 WeightType = Literal["int8", "int4"]
+
+SMALLEST_BLOCK = 16
 
 
 class FloatProducts:
@@ -46,8 +50,43 @@ class FloatProducts:
         bias: str | None,
         scale: float,
     ) -> str:
+        return write_attention(graph, q, k, v, bias, scale)
+
+
+def write_attention(
+    graph: Graph,
+    q: str,
+    k: str,
+    v: str,
+    bias: str | None,
+    scale: float,
+    sites: list[Quantizer] | None = None,
+) -> str:
+    """Both products of attention, in floating point or between the quantizers of q, k, v and
+    the probabilities."""
+    with graph.part("scores"):
         q = graph.op("Mul", q, graph.scalar("scale", scale))
-        return graph.op("MatMul", softmax_of(graph, graph.op("MatMul", q, k), bias), v)
+        if sites:
+            scaled = Quantizer(sites[0].scale * scale, 0, signed=True)
+            q, k = rounded(graph, q, scaled, "q"), rounded(graph, k, sites[1], "k")
+        scores = graph.op("MatMul", q, k)
+    shares = softmax_of(graph, scores, bias)
+    with graph.part("values"):
+        if sites:
+            shares = rounded(graph, shares, sites[3], "probabilities")
+            v = rounded(graph, v, sites[2], "v")
+        return graph.op("MatMul", shares, v)
+
+
+def rounded(graph: Graph, x: str, quantizer: Quantizer, name: str = "input") -> str:
+    """The values that quantized ``x`` stands for."""
+    kind = np.int8 if quantizer.signed else np.uint8
+    constants = (
+        graph.scalar(f"{name}_scale", quantizer.scale),
+        graph.constant(f"{name}_zero_point", np.array(quantizer.zero_point, kind)),
+    )
+    x = graph.op("QuantizeLinear", x, *constants)
+    return graph.op("DequantizeLinear", x, *constants)
 
 
 class QuantizedProducts(FloatProducts):
@@ -73,29 +112,20 @@ class QuantizedProducts(FloatProducts):
         std, mean = (c[::step].reshape(by_channel) for c in (layer.std, layer.mean))
         x = graph.op("Mul", x, graph.constant("std", std))
         x = graph.op("Add", x, graph.constant("mean", mean))
-        return self.rounded(graph, x, layer.input_quantizer)
-
-    def rounded(self, graph: Graph, x: str, quantizer: Quantizer) -> str:
-        """The values that quantized ``x`` stands for."""
-        kind = np.int8 if quantizer.signed else np.uint8
-        constants = (
-            graph.scalar("input_scale", quantizer.scale),
-            graph.constant("input_zero_point", np.array(quantizer.zero_point, kind)),
-        )
-        x = graph.op("QuantizeLinear", x, *constants)
-        return graph.op("DequantizeLinear", x, *constants)
+        return rounded(graph, x, layer.input_quantizer)
 
     def linear(self, graph: Graph, name: str, x: str) -> str:
         layer = self.layers[name]
         if not isinstance(layer, IntegerPatchEmbed):
-            x = self.rounded(graph, x, layer.input_quantizer)
+            x = rounded(graph, x, layer.input_quantizer)
         y = graph.op("MatMul", x, self.weight(graph, layer))
         return graph.op("Add", y, graph.constant("bias", layer.bias))
 
     def weight(self, graph: Graph, layer: IntegerLinear) -> str:
         """The dequantized weight ``[in, out]``."""
-        if layer.bits == 4 and self.weights == "int4":
-            return _four_bits(graph, layer)
+        block = four_bit_block(layer) if self.weights == "int4" else None
+        if block is not None:
+            return _four_bits(graph, layer, block)
         zeros = np.zeros(layer.out_features, np.int8)
         constants = (
             graph.constant("weight", layer.integers().T),
@@ -109,28 +139,42 @@ class QuantizedProducts(FloatProducts):
     ) -> str:
         if not self.integer_attention:
             return super().attention(graph, name, q, k, v, bias, scale)
-        sites = [self.quantizers[f"{name}.attn.{s}"] for s in ("q", "k", "v", "probabilities")]
-        q = graph.op("Mul", q, graph.scalar("scale", scale))
-        scaled = Quantizer(sites[0].scale * scale, 0, signed=True)
-        q, k, v = (
-            self.rounded(graph, x, by)
-            for x, by in ((q, scaled), (k, sites[1]), (v, sites[2]))
-        )
-        shares = softmax_of(graph, graph.op("MatMul", q, k), bias)
-        return graph.op("MatMul", self.rounded(graph, shares, sites[3]), v)
+        sites = [self.quantizers[f"{name}.{site}"] for site in ATTENTION_SITES]
+        return write_attention(graph, q, k, v, bias, scale, sites)
 
 
-def _four_bits(graph: Graph, layer: IntegerLinear) -> str:
-    """4-bit weights with a float scale for each group of inputs of each column."""
-    integers = unpack_int4(layer.weight, layer.in_features).T.contiguous()
-    content = bytes(pack_int4(integers.reshape(1, -1)).numpy().tobytes())
+def integer_products(model: QuantizedViT) -> list[str]:
+    """Names of the products that have quantizers on both sides."""
+    names = list(integer_layers(model))
+    if model.settings.attention == "int8":
+        blocks = range(model.arch.depth)
+        names += [f"blocks.{i}.attn.{p}" for i in blocks for p in ("scores", "values")]
+    return [f"{name}/MatMul" for name in names]
+
+
+def four_bit_block(layer: IntegerLinear) -> int | None:
+    """How many inputs share a scale in a file; None if the weights have to be widened.
+
+    OpenVINO takes blocks that divide the inputs, ONNX Runtime from 16 on.
+    """
+    if layer.bits != 4:
+        return None
+    if not layer.group:
+        return layer.in_features
+    block = math.gcd(layer.group, layer.in_features)
+    return block if block >= SMALLEST_BLOCK else None
+
+
+def _four_bits(graph: Graph, layer: IntegerLinear, block: int) -> str:
+    """4-bit weights with a float scale for each block of inputs of each column."""
+    integers = unpack_int4(layer.weight, layer.in_features).T
+    content = pack_int4(integers.reshape(1, -1)).numpy().tobytes()
     shape = (layer.in_features, layer.out_features)
     weight = graph.packed("weight", TensorProto.INT4, shape, content)
     if not layer.group:
-        return graph.op("DequantizeLinear", weight, _scale(graph, layer.weight_scale), axis=1)
-    scale = _scale(graph, (layer.weight_scale[:, None] * layer.group_scale.float()).T)
-    return graph.op("DequantizeLinear", weight, scale, axis=0, block_size=layer.group)
-
-
-def _scale(graph: Graph, value: Tensor) -> str:
-    return graph.constant("weight_scale", value)
+        scale = graph.constant("weight_scale", layer.weight_scale)
+        return graph.op("DequantizeLinear", weight, scale, axis=1)
+    steps = layer.weight_scale[:, None] * layer.group_scale.float()
+    steps = expand_groups(steps, layer.group, layer.in_features)[:, ::block]
+    scale = graph.constant("weight_scale", steps.T)
+    return graph.op("DequantizeLinear", weight, scale, axis=0, block_size=block)
