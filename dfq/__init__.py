@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from dfq.checkpoint import load
     from dfq.dataset import SparseImageDataset
     from dfq.errors import DfqError, GateError, RunError, UsageError
+    from dfq.exporting.formats import export
     from dfq.inspection import DoctorReport, ModelEntry, doctor, inspect, models
     from dfq.pictures import preview
     from dfq.pipeline import evaluate, invert, quantize
     from dfq.quantization.model import QuantizedViT
     from dfq.recipe import InversionSettings, QuantizationSettings, Recipe, load_recipe
-    from dfq.results import EvaluateResult, InvertResult, QuantizeResult
+    from dfq.results import EvaluateResult, ExportResult, InvertResult, QuantizeResult
     from dfq.sparse import SparseImages
     from dfq.vit.load import LoadedModel, load_model
 
@@ -31,6 +32,7 @@ _HOMES = {
     "DfqError": "dfq.errors",
     "DoctorReport": "dfq.inspection",
     "EvaluateResult": "dfq.results",
+    "ExportResult": "dfq.results",
     "GateError": "dfq.errors",
     "InversionSettings": "dfq.recipe",
     "InvertResult": "dfq.results",
@@ -46,6 +48,7 @@ _HOMES = {
     "UsageError": "dfq.errors",
     "doctor": "dfq.inspection",
     "evaluate": "dfq.pipeline",
+    "export": "dfq.exporting.formats",
     "inspect": "dfq.inspection",
     "invert": "dfq.pipeline",
     "list_cache": "dfq.cache",
@@ -64,6 +67,7 @@ __all__ = [
     "DfqError",
     "DoctorReport",
     "EvaluateResult",
+    "ExportResult",
     "GateError",
     "InversionSettings",
     "InvertResult",
@@ -80,6 +84,7 @@ __all__ = [
     "__version__",
     "doctor",
     "evaluate",
+    "export",
     "inspect",
     "invert",
     "list_cache",

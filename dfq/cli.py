@@ -382,6 +382,33 @@ def evaluate(
     _show(result, json_, quiet, _field_table)
 
 
+@app.command(epilog="Example: [bold]dfq export demo-w4a8 --out demo.onnx[/]")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
+    format: Annotated[str, typer.Option(help="onnx, openvino or torch.")] = "onnx",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file: .onnx, .xml (a .bin comes with it) or .pt2.",
+            show_default="./CHECKPOINT with the suffix",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of 4-bit checkpoints in ONNX: int8 (widened without loss; products run on "
+            "integers) or int4 (half the size; ONNX Runtime then computes in float).",
+            show_default="int8",
+        ),
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint as ONNX, OpenVINO IR or a torch.export program."""
+    result = dfq.export(checkpoint, format=format, out=out, weights=weights)
+    _show(result, json_, quiet, _field_table)
+
+
 @app.command(epilog="Example: [bold]dfq inspect demo-w4a8[/]")
 def inspect(
     path: Annotated[Path, typer.Argument(help="A dataset or a checkpoint.", show_default=False)],

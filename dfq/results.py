@@ -130,6 +130,26 @@ class EvaluateResult:
     images_per_second: float
 
 
+@dataclass(frozen=True)
+class ExportResult:
+    """Result of :func:`dfq.export`.
+
+    ``products``: matrix products with quantized inputs in the file; ``integer_products``: how
+    many of them OpenVINO runs on 8-bit integers here.  None where it was not looked at.
+    """
+
+    checkpoint: str
+    model: str
+    scheme: str
+    attention: str
+    format: str
+    weights: str
+    path: str
+    bytes: int
+    products: int | None
+    integer_products: int | None
+
+
 def to_json(result: Any) -> dict[str, Any]:
     """A result as nested dicts of JSON types."""
     return dataclasses.asdict(result)

@@ -745,6 +745,7 @@ def test_the_commands_are_these() -> None:
         "quantize",
         "invert",
         "evaluate",
+        "export",
         "inspect",
         "models",
         "doctor",

@@ -97,6 +97,8 @@ def program_bytes(model: QuantizedViT, facts: dict[str, str]) -> bytes:
         program = torch.export.export(
             reference_form(model), (images,), dynamic_shapes={"images": batch}
         )
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
         buffer = io.BytesIO()
         torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts)})
     return buffer.getvalue()
