@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dfq import checkpoint as checkpoints
-from dfq.errors import OutputError, SettingError, nearest
+from dfq.errors import OutputError, SettingError
 from dfq.exporting import program
 from dfq.exporting.extras import require
 from dfq.exporting.facts import facts

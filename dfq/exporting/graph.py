@@ -28,8 +28,8 @@ class Graph:
         self._used: Counter[str] = Counter()
 
     @property
-    def bytes(self) -> int:
-        """Size of all constants."""
+    def size(self) -> int:
+        """Bytes of all constants."""
         return sum(len(c.raw_data) for c in self.constants.values())
 
     @contextmanager

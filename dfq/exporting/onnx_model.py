@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from dfq import __version__
@@ -34,9 +34,9 @@ def onnx_bytes(vit: ViT, products: Products, facts: dict[str, str] | None = None
     arch, graph = vit.arch, Graph()
     output = "logits" if arch.num_classes else "features"
     Transformer(graph, vit, products).write(output)
-    if graph.bytes > LIMIT:
+    if graph.size > LIMIT:
         raise UnsupportedModelError(
-            f"The model has {graph.bytes / 1e9:.1f} GB of constants; an ONNX file ends at 2 GB. "
+            f"The model has {graph.size / 1e9:.1f} GB of constants; an ONNX file ends at 2 GB. "
             "A torch program (--format torch) has no such limit."
         )
     width = arch.num_classes or arch.embed_dim
@@ -56,6 +56,9 @@ def onnx_bytes(vit: ViT, products: Products, facts: dict[str, str] | None = None
     return content
 
 
+DECODE_ERROR: type[Exception] = import_module("google.protobuf.message").DecodeError
+
+
 def _value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
@@ -64,5 +67,5 @@ def is_export(path: Path) -> bool:
     """Whether a file is an ONNX model that dfq wrote."""
     try:
         return bool(onnx.load_model(path, load_external_data=False).producer_name == PRODUCER)
-    except (DecodeError, OSError):
+    except (DECODE_ERROR, OSError):
         return False

@@ -118,21 +118,8 @@ class QuantizedProducts(FloatProducts):
         layer = self.layers[name]
         if not isinstance(layer, IntegerPatchEmbed):
             x = rounded(graph, x, layer.input_quantizer)
-        y = graph.op("MatMul", x, self.weight(graph, layer))
+        y = graph.op("MatMul", x, write_weight(graph, layer, self.weights))
         return graph.op("Add", y, graph.constant("bias", layer.bias))
-
-    def weight(self, graph: Graph, layer: IntegerLinear) -> str:
-        """The dequantized weight ``[in, out]``."""
-        block = four_bit_block(layer) if self.weights == "int4" else None
-        if block is not None:
-            return _four_bits(graph, layer, block)
-        zeros = np.zeros(layer.out_features, np.int8)
-        constants = (
-            graph.constant("weight", layer.integers().T),
-            graph.constant("weight_scale", layer.weight_scale),
-            graph.constant("weight_zero_point", zeros),
-        )
-        return graph.op("DequantizeLinear", *constants, axis=1)
 
     def attention(
         self, graph: Graph, name: str, q: str, k: str, v: str, bias: str | None, scale: float
@@ -150,6 +137,19 @@ def integer_products(model: QuantizedViT) -> list[str]:
         blocks = range(model.arch.depth)
         names += [f"blocks.{i}.attn.{p}" for i in blocks for p in ("scores", "values")]
     return [f"{name}/MatMul" for name in names]
+
+
+def write_weight(graph: Graph, layer: IntegerLinear, kind: WeightType) -> str:
+    """The dequantized weight ``[in, out]``."""
+    block = four_bit_block(layer) if kind == "int4" else None
+    if block is not None:
+        return _four_bits(graph, layer, block)
+    constants = (
+        graph.constant("weight", layer.integers().T),
+        graph.constant("weight_scale", layer.weight_scale),
+        graph.constant("weight_zero_point", np.zeros(layer.out_features, np.int8)),
+    )
+    return graph.op("DequantizeLinear", *constants, axis=1)
 
 
 def four_bit_block(layer: IntegerLinear) -> int | None:

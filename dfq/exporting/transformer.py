@@ -17,7 +17,7 @@ IMAGES = "images"
 
 
 class Products(Protocol):
-    """How matrix products are written; names are those of :func:`dfq.quantization.scheme.layers`."""
+    """How matrix products are written, by :func:`dfq.quantization.scheme.layers`' names."""
 
     def images(self, graph: Graph, x: str) -> str:
         """Normalised images to what the patch embedding multiplies, still as images."""
@@ -141,9 +141,7 @@ class Transformer:
         """Queries or keys ``[B, T, H, D]``, normed and rotated, to ``[B, H, T, D]``, or to
         ``[B, H, D, T]``."""
         if isinstance(norm, nn.LayerNorm) or self.at.sin is not None:
-            x = self.rotate(
-                self.norm(norm, part, self.graph.op("Transpose", x, perm=[0, 2, 1, 3]))
-            )
+            x = self.rotate(self.norm(norm, part, self.graph.op("Transpose", x, perm=[0, 2, 1, 3])))
             return self.graph.op("Transpose", x, perm=[0, 1, 3, 2]) if transposed else x
         return self.graph.op("Transpose", x, perm=[0, 2, 3, 1] if transposed else [0, 2, 1, 3])
 
@@ -204,8 +202,8 @@ class Transformer:
             if arch.pool == "token":
                 return self.slice(x, 0, 1, 1)
             if arch.pool == "distilled":
-                x = self.slice(x, 0, 2, 1)
-                return graph.shaped(x, 0, 1, 2 * arch.embed_dim) if arch.num_classes else self.mean(x)
+                x, width = self.slice(x, 0, 2, 1), 2 * arch.embed_dim
+                return graph.shaped(x, 0, 1, width) if arch.num_classes else self.mean(x)
             if not arch.pool_includes_prefix and arch.num_prefix_tokens:
                 x = self.slice(x, arch.num_prefix_tokens, self.tokens, 1)
             if arch.pool == "avg":
