@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_vit
 from families import FAMILIES, VARIANTS, Family
 from torch import Tensor
 
+import dfq
 from dfq import demo
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.recipe import QuantizationSettings
@@ -77,3 +80,20 @@ def quantized_demo(bits: int, attention: Any) -> QuantizedViT:
     settings = QuantizationSettings(bits=bits, attention=attention)
     found = calibrate(loaded.vit, [_whole(patches)], loaded.preprocessing, settings)
     return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
+
+
+def checkpoint_of(path: Path, *, bits: int = 8, attention: str = "float", seed: int = 0) -> Path:
+    """A checkpoint of the small ViT of conftest, calibrated on random noise."""
+    dfq.quantize(
+        make_vit(seed),
+        bits=bits,
+        attention=attention,
+        calibration="noise",
+        images=4,
+        settings={"inversion": {"threads": 1}},
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.25, 0.3),
+        out=path,
+        cache=path.parent / "cache",
+    )
+    return path

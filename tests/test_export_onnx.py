@@ -117,7 +117,7 @@ def test_products_are_those_of_layers_and_of_integer_attention() -> None:
 @torch.no_grad()
 def test_the_demo_predicts_what_the_checkpoint_does(bits: int, attention: str) -> None:
     model = quantized_demo(bits, attention)
-    images = demo_images(500)
+    images = demo_images(200)
     agreement = run(quantized_bytes(model), images).argmax(-1) == model(images).argmax(-1)
     assert float(agreement.float().mean()) >= 0.99
 
