@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dfq.exporting.extras import require
 
 INTEGERS = ("i8", "u8")
+MULTIPLYING = ("FullyConnected", "MatMul", "Subgraph")
+WANTED = ("layerType", "runtimePrecision", "originalLayersNames")
 FACTS = "dfq"
 TAIL = 1 << 16
 """The facts of an .xml are at its end."""
@@ -44,14 +46,19 @@ def save_ir(content: bytes, facts: dict[str, str], path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def integers_in(compiled: Any, products: Iterable[str]) -> list[str]:
+def integers_in(compiled: Any, products: Sequence[str]) -> list[str]:
     """Those of the named products that the compiled model runs on 8-bit integers."""
     found: set[str] = set()
     for node in compiled.get_runtime_model().get_ops():
-        info = node.get_rt_info()
-        if info["runtimePrecision"].astype(str) in INTEGERS:
-            found.update(info["originalLayersNames"].astype(str).split(","))
-    return [name for name in products if name in found]
+        info = {k: node.get_rt_info()[k].astype(str) for k in WANTED}
+        if info["layerType"] in MULTIPLYING and info["runtimePrecision"] in INTEGERS:
+            found.update(info["originalLayersNames"].split(","))
+    parts = (f"{product}/Dequantization" for product in products)
+    return [
+        product
+        for product, part in zip(products, parts, strict=True)
+        if any(name == product or name.startswith(part) for name in found)
+    ]
 
 
 def is_export(path: Path) -> bool:
