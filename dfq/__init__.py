@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dfq.benchmarking.compare import benchmark
     from dfq.cache import CacheEntry, list_cache, remove_cached, verify_cache
     from dfq.checkpoint import load
     from dfq.dataset import SparseImageDataset
@@ -23,11 +24,18 @@ if TYPE_CHECKING:
     from dfq.pipeline import evaluate, invert, quantize
     from dfq.quantization.model import QuantizedViT
     from dfq.recipe import InversionSettings, QuantizationSettings, Recipe, load_recipe
-    from dfq.results import EvaluateResult, ExportResult, InvertResult, QuantizeResult
+    from dfq.results import (
+        BenchmarkResult,
+        EvaluateResult,
+        ExportResult,
+        InvertResult,
+        QuantizeResult,
+    )
     from dfq.sparse import SparseImages
     from dfq.vit.load import LoadedModel, load_model
 
 _HOMES = {
+    "BenchmarkResult": "dfq.results",
     "CacheEntry": "dfq.cache",
     "DfqError": "dfq.errors",
     "DoctorReport": "dfq.inspection",
@@ -46,6 +54,7 @@ _HOMES = {
     "SparseImageDataset": "dfq.dataset",
     "SparseImages": "dfq.sparse",
     "UsageError": "dfq.errors",
+    "benchmark": "dfq.benchmarking.compare",
     "doctor": "dfq.inspection",
     "evaluate": "dfq.pipeline",
     "export": "dfq.exporting.formats",
@@ -63,6 +72,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BenchmarkResult",
     "CacheEntry",
     "DfqError",
     "DoctorReport",
@@ -82,6 +92,7 @@ __all__ = [
     "SparseImages",
     "UsageError",
     "__version__",
+    "benchmark",
     "doctor",
     "evaluate",
     "export",

@@ -31,6 +31,7 @@ from dfq.results import (
 )
 
 PUBLIC = [
+    "BenchmarkResult",
     "CacheEntry",
     "DfqError",
     "DoctorReport",
@@ -50,6 +51,7 @@ PUBLIC = [
     "SparseImages",
     "UsageError",
     "__version__",
+    "benchmark",
     "doctor",
     "evaluate",
     "export",

@@ -746,6 +746,7 @@ def test_the_commands_are_these() -> None:
         "invert",
         "evaluate",
         "export",
+        "benchmark",
         "inspect",
         "models",
         "doctor",
