@@ -640,25 +640,26 @@ def _quantize_table(r: dict[str, Any]) -> Table:
 def _benchmark_table(r: dict[str, Any]) -> Table:
     """Rows with their speed as a multiple of torch-fp32's at the same batch."""
     threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+    notes = [f"{a['runtime']} absent: {a['reason']}" for a in r["absent"]]
+    notes += [
+        f"{c['runtime']} from a cold process to its first prediction: {c['seconds']:.2f} s, at "
+        f"most {_size(c['peak_bytes'])}"
+        for c in r["cold"] or ()
+    ]
     table = Table(
-        title=_escape(f"{r['model']}, {r['scheme']}, attention {r['attention']}: {threads}"),
-        caption=_escape("\n".join(f"{a['runtime']} absent: {a['reason']}" for a in r["absent"])),
+        title=_escape(f"{r['model']}, {r['scheme']}, attention {r['attention']}, {threads}"),
+        caption=_escape("\n".join(notes)),
+        caption_justify="left",
     )
-    for column in ("runtime", "batch", "images/s", "median ms", "p95 ms", "of torch-fp32"):
-        table.add_column(column, justify="left" if column == "runtime" else "right")
-    base = {
-        row["batch"]: row["images_per_second"]
-        for row in r["rows"]
-        if row["runtime"] == "torch-fp32"
-    }
+    table.add_column("runtime", no_wrap=True)
+    for column in ("batch", "images/s", "median ms", "p95 ms", "of fp32"):
+        table.add_column(column, justify="right")
+    base = {x["batch"]: x["images_per_second"] for x in r["rows"] if x["runtime"] == "torch-fp32"}
     for row in r["rows"]:
         speed, batch = row["images_per_second"], row["batch"]
         ratio = f"{speed / base[batch]:.2f}" if batch in base else ""
         times = (f"{row['median_ms']:.2f}", f"{row['p95_ms']:.2f}")
         table.add_row(row["runtime"], str(batch), f"{speed:.1f}", *times, ratio)
-    for start in r["cold"] or ():
-        memory = f"{_size(start['peak_bytes'])} at most"
-        table.add_row(f"{start['runtime']}, cold", "1", "", f"{1e3 * start['seconds']:.0f}", memory)
     return table
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from dfq import checkpoint as checkpoints
-from dfq.benchmarking.cold import REPEATS, cold_starts
+from dfq.benchmarking import cold as cold_processes
 from dfq.benchmarking.quiet import quiet
 from dfq.benchmarking.runtimes import RUNTIMES, Contestants, Predict
 from dfq.benchmarking.timing import interleaved, row_of, turns_of
+from dfq.checkpoint import CheckpointInfo
 from dfq.errors import DfqError, SettingError, nearest
 from dfq.exporting.extras import installed
 from dfq.inspection import doctor
@@ -72,9 +73,7 @@ def benchmark(
         rows = [row for n in batches for row in _measure(ready, given, n, seconds, progress)]
         starts: list[ColdStart] | None = None
         if cold:
-            with progress.task("cold starts", 2 * REPEATS) as advance:
-                directory = Path(temporary)
-                starts, missing = cold_starts(Path(checkpoint), info, threads, directory, advance)
+            starts, missing = _cold(Path(checkpoint), info, given, progress)
             absent += missing
         report = doctor()
     return BenchmarkResult(
@@ -93,6 +92,13 @@ def benchmark(
         cores=os.cpu_count() or 1,
         versions={**report.versions, **_versions()},
     )
+
+
+def _cold(
+    checkpoint: Path, info: CheckpointInfo, given: Contestants, progress: Progress
+) -> tuple[list[ColdStart], list[Absent]]:
+    with progress.task("cold starts", 2 * cold_processes.REPEATS) as advance:
+        return cold_processes.cold_starts(checkpoint, info, given.threads, given.directory, advance)
 
 
 def _names(runtimes: Sequence[str] | None) -> list[str]:
