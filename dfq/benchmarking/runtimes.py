@@ -137,7 +137,7 @@ def _onnxruntime_dfq(given: Contestants) -> Predict:
 
 
 def _onnxruntime_int8(given: Contestants) -> Predict:
-    """ONNX Runtime's static quantization of the matrix products, weights per channel."""
+    """ONNX Runtime's static quantization of all operators that it knows, weights per channel."""
     tools = require("onnxruntime.quantization", "onnx")
     before, after = given.directory / "float.onnx", given.directory / "int8.onnx"
     before.write_bytes(given.float_onnx)
@@ -146,7 +146,6 @@ def _onnxruntime_int8(given: Contestants) -> Predict:
         after,
         _Reader([image[None].numpy() for image in given.images(CALIBRATION_IMAGES, seed=1)]),
         quant_format=tools.QuantFormat.QDQ,
-        op_types_to_quantize=["MatMul"],
         per_channel=True,
         activation_type=tools.QuantType.QUInt8,
         weight_type=tools.QuantType.QInt8,
