@@ -404,7 +404,7 @@ def export(
         str | None,
         typer.Option(
             help="Of 4-bit checkpoints in ONNX: int8 (widened without loss; products run on "
-            "integers) or int4 (half the size; ONNX Runtime then computes in float).",
+            "integers) or int4 (a smaller file; ONNX Runtime then computes in float).",
             show_default="int8",
         ),
     ] = None,

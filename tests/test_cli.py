@@ -588,6 +588,21 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "inspect something else": (lambda p: ["inspect", p.folder()], "data' holds neither",
                                "a sparse-image dataset or a dfq checkpoint"),
     "models of no name": (lambda _: ["models", "vitt_base"], "'vitt_base'", "Did you mean"),
+    "export format": (lambda p: ["export", p.checkpoint, "--format", "tflite"],
+                      "format is 'tflite'", "onnx, openvino, torch"),
+    "export suffix": (lambda p: ["export", p.checkpoint, "--out", p.tmp / "model.pt"],
+                      "model.pt'", "ends in .onnx"),
+    "export of no checkpoint": (lambda p: ["export", p.folder()],
+                                "data' is not a dfq checkpoint", "dfq quantize MODEL --out DIR"),
+    "export over something else": (
+        lambda p: ["export", p.checkpoint, "--format", "torch", "--out", p.file("model.pt2")],
+        "model.pt2' is something other", "choose another out"),
+    "batch of words": (lambda p: ["benchmark", p.checkpoint, "--batch", "all"],
+                       "--batch is 'all'", "whole numbers"),
+    "batch of none": (lambda p: ["benchmark", p.checkpoint, "--batch", "0"],
+                      "batch has 0", "from 1 to 4096"),
+    "runtime": (lambda p: ["benchmark", p.checkpoint, "--runtimes", "tvm"],
+                "'tvm'", "dfq, torch-fp32"),
     "remove nothing": (lambda _: ["cache", "remove", "none"], "'none'", "there are: none"),
 }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,9 +21,7 @@ def require(package: str, extra: str) -> Any:
         ExtraError: it is not installed.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return importlib.import_module(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise ExtraError(
             f"This needs the package {package!r}, which cannot be imported ({error}). "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -92,15 +91,13 @@ def program_bytes(model: QuantizedViT, facts: dict[str, str]) -> bytes:
     arch = model.arch
     images = torch.zeros(2, arch.in_channels, *arch.image_size)
     batch = {0: torch.export.Dim("batch", min=1)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        program = torch.export.export(
-            reference_form(model), (images,), dynamic_shapes={"images": batch}
-        )
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts)})
+    program = torch.export.export(
+        reference_form(model), (images,), dynamic_shapes={"images": batch}
+    )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts)})
     return buffer.getvalue()
 
 
