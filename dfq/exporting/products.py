@@ -24,6 +24,9 @@ WeightType = Literal["int8", "int4"]
 
 SMALLEST_BLOCK = 16
 
+SHARES = Quantizer(1 / 255, 0, signed=False)
+"""Exponentials of scores less their largest."""
+
 
 class FloatProducts:
     """Of a float model."""
@@ -62,20 +65,28 @@ def write_attention(
     scale: float,
     sites: list[Quantizer] | None = None,
 ) -> str:
-    """Both products of attention, in floating point or between the quantizers of q, k, v and
-    the probabilities."""
+    """Both products of attention, in floating point or between the quantizers of q, k and v.
+
+    As :func:`dfq.runtime.reference.attention`, each row of the quantized softmax has 255 as its
+    largest integer and is divided by its sum after the second product.
+    """
     with graph.part("scores"):
         q = graph.op("Mul", q, graph.scalar("scale", scale))
         if sites:
             scaled = Quantizer(sites[0].scale * scale, 0, signed=True)
             q, k = rounded(graph, q, scaled, "q"), rounded(graph, k, sites[1], "k")
         scores = graph.op("MatMul", q, k)
-    shares = softmax_of(graph, scores, bias)
+    if not sites:
+        shares = softmax_of(graph, scores, bias)
+        with graph.part("values"):
+            return graph.op("MatMul", shares, v)
+    scores = scores if bias is None else graph.op("Add", scores, bias)
+    last = graph.constant("last", [-1])
+    shares = graph.op("Exp", graph.op("Sub", scores, graph.op("ReduceMax", scores, last)))
+    shares = rounded(graph, shares, SHARES, "shares")
     with graph.part("values"):
-        if sites:
-            shares = rounded(graph, shares, sites[3], "probabilities")
-            v = rounded(graph, v, sites[2], "v")
-        return graph.op("MatMul", shares, v)
+        mixed = graph.op("MatMul", shares, rounded(graph, v, sites[2], "v"))
+    return graph.op("Div", mixed, graph.op("ReduceSum", shares, last))
 
 
 def rounded(graph: Graph, x: str, quantizer: Quantizer, name: str = "input") -> str:

@@ -66,11 +66,13 @@ class ReferenceProduct(nn.Module):
 
     def __init__(self, scales: Tensor) -> None:
         super().__init__()
-        q, k, v, probabilities = scales.tolist()
-        self.scales: tuple[float, float, float, float] = (q, k, v, probabilities)
+        self.scales: list[float] = scales.tolist()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        return reference.attention(q, k, v, self.scales, bias)
+        pairs = zip((q, k, v), self.scales, strict=True)
+        q, k, v = (reference.quantize_signed(x, scale) for x, scale in pairs)
+        scale = self.scales[0] * self.scales[1] * q.shape[-1] ** -0.5
+        return reference.attention(q, k, v, scale, bias) * self.scales[2]
 
 
 def reference_form(model: QuantizedViT) -> ViT:
