@@ -25,7 +25,7 @@ WeightType = Literal["int8", "int4"]
 SMALLEST_BLOCK = 16
 
 SHARES = Quantizer(1 / 255, 0, signed=False)
-"""Exponentials of scores less their largest."""
+"""Probabilities divided by the largest of their row, which is 1."""
 
 
 class FloatProducts:
@@ -76,13 +76,12 @@ def write_attention(
             scaled = Quantizer(sites[0].scale * scale, 0, signed=True)
             q, k = rounded(graph, q, scaled, "q"), rounded(graph, k, sites[1], "k")
         scores = graph.op("MatMul", q, k)
+    shares = softmax_of(graph, scores, bias)
     if not sites:
-        shares = softmax_of(graph, scores, bias)
         with graph.part("values"):
             return graph.op("MatMul", shares, v)
-    scores = scores if bias is None else graph.op("Add", scores, bias)
     last = graph.constant("last", [-1])
-    shares = graph.op("Exp", graph.op("Sub", scores, graph.op("ReduceMax", scores, last)))
+    shares = graph.op("Div", shares, graph.op("ReduceMax", shares, last))
     shares = rounded(graph, shares, SHARES, "shares")
     with graph.part("values"):
         mixed = graph.op("MatMul", shares, rounded(graph, v, sites[2], "v"))
