@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 from exporting import checkpoint_of
+from typer.testing import CliRunner
 
 import dfq
+from dfq.cli import app
 from dfq.errors import CheckpointError, ExtraError, OutputError, SettingError
 from dfq.exporting.formats import SUFFIXES
 from dfq.files import replace_files
+from dfq.results import to_json
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -236,3 +240,28 @@ def test_files_that_cannot_all_move_stay(there: bool, tmp_path: Path) -> None:
         replace_files(moves)
     assert [p.is_file() for p in moves.values()] == [there, there]
     assert all(p.read_text() == "old" for p in moves.values() if there)
+
+
+# ---- the command
+
+
+def test_json_of_export_is_the_result_and_nothing_else(
+    four_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "model.onnx"
+    arguments = ["export", str(four_bits), "--out", str(out), "--weights", "int4", "--json"]
+    monkeypatch.setattr(sys, "argv", ["dfq", *arguments])
+    ended = CliRunner().invoke(app, arguments)
+    expected = dfq.export(four_bits, out=out, weights="int4")
+    assert (ended.exit_code, json.loads(ended.stdout)) == (0, to_json(expected))
+
+
+@needs_openvino
+def test_the_table_counts_products_on_integers(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, ["export", str(checkpoint), "--format", "openvino"])
+    lines = [line for line in ended.stdout.splitlines() if "products" in line]
+    assert len(lines) == 2
+    assert all(" 10 " in line for line in lines)

@@ -21,6 +21,7 @@ from dfq.exporting.openvino_model import (  # noqa: E402
     compile_model,
     integers_in,
     is_export,
+    read_model,
     save_ir,
 )
 from dfq.exporting.products import QuantizedProducts, integer_products  # noqa: E402
@@ -57,3 +58,14 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     save_ir(onnx_bytes(model, QuantizedProducts(model)), {"scheme": "w8a8"}, path)
     assert is_export(path)
     assert openvino.Core().read_model(path).get_rt_info(["dfq", "scheme"]).astype(str) == "w8a8"
+
+
+@pytest.mark.parametrize("family", MEMBERS[::5])
+@torch.no_grad()
+def test_four_bit_weights_in_onnx_are_read(family: Family) -> None:
+    model = quantized(family, bits=4, attention="float")
+    content = onnx_bytes(model, QuantizedProducts(model, "int4"))
+    compiled = openvino.Core().compile_model(read_model(openvino, content), "CPU", FLOAT32)
+    images = images_for(model)
+    found = torch.from_numpy(compiled(images.numpy())[0])
+    assert spread(found, reference_form(model)(images)) < 0.03
