@@ -68,4 +68,4 @@ def test_four_bit_weights_in_onnx_are_read(family: Family) -> None:
     compiled = openvino.Core().compile_model(read_model(openvino, content), "CPU", FLOAT32)
     images = images_for(model)
     found = torch.from_numpy(compiled(images.numpy())[0])
-    assert spread(found, reference_form(model)(images)) < 0.03
+    assert spread(found, reference_form(model)(images)) < 0.1
