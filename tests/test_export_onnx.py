@@ -31,10 +31,9 @@ from dfq.exporting.onnx_model import onnx_bytes  # noqa: E402
 from dfq.exporting.products import (  # noqa: E402
     FloatProducts,
     QuantizedProducts,
-    WeightType,
     integer_products,
-    write_weight,
 )
+from dfq.exporting.weights import WeightType, write_weight  # noqa: E402
 
 INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul")
 

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
 import numpy as np
 import torch
-from onnx import TensorProto
 
 from dfq.exporting.forms import integer_layers
 from dfq.exporting.graph import Graph
 from dfq.exporting.transformer import softmax_of
-from dfq.quantization.layers import IntegerLinear, IntegerPatchEmbed
+from dfq.exporting.weights import WeightType, write_weight
+from dfq.quantization.layers import IntegerPatchEmbed
 from dfq.quantization.model import QuantizedViT
-from dfq.quantization.packing import pack_int4, unpack_int4
 from dfq.quantization.quantizer import Quantizer
-from dfq.quantization.rounding import expand_groups
 from dfq.quantization.scheme import ATTENTION_SITES
 from dfq.vit import ViT
-
-WeightType = Literal["int8", "int4"]
-
-SMALLEST_BLOCK = 16
 
 SHARES = Quantizer(1 / 255, 0, signed=False)
 """Probabilities divided by the largest of their row, which is 1."""
@@ -68,7 +59,9 @@ def write_attention(
     """Both products of attention, in floating point or between the quantizers of q, k and v.
 
     As :func:`dfq.runtime.reference.attention`, each row of the quantized softmax has 255 as its
-    largest integer and is divided by its sum after the second product.
+    largest integer and is divided by its sum after the second product.  The exponentials are
+    written as a softmax over its row's largest entry: runtimes have kernels for softmax, and
+    OpenVINO 2026.4 computes a difference, its exponential and a quantizer in a row wrongly.
     """
     with graph.part("scores"):
         q = graph.op("Mul", q, graph.scalar("scale", scale))
@@ -147,44 +140,3 @@ def integer_products(model: QuantizedViT) -> list[str]:
         blocks = range(model.arch.depth)
         names += [f"blocks.{i}.attn.{p}" for i in blocks for p in ("scores", "values")]
     return [f"{name}/MatMul" for name in names]
-
-
-def write_weight(graph: Graph, layer: IntegerLinear, kind: WeightType) -> str:
-    """The dequantized weight ``[in, out]``."""
-    block = four_bit_block(layer) if kind == "int4" else None
-    if block is not None:
-        return _four_bits(graph, layer, block)
-    constants = (
-        graph.constant("weight", layer.integers().T),
-        graph.constant("weight_scale", layer.weight_scale),
-        graph.constant("weight_zero_point", np.zeros(layer.out_features, np.int8)),
-    )
-    return graph.op("DequantizeLinear", *constants, axis=1)
-
-
-def four_bit_block(layer: IntegerLinear) -> int | None:
-    """How many inputs share a scale in a file; None if the weights have to be widened.
-
-    OpenVINO takes blocks that divide the inputs, ONNX Runtime from 16 on.
-    """
-    if layer.bits != 4:
-        return None
-    if not layer.group:
-        return layer.in_features
-    block = math.gcd(layer.group, layer.in_features)
-    return block if block >= SMALLEST_BLOCK else None
-
-
-def _four_bits(graph: Graph, layer: IntegerLinear, block: int) -> str:
-    """4-bit weights with a float scale for each block of inputs of each column."""
-    integers = unpack_int4(layer.weight, layer.in_features).T
-    content = pack_int4(integers.reshape(1, -1)).numpy().tobytes()
-    shape = (layer.in_features, layer.out_features)
-    weight = graph.packed("weight", TensorProto.INT4, shape, content)
-    if not layer.group:
-        scale = graph.constant("weight_scale", layer.weight_scale)
-        return graph.op("DequantizeLinear", weight, scale, axis=1)
-    steps = layer.weight_scale[:, None] * layer.group_scale.float()
-    steps = expand_groups(steps, layer.group, layer.in_features)[:, ::block]
-    scale = graph.constant("weight_scale", steps.T)
-    return graph.op("DequantizeLinear", weight, scale, axis=0, block_size=block)
