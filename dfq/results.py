@@ -130,6 +130,75 @@ class EvaluateResult:
     images_per_second: float
 
 
+@dataclass(frozen=True)
+class ExportResult:
+    """Result of :func:`dfq.export`.
+
+    ``products``: matrix products with quantized inputs in the file; ``integer_products``: how
+    many of them OpenVINO runs on 8-bit integers here.  None where it was not looked at.
+    """
+
+    checkpoint: str
+    model: str
+    scheme: str
+    attention: str
+    format: str
+    weights: str
+    path: str
+    bytes: int
+    products: int | None
+    integer_products: int | None
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """Speed of one runtime: latency of a batch in milliseconds, images over all calls."""
+
+    runtime: str
+    batch: int
+    images_per_second: float
+    median_ms: float
+    p95_ms: float
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A runtime that was not measured, and why."""
+
+    runtime: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """From the start of a process to its first prediction, and its highest memory."""
+
+    runtime: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Result of :func:`dfq.benchmark`; ``seconds`` is how long each row was timed, ``cold``
+    is None where it was not asked for."""
+
+    checkpoint: str
+    model: str
+    scheme: str
+    attention: str
+    backend: str
+    rows: list[BenchmarkRow]
+    absent: list[Absent]
+    cold: list[ColdStart] | None
+    threads: int
+    seconds: float
+    processor: str
+    instructions: list[str]
+    cores: int
+    versions: dict[str, str]
+
+
 def to_json(result: Any) -> dict[str, Any]:
     """A result as nested dicts of JSON types."""
     return dataclasses.asdict(result)
