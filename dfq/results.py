@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Share = float
@@ -79,6 +79,16 @@ class LayerNoise:
 
 
 @dataclass(frozen=True)
+class BlockLoss:
+    """Error of a block on held-out images, relative to its output's square, before and after
+    its reconstruction."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class QuantizeResult:
     """Result of :func:`dfq.quantize`; ``layers`` are measured on images of the calibration
     set."""
@@ -95,6 +105,7 @@ class QuantizeResult:
     agreement_on: AgreementOn | None
     attention: str
     layers: list[LayerNoise]
+    blocks: list[BlockLoss] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
