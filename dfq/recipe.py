@@ -64,6 +64,9 @@ class InversionSettings:
     prune_share: float = _setting(
         0.3, "smi: share of the live patches dropped each time", 0.0, 0.99
     )
+    classes: tuple[int, ...] = _setting(
+        (), "classes to make images of, in turn; empty: all", 0, 1_000_000
+    )
     unit_size: int = _setting(4, "trajectories of a unit of work", 1, 4096)
     seed: int = _setting(0, "seed of noise, targets and jitter", 0, 2**31 - 1)
     precision: Precision = _setting(
@@ -73,6 +76,8 @@ class InversionSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if len(set(self.classes)) < len(self.classes):
+            raise SettingError(f"classes is {self.classes!r}; allowed: each class once.")
 
 
 @dataclass(frozen=True)
@@ -183,10 +188,10 @@ def _allowed(value: Any, hint: Any, doc: Any) -> str | None:
     if hint is float:
         good = type(value) in (int, float) and low <= value <= high
         return None if good else f"a number from {span}"
-    good = isinstance(value, tuple) and all(
-        type(v) in (int, float) and low <= v <= high for v in value
-    )
-    return None if good else f"numbers from {span}"
+    whole = hint == tuple[int, ...]
+    kinds = (int,) if whole else (int, float)
+    good = isinstance(value, tuple) and all(type(v) in kinds and low <= v <= high for v in value)
+    return None if good else f"{'whole ' if whole else ''}numbers from {span}"
 
 
 def load_recipe(path: str | Path) -> Recipe:

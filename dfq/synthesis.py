@@ -30,6 +30,7 @@ from dfq.device import resolve_precision
 from dfq.errors import DatasetError
 from dfq.files import make_directory
 from dfq.inversion import ALGORITHM_VERSION, Engine, objective_of, plan_units, resolve_importance
+from dfq.inversion.objective import check_classes
 from dfq.inversion.workers import Workers
 from dfq.progress import Progress
 from dfq.recipe import InversionSettings, to_dict
@@ -57,6 +58,10 @@ _UNUSED: dict[str, tuple[str, ...]] = {
 }
 """Settings that do not touch a method's images, and so are no part of its cache key."""
 
+_LATER = ("classes",)
+"""Settings that datasets did not always have: recorded only where they are not the default,
+so that a dataset made before them is still found."""
+
 
 def make_dataset(
     loaded: LoadedModel,
@@ -71,7 +76,11 @@ def make_dataset(
     """Open the dataset of these settings, making what is missing of it.
 
     Returns the dataset and whether it was whole before.
+
+    Raises:
+        SettingError: ``classes`` names one that the model does not have.
     """
+    check_classes(loaded.vit.arch, settings.classes)
     resolved = dataclasses.replace(
         settings,
         precision=cast(Any, resolve_precision(settings.precision, device)),
@@ -114,7 +123,8 @@ def _dataset_settings(loaded: LoadedModel, settings: InversionSettings) -> dict[
     """Content of ``settings.json``."""
     relevant = to_dict(settings)
     threads = relevant.pop("threads")
-    for name in _UNUSED[settings.method]:
+    unchanged = {n for n in _LATER if getattr(settings, n) == getattr(InversionSettings(), n)}
+    for name in {*_UNUSED[settings.method], *unchanged}:
         relevant.pop(name)
     return {
         "format": FORMAT,

@@ -93,10 +93,22 @@ def test_inversion_raises_the_target_class(loaded: LoadedModel) -> None:
 
 
 def test_targets_cover_classes_evenly_across_units() -> None:
-    labels = [int(t) for first in range(0, 25, 5) for t in ClassObjective(3, first, 5, 10).labels]
+    labels = [
+        int(t) for first in range(0, 25, 5) for t in ClassObjective(3, first, 5, range(10)).labels
+    ]
     assert sorted(labels[:10]) == list(range(10))
     assert sorted(labels[10:20]) == list(range(10))
     assert labels[:10] != labels[10:20]
+
+
+def test_chosen_classes_come_in_turn(loaded: LoadedModel) -> None:
+    batches = run(loaded, chosen(method="dmi", classes=(4, 1), iterations=1))
+    labels = torch.cat([b.labels for b in batches]).tolist()
+    assert [sorted(labels[i : i + 2]) for i in range(0, 8, 2)] == [[1, 4]] * 4
+
+
+def test_all_classes_chosen_are_all_classes(loaded: LoadedModel) -> None:
+    assert same(run(loaded, chosen()), run(loaded, chosen(classes=tuple(range(5)))))
 
 
 def test_one_channel_and_bfloat16_work() -> None:
@@ -145,7 +157,7 @@ def test_every_measure_of_importance_shares_out_the_grid(
 
 
 def test_gradient_and_activation_are_norms(loaded: LoadedModel) -> None:
-    objective = ClassObjective(0, 0, 2, 5)
+    objective = ClassObjective(0, 0, 2, range(5))
     patches = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(16).expand(2, -1)
 

@@ -44,11 +44,11 @@ def spec(section: str, name: str) -> tuple[Any, float, float]:
 
 
 def is_tuple(section: str, name: str) -> bool:
-    return spec(section, name)[0] == tuple[float, ...]
+    return spec(section, name)[0] in (tuple[float, ...], tuple[int, ...])
 
 
 def whole(section: str, name: str) -> bool:
-    return spec(section, name)[0] in (int, int | None)
+    return spec(section, name)[0] in (int, int | None, tuple[int, ...])
 
 
 BOUNDED = [f for f in ALL_FIELDS if spec(*f)[1] is not None]
@@ -188,6 +188,12 @@ def test_every_share_of_a_list_is_checked() -> None:
         InversionSettings(prune_at=(0.1, 1.1))
 
 
+def test_a_class_that_is_named_twice_is_refused() -> None:
+    assert InversionSettings(classes=(3, 0)).classes == (3, 0)
+    with pytest.raises(SettingError, match=r"classes is \(3, 0, 3\); allowed: each class once"):
+        InversionSettings(classes=(3, 0, 3))
+
+
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         InversionSettings().images = 5  # type: ignore[misc]
@@ -209,6 +215,8 @@ def values_of(section: str, name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(hint))
     if whole(section, name):
         numbers = st.integers(int(low), int(high))
+        if is_tuple(section, name):
+            return st.lists(numbers, max_size=5, unique=True).map(tuple)
         return numbers if hint is int else st.none() | numbers
     shares = st.floats(low, high) | st.integers(math.ceil(low), int(high))
     return st.lists(shares, max_size=5).map(tuple) if is_tuple(section, name) else shares

@@ -79,7 +79,8 @@ class Engine:
     def _run(self, unit: Unit, advance: Callable[[int], None]) -> list[SparseImages]:
         seed, first = self.settings.seed, unit.first_trajectory
         generator = seeded(seed, "unit", unit.index)
-        objective = make_objective(self.vit.arch, seed, first, unit.trajectories)
+        classes = self.settings.classes
+        objective = make_objective(self.vit.arch, seed, first, unit.trajectories, classes)
         state = _State.start(unit.trajectories, self, generator)
         found: list[SparseImages] = []
         done = 0

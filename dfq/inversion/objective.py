@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfq.errors import SettingError
 from dfq.vit import Architecture
 
 DIRECTION_WEIGHT = 10.0
@@ -39,7 +41,7 @@ class ClassObjective:
 
     kind: Literal["class", "direction"] = "class"
 
-    def __init__(self, seed: int, first: int, count: int, classes: int) -> None:
+    def __init__(self, seed: int, first: int, count: int, classes: Sequence[int]) -> None:
         self.labels = _balanced(seed, first, count, classes)
 
     def loss(self, outputs: Tensor) -> Tensor:
@@ -78,17 +80,33 @@ def objective_of(arch: Architecture) -> Literal["class", "direction"]:
     return "class" if arch.num_classes else "direction"
 
 
-def make_objective(arch: Architecture, seed: int, first: int, count: int) -> Objective:
-    """The objective of trajectories ``first`` to ``first + count``."""
+def check_classes(arch: Architecture, classes: Sequence[int]) -> None:
+    """Raise :class:`SettingError` unless the model has all of these classes."""
+    if classes and not arch.num_classes:
+        raise SettingError(
+            f"classes is {tuple(classes)}, but the model has no classifier; leave classes empty."
+        )
+    unknown = [c for c in classes if c >= arch.num_classes]
+    if unknown:
+        raise SettingError(
+            f"classes has {unknown[0]}; the model's classes are 0 to {arch.num_classes - 1}."
+        )
+
+
+def make_objective(
+    arch: Architecture, seed: int, first: int, count: int, classes: Sequence[int] = ()
+) -> Objective:
+    """The objective of trajectories ``first`` to ``first + count``; no ``classes`` are all."""
     if objective_of(arch) == "class":
-        return ClassObjective(seed, first, count, arch.num_classes)
+        return ClassObjective(seed, first, count, classes or range(arch.num_classes))
     return DirectionObjective(seed, first, count, arch.embed_dim)
 
 
-def _balanced(seed: int, first: int, count: int, classes: int) -> Tensor:
+def _balanced(seed: int, first: int, count: int, classes: Sequence[int]) -> Tensor:
     """Classes int64 ``[count]``: every class comes once, in random order, before any again."""
     labels = []
     for index in range(first, first + count):
-        order = torch.randperm(classes, generator=seeded(seed, "targets", index // classes))
-        labels.append(order[index % classes])
-    return torch.stack(labels)
+        turn, place = divmod(index, len(classes))
+        order = torch.randperm(len(classes), generator=seeded(seed, "targets", turn))
+        labels.append(classes[int(order[place])])
+    return torch.tensor(labels)
