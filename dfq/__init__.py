@@ -17,15 +17,23 @@ if TYPE_CHECKING:
     from dfq.cache import CacheEntry, list_cache, remove_cached, verify_cache
     from dfq.checkpoint import load
     from dfq.dataset import SparseImageDataset
+    from dfq.distillation.distill import distill
     from dfq.errors import DfqError, GateError, RunError, UsageError
     from dfq.exporting.formats import export
     from dfq.inspection import DoctorReport, ModelEntry, doctor, inspect, models
     from dfq.pictures import preview
     from dfq.pipeline import evaluate, invert, quantize
     from dfq.quantization.model import QuantizedViT
-    from dfq.recipe import InversionSettings, QuantizationSettings, Recipe, load_recipe
+    from dfq.recipe import (
+        DistillationSettings,
+        InversionSettings,
+        QuantizationSettings,
+        Recipe,
+        load_recipe,
+    )
     from dfq.results import (
         BenchmarkResult,
+        DistillResult,
         EvaluateResult,
         ExportResult,
         InvertResult,
@@ -38,6 +46,8 @@ _HOMES = {
     "BenchmarkResult": "dfq.results",
     "CacheEntry": "dfq.cache",
     "DfqError": "dfq.errors",
+    "DistillResult": "dfq.results",
+    "DistillationSettings": "dfq.recipe",
     "DoctorReport": "dfq.inspection",
     "EvaluateResult": "dfq.results",
     "ExportResult": "dfq.results",
@@ -55,6 +65,7 @@ _HOMES = {
     "SparseImages": "dfq.sparse",
     "UsageError": "dfq.errors",
     "benchmark": "dfq.benchmarking.compare",
+    "distill": "dfq.distillation.distill",
     "doctor": "dfq.inspection",
     "evaluate": "dfq.pipeline",
     "export": "dfq.exporting.formats",
@@ -75,6 +86,8 @@ __all__ = [
     "BenchmarkResult",
     "CacheEntry",
     "DfqError",
+    "DistillResult",
+    "DistillationSettings",
     "DoctorReport",
     "EvaluateResult",
     "ExportResult",
@@ -93,6 +106,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "benchmark",
+    "distill",
     "doctor",
     "evaluate",
     "export",

@@ -8,13 +8,13 @@ without data: noise with the spectrum of natural images, and both kinds at lower
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfq.dataset import SparseImageDataset
-from dfq.recipe import QuantizationSettings
 from dfq.sparse import Grid, SparseImages, patchify, unpatchify
 
 SPREAD = 64.0
@@ -23,10 +23,20 @@ SPREAD = 64.0
 MIDDLE = 127.5
 
 
+class Additions(Protocol):
+    """Settings that say what is added: divisors of the resolution, images of noise."""
+
+    @property
+    def smooth(self) -> tuple[float, ...]: ...
+
+    @property
+    def fractal(self) -> int: ...
+
+
 class Coverage:
     """An inverted dataset with what is added to it, as batches of sparse images."""
 
-    def __init__(self, dataset: SparseImageDataset, settings: QuantizationSettings) -> None:
+    def __init__(self, dataset: SparseImageDataset, settings: Additions) -> None:
         self.dataset, self.settings = dataset, settings
 
     def __len__(self) -> int:
