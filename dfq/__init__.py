@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from dfq.inspection import DoctorReport, ModelEntry, doctor, inspect, models
     from dfq.pictures import preview
     from dfq.pipeline import evaluate, invert, quantize
+    from dfq.quantization.coverage import fractal_noise
     from dfq.quantization.model import QuantizedViT
     from dfq.recipe import InversionSettings, QuantizationSettings, Recipe, load_recipe
     from dfq.results import EvaluateResult, InvertResult, QuantizeResult
     from dfq.sparse import SparseImages
     from dfq.vit.load import LoadedModel, load_model
+    from dfq.writing import write_dataset
 
 _HOMES = {
     "CacheEntry": "dfq.cache",
@@ -46,6 +48,7 @@ _HOMES = {
     "UsageError": "dfq.errors",
     "doctor": "dfq.inspection",
     "evaluate": "dfq.pipeline",
+    "fractal_noise": "dfq.quantization.coverage",
     "inspect": "dfq.inspection",
     "invert": "dfq.pipeline",
     "list_cache": "dfq.cache",
@@ -57,6 +60,7 @@ _HOMES = {
     "quantize": "dfq.pipeline",
     "remove_cached": "dfq.cache",
     "verify_cache": "dfq.cache",
+    "write_dataset": "dfq.writing",
 }
 
 __all__ = [
@@ -80,6 +84,7 @@ __all__ = [
     "__version__",
     "doctor",
     "evaluate",
+    "fractal_noise",
     "inspect",
     "invert",
     "list_cache",
@@ -91,6 +96,7 @@ __all__ = [
     "quantize",
     "remove_cached",
     "verify_cache",
+    "write_dataset",
 ]
 
 

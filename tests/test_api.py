@@ -51,6 +51,7 @@ PUBLIC = [
     "__version__",
     "doctor",
     "evaluate",
+    "fractal_noise",
     "inspect",
     "invert",
     "list_cache",
@@ -62,6 +63,7 @@ PUBLIC = [
     "quantize",
     "remove_cached",
     "verify_cache",
+    "write_dataset",
 ]
 
 FAST: dict[str, Any] = {"iterations": 4, "stages": 2, "threads": 1}

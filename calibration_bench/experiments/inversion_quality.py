@@ -66,7 +66,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
         with tempfile.TemporaryDirectory(dir=scratch(bench)) as directory:
             place = Path(directory)
             made = invert(options, method, key, iterations=effort, seed=seed, out=place / "images")
-            found = quantize(options, made.path, settings, place, reference)
+            found = quantize(options, made.path, settings, place, reference, images=options.images)
         times = {
             "invert_seconds": made.seconds,
             "seconds_per_image": made.seconds / made.images,
