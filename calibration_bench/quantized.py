@@ -95,7 +95,13 @@ def invert(
     options: Subject, name: str, key: Key, *, iterations: int, seed: int, out: Path
 ) -> InvertResult:
     """Images of a method, made anew in ``out``."""
-    settings = inversion(Method(name), key, iterations=iterations, seed=seed)
+    return invert_settings(
+        options, inversion(Method(name), key, iterations=iterations, seed=seed), out
+    )
+
+
+def invert_settings(options: Subject, settings: InversionSettings, out: Path) -> InvertResult:
+    """Images made anew in ``out``, as settings say."""
     recipe = dfq.Recipe(inversion=settings)
     return dfq.invert(options.model, out=out, recipe=recipe, **model_arguments(options))
 

@@ -53,7 +53,8 @@ def markdown(table: Table) -> str:
     lines = [header, ["---"] * len(header)]
     lines += [[cell(row.get(key)) for key in table.columns] for row in table.rows]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"**{table.title}**\n\n{body}"
+    note = f"\n\n{table.note}" if table.note else ""
+    return f"**{table.title}**\n\n{body}{note}"
 
 
 def cell(value: Any) -> str:
