@@ -121,18 +121,18 @@ def make(
         made = invert(options, base, key, iterations=key["iterations"], seed=seed, out=out)
         return Made(made.path, made.seconds, made.bytes)
     started = time.perf_counter()
-    batches: Iterable[SparseImages]
+    units: Iterable[list[SparseImages]]
     if base == "real":
         assert real is not None
-        batches = [real.sample(count, seed)]
+        units = [[real.sample(count, seed)]]
     elif base == "uniform":
-        batches = [uniform(count, grid, seed)]
+        units = [[uniform(count, grid, seed)]]
     elif base == "fractal":
-        batches = [dfq.fractal_noise(count, grid, APART * (seed + 1))]
+        units = [[dfq.fractal_noise(count, grid, APART * (seed + 1))]]
     else:
         noise = out.with_name(f"{out.name}-noise")
         path = invert(options, base, key, iterations=0, seed=seed, out=noise).path
-        batches = (images for unit in dfq.SparseImageDataset(path).units() for images in unit)
+        units = dfq.SparseImageDataset(path).units()
     name = "gaussian" if base == "noise" else base
-    written = dfq.write_dataset(out, batches, loaded, origin=name, settings={"seed": seed})
+    written = dfq.write_dataset(out, units, loaded, origin=name, settings={"seed": seed})
     return Made(str(written.path), time.perf_counter() - started, written.bytes)

@@ -50,14 +50,16 @@ VARIANTS = {
     "pri-activation": Variant("importance: norm of the token", _pri(importance="activation")),
     "pri-early": Variant("images leave early: at (k/v)^2 of T", _times(2.0)),
     "pri-late": Variant("images leave late: at (k/v)^0.5 of T", _times(0.5)),
-    "smi": Variant("unimportant patches are dropped early, at four times", lambda _: {"method": "smi"}),
+    "smi": Variant(
+        "unimportant patches are dropped early, four times", lambda _: {"method": "smi"}
+    ),
     "smi-reranked": Variant("dropped at 12 even times, each newly ranked; 1/v is left", _reranked),
     "dmi": Variant("all patches to the end", lambda _: {"method": "dmi"}),
     "dmi-snapshots": Variant(
         "all patches to the end, v images saved on the way",
         lambda v: {"method": "dmi", "snapshots": v},
     ),
-}  # fmt: skip
+}
 
 
 def equal_iterations(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,6 @@ from dfq.dataset import (
     SETTINGS,
     DatasetWriter,
     SparseImageDataset,
-    concatenate,
     decode_shard,
     encode_shard,
 )
@@ -28,7 +28,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 def write_dataset(
     out: str | Path,
-    batches: Iterable[SparseImages],
+    units: Iterable[Sequence[SparseImages]],
     model: LoadedModel,
     *,
     origin: str,
@@ -41,8 +41,8 @@ def write_dataset(
 
     Args:
         out: the dataset's directory; it must not hold a dataset yet.
-        batches: images of the model's grid, each batch with all images of its trajectories;
-            it is written as a unit of work.
+        units: units of work as :meth:`dfq.SparseImageDataset.units` gives them: images of the
+            model's grid, in each unit all images of its trajectories.
         model: the model that they are for, as :func:`dfq.load_model` gives it.
         origin: a word for where they come from, recorded as their method.
         settings: JSON values that are recorded beside it.
@@ -64,34 +64,39 @@ def write_dataset(
     facts = dataset_facts(model, {"method": origin, **(settings or {})}, torch.get_num_threads())
     grid, seen = model.vit.arch.grid, set[int]()
     writer: DatasetWriter | None = None
-    units: list[dict[int, int]] = []
-    for batch in batches:
-        _check(batch, grid, seen)
+    sizes: list[dict[int, int]] = []
+    for unit in map(list, units):
+        _check(unit, grid, seen)
         writer = writer or DatasetWriter(path, facts)
-        writer.write(len(units), [batch])
-        units.append({batch.patches.shape[1]: len(batch)})
+        writer.write(len(sizes), unit)
+        counts: Counter[int] = Counter()
+        for batch in unit:
+            counts[batch.patches.shape[1]] += len(batch)
+        sizes.append(dict(sorted(counts.items())))
     if writer is None:
         raise DataError("There are no images to write.")
-    writer.finish(units)
+    writer.finish(sizes)
     return SparseImageDataset(path)
 
 
-def _check(batch: SparseImages, grid: Grid, seen: set[int]) -> None:
-    """Raise DataError unless a reader will take the batch; adds its trajectories to ``seen``."""
-    try:
+def _check(unit: list[SparseImages], grid: Grid, seen: set[int]) -> None:
+    """Raise DataError unless a reader will take the unit; adds its trajectories to ``seen``."""
+    pairs: list[tuple[int, int]] = []
+    for batch in unit:
         if batch.patches.dtype != torch.uint8 or not batch.patches.numel():
             raise DataError(
                 f"patches are {batch.patches.dtype} {list(batch.patches.shape)}; they must be "
                 "pixels, uint8 [images, patches, values], and at least one."
             )
-        decode_shard(encode_shard(concatenate([batch])), grid, "The images")
-    except DamagedError as error:
-        raise DataError(f"{error} The model's grid is {grid}.") from error
-    pairs = set(zip(batch.trajectory.tolist(), batch.stage.tolist(), strict=True))
-    trajectories = {t for t, _ in pairs}
-    if len(pairs) < len(batch) or trajectories & seen:
+        try:
+            decode_shard(encode_shard(batch), grid, "The images")
+        except DamagedError as error:
+            raise DataError(f"{error} The model's grid is {grid}.") from error
+        pairs += zip(batch.trajectory.tolist(), batch.stage.tolist(), strict=True)
+    trajectories = {trajectory for trajectory, _ in pairs}
+    if not pairs or len(set(pairs)) < len(pairs) or trajectories & seen:
         raise DataError(
-            "A pair of trajectory and stage occurs twice, or a trajectory in two batches; "
-            "number trajectories through, and put each into one batch whole."
+            "A unit is empty, a pair of trajectory and stage occurs twice, or a trajectory in two "
+            "units; number trajectories through, and put each into one unit whole."
         )
     seen |= trajectories
