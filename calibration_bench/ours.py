@@ -5,7 +5,7 @@ from __future__ import annotations
 from calibration_bench.measure import Stopwatch, Trace
 from calibration_bench.methods import stages
 from dfq import InversionSettings, LoadedModel, SparseImages
-from dfq.inversion import Engine, Watch, plan_units
+from dfq.inversion import Engine, Unit, Watch, plan_units
 
 
 def run(loaded: LoadedModel, settings: InversionSettings, device: str) -> Trace:
@@ -24,10 +24,14 @@ def run(loaded: LoadedModel, settings: InversionSettings, device: str) -> Trace:
     return Trace.of(clock.moments, [s.length for s in stages(settings, patches)])
 
 
-def images(
-    loaded: LoadedModel, settings: InversionSettings, watch: Watch | None = None
-) -> list[list[SparseImages]]:
-    """The images of every unit of work; ``precision`` and ``threads`` must be resolved."""
-    engine = Engine(loaded.vit, loaded.preprocessing, settings)
+def unit_images(
+    loaded: LoadedModel, settings: InversionSettings, unit: Unit, watch: Watch | None = None
+) -> list[SparseImages]:
+    """The images of a unit of work; ``precision`` and ``threads`` must be resolved."""
+    return Engine(loaded.vit, loaded.preprocessing, settings).run(unit, watch=watch)
+
+
+def images(loaded: LoadedModel, settings: InversionSettings) -> list[list[SparseImages]]:
+    """The images of every unit of work."""
     units = plan_units(settings, loaded.vit.arch.grid.patches)
-    return [engine.run(unit, watch=watch) for unit in units]
+    return [unit_images(loaded, settings, unit) for unit in units]

@@ -139,6 +139,16 @@ ENTRIES = (
         "a model with weights and labelled images; the demo has both",
     ),
     Entry(
+        "evolution",
+        "What evolves along a trajectory: confidence, features, attention, loss; pictures",
+        "a model with weights and labelled images; the demo has both",
+    ),
+    Entry(
+        "image-statistics",
+        "Kept patches against DMI's, activations against real images', stability of rankings",
+        "a model with weights and labelled images; the demo has both",
+    ),
+    Entry(
         "quantization-accuracy",
         "Accuracy by calibration source, and what each ingredient of quantization is worth",
         "a model with weights and labelled images; the demo has both",
