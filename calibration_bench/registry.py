@@ -75,6 +75,7 @@ class Plot:
     curves: Sequence[Curve]
     log_x: bool = False
     log_y: bool = False
+    lines: bool = True
 
 
 def no_plots(rows: list[Row]) -> list[Plot]:  # noqa: ARG001
@@ -100,11 +101,15 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Entry:
-    """An experiment as ``list`` shows it, without importing it."""
+    """An experiment as ``list`` shows it, without importing it.
+
+    ``in_all``: ``run all`` runs it, with its defaults.
+    """
 
     name: str
     line: str
     needs: str
+    in_all: bool = True
 
     def load(self) -> Experiment:
         module = f"calibration_bench.experiments.{self.name.replace('-', '_')}"
@@ -117,11 +122,13 @@ ENTRIES = (
         "inversion-speed",
         "Seconds and memory an image: dfq beside the official code of SMI",
         "official rows: a checkout of Egg-Hu/SMI (--official DIR)",
+        in_all=False,
     ),
     Entry(
         "inversion-floor",
         "How far an iteration is from what this processor could do, and where the rest goes",
         "nothing",
+        in_all=False,
     ),
     Entry(
         "inversion-quality",
@@ -147,6 +154,11 @@ ENTRIES = (
         "image-statistics",
         "Kept patches against DMI's, activations against real images', stability of rankings",
         "a model with weights and labelled images; the demo has both",
+    ),
+    Entry(
+        "across-models",
+        "Seconds an image of PRI, SMI and DMI on models of all sizes and kinds",
+        "nothing",
     ),
     Entry(
         "quantization-accuracy",

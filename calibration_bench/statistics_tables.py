@@ -49,7 +49,8 @@ ACTIVATIONS_NOTE = (
     "real images. *Mean*: length of the difference of means over that of the real standard "
     "deviations. *Variance*, *range*: sum over features of absolute differences over the sum of "
     "the real ones. *Outside*: how much of the features' ranges on real images lies outside their "
-    "ranges on the source, which is what min-max calibration clips. The row *real* is other real images: what chance alone gives for so few images."
+    "ranges on the source, which is what min-max calibration clips. The row "
+    "*real* is other real images: what chance alone gives for so few images."
 )
 
 RANKING_NOTE = (

@@ -20,9 +20,7 @@ from calibration_bench.sources import RealImages, Source, make
 from dfq import QuantizationSettings
 from dfq.errors import SettingError
 
-SOURCES = (
-    "real,noise,noise+coverage,uniform,fractal,dmi,smi,pri2,pri4,pri7,pri4+coverage,real+coverage"
-)
+SOURCES = "real,noise,noise+coverage,uniform,fractal,dmi,smi,pri2,pri4,pri7,pri4+coverage"
 
 
 @dataclass(frozen=True)

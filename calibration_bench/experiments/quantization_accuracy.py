@@ -75,6 +75,7 @@ class Options(Tested):
     bits: str = option("4,8", "Of the weights.")
     attention: str = option("float", "float, int8, or both with a comma.")
     iterations: int = option(InversionSettings().iterations, "Of inversion.")
+    limit: int | None = option(256, "Test on the first so many images only.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
