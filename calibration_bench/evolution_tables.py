@@ -32,7 +32,9 @@ STAGES_NOTE = (
     "the data's mean colour. *Cosine*: features of the pooled token after the last block against "
     "class means of one half of the real images; the row *real* is the other half. *Attention*: "
     "importance of the patches at the moment at which they leave, over the mean of all that are "
-    "alive; 1 is chance, and the last stage is not ranked."
+    "alive; 1 is chance, and the last stage is not ranked. *pri-random*, *pri-least*: random or "
+    "the least important patches leave, so that what the choice of patches does can be told from "
+    "what the time of leaving does."
 )
 
 LOSS_NOTE = (

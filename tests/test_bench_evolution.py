@@ -37,7 +37,8 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
         "weights": weights,
         "img_size": 32,
         "data": str(data),
-        "methods": "pri2,dmi",
+        "methods": "pri2,pri-random,dmi",
+        "stages": 2,
         "trajectories": 3,
         "iterations": 4,
         "seeds": "0,1",
@@ -50,7 +51,10 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
 def test_every_stage_is_described(tmp_path: Path, small_weights: Path, labelled_npz: Path) -> None:
     found = run(EXPERIMENT, small(small_weights, labelled_npz), tmp_path, Silent())
     rows = {(r["source"], r["seed"]): r for r in found["rows"]}
-    assert set(rows) == {("real", 0), *((s, i) for s in ("pri2", "dmi") for i in (0, 1))}
+    assert set(rows) == {
+        ("real", 0),
+        *((s, i) for s in ("pri2", "pri-random", "dmi") for i in (0, 1)),
+    }
     pri = rows["pri2", 1]
     assert [s["stage"] for s in pri["stages"]] == [1, 2]
     assert [s["images"] for s in pri["stages"]] == [3, 3]
@@ -62,7 +66,9 @@ def test_every_stage_is_described(tmp_path: Path, small_weights: Path, labelled_
     dmi = rows["dmi", 0]["stages"][0]
     assert dmi["filled_confidence"] == pytest.approx(dmi["confidence"], abs=1e-5)
     by_stage, cosines, margins, losses = found["tables"]
-    assert [r["stage"] for r in by_stage["rows"]] == [None, "1 of 2", "2 of 2", None]
+    assert rows["pri-random", 0]["stages"][0]["attention"] is None
+    two = ["1 of 2", "2 of 2"]
+    assert [r["stage"] for r in by_stage["rows"]] == [None, *two, *two, None]
     assert {r["seeds"] for r in losses["rows"]} == {2}
     last = by_stage["rows"][1]
     assert margins["rows"][1]["block_6"] == pytest.approx(last["margin"])
@@ -70,9 +76,9 @@ def test_every_stage_is_described(tmp_path: Path, small_weights: Path, labelled_
     for name in pri["pictures"]:
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 100
-    assert len(list((tmp_path / PICTURES).iterdir())) == 4
+    assert len(list((tmp_path / PICTURES).iterdir())) == 8
     plots = EXPERIMENT.load().plots(found["rows"])
-    assert [len(plot.curves) for plot in plots] == [2, 4]
+    assert [len(plot.curves) for plot in plots] == [3, 6]
 
 
 def test_recording_changes_nothing_and_sees_every_iteration(loaded: LoadedModel) -> None:

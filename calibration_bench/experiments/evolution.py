@@ -27,10 +27,11 @@ from calibration_bench.methods import Method
 from calibration_bench.options import at_least, numbers, option, words
 from calibration_bench.quantized import Subject, about, load, scratch
 from calibration_bench.registry import Bench, Experiment, Key, Measured, Row
+from calibration_bench.variants import VARIANTS
 from calibration_bench.watching import Recorder, draw_attention, kept_share
 from dfq import InversionSettings, LoadedModel, SparseImages
 from dfq.errors import SettingError
-from dfq.inversion import plan_units
+from dfq.inversion import plan_units, resolve_importance
 
 PICTURES = "pictures"
 
@@ -39,7 +40,10 @@ PICTURES = "pictures"
 class Options(Subject):
     """What ``run evolution`` takes."""
 
-    methods: str = option("pri4,smi,dmi", "Methods.")
+    methods: str = option(
+        "pri4,pri-random,pri-least,smi,dmi", "Methods, and variants of `run rebirth` as controls."
+    )
+    stages: int = option(4, "v of the variants.")
     trajectories: int = option(8, "Of every method.")
     iterations: int = option(InversionSettings().iterations, "Of a trajectory.")
     limit: int | None = option(512, "Compare with the first so many images only.")
@@ -49,19 +53,27 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     """A row for each method and seed, and one of real images."""
     at_least(options.limit, 2, "--limit")
     at_least(options.trajectories, 1, "--trajectories")
-    methods = [Method(name) for name in words(options.methods, "--methods")]
-    deepest = max(method.images for method in methods)
+    methods = {name: _images(name, options.stages) for name in words(options.methods, "--methods")}
+    deepest = max(methods.values())
     if options.iterations < deepest:
         raise SettingError(f"--iterations is {options.iterations}; at least {deepest} are needed.")
     bench.notes.note(f"reading {options.model} and {options.data}")
     shared = about(options, *load(options))
     effort = {"trajectories": options.trajectories, "iterations": options.iterations}
     made = [
-        {**shared, **effort, "source": method.name, "seed": seed}
+        {**shared, **effort, "source": name, "stages": stages, "seed": seed}
         for seed in numbers(options.seeds, "--seeds")
-        for method in methods
+        for name, stages in methods.items()
     ]
-    return [{**shared, "trajectories": 0, "iterations": 0, "source": "real", "seed": 0}, *made]
+    none = {"trajectories": 0, "iterations": 0, "stages": 1}
+    return [{**shared, **none, "source": "real", "seed": 0}, *made]
+
+
+def _images(name: str, v: int) -> int:
+    """Images of a trajectory."""
+    if name not in VARIANTS:
+        return Method(name).images
+    return 1 if name in ("dmi", "smi", "smi-reranked") else v
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
@@ -106,32 +118,32 @@ def _cosines(means: ClassMeans, features: torch.Tensor, labels: torch.Tensor) ->
 
 
 def _settings(key: Key) -> InversionSettings:
-    method = Method(key["source"])
-    return method.settings(
-        images=key["trajectories"] * method.images,
-        iterations=key["iterations"],
-        precision=key["precision"],
-        threads=key["threads"],
-        seed=key["seed"],
-    )
+    given = {name: key[name] for name in ("precision", "threads", "seed")}
+    given["images"] = key["trajectories"] * key["stages"]
+    if key["source"] in VARIANTS:
+        variant = VARIANTS[key["source"]]
+        return variant.settings(key["stages"], key["iterations"], **given)
+    return Method(key["source"]).settings(iterations=key["iterations"], **given)
 
 
 def _trajectories(loaded: LoadedModel, means: ClassMeans, key: Key, bench: Bench) -> Row:
     """Run all trajectories of a method under watch, and look at their images by stage."""
     settings, units, recorders = _settings(key), [], []
+    importance = resolve_importance(settings.importance, loaded.vit.arch)
+    by_attention = settings.method == "pri" and importance == "attention"
     for unit in plan_units(settings, loaded.vit.arch.grid.patches):
         recorders.append(Recorder(unit.trajectories))
         units.append(ours.unit_images(loaded, settings, unit, recorders[-1]))
     by_stage = [[unit[stage] for unit in units] for stage in range(len(units[0]))]
     found: list[Row] = []
     for stage, batches in enumerate(by_stage):
-        shares = [kept_share(r.rankings[stage][0], r.rankings[stage][2]) for r in recorders
-                  if settings.method == "pri" and stage < len(r.rankings)]  # fmt: skip
+        rankings = [r.rankings[stage] for r in recorders if stage < len(r.rankings)]
+        shares = [kept_share(importance, leaving) for importance, _, leaving in rankings]
         found.append(
             {
                 **_stage(loaded, means, batches),
                 "stage": stage + 1,
-                "attention": sum(shares) / len(shares) if shares else None,
+                "attention": sum(shares) / len(shares) if shares and by_attention else None,
             }
         )
     weights = [recorder.trajectories for recorder in recorders]
