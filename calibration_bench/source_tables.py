@@ -67,8 +67,8 @@ SOURCES = {
 }
 
 COVERAGE = (
-    "`+coverage`: what dfq puts beside inverted images by default (each trajectory's image at "
-    "lower resolutions, 16 images of fractal noise); all other rows are the named images alone. "
+    "`+coverage`: with what dfq puts beside inverted images by default (fractal noise; that noise "
+    "and each trajectory's image at lower resolutions); all other rows are the named images alone. "
     "Everything else of the quantization is the same in all rows."
 )
 

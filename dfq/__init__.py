@@ -13,26 +13,36 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dfq.benchmarking.compare import benchmark
     from dfq.cache import CacheEntry, list_cache, remove_cached, verify_cache
     from dfq.checkpoint import load
     from dfq.dataset import SparseImageDataset
     from dfq.errors import DfqError, GateError, RunError, UsageError
+    from dfq.exporting.formats import export
     from dfq.inspection import DoctorReport, ModelEntry, doctor, inspect, models
     from dfq.pictures import preview
     from dfq.pipeline import evaluate, invert, quantize
     from dfq.quantization.coverage import fractal_noise
     from dfq.quantization.model import QuantizedViT
     from dfq.recipe import InversionSettings, QuantizationSettings, Recipe, load_recipe
-    from dfq.results import EvaluateResult, InvertResult, QuantizeResult
+    from dfq.results import (
+        BenchmarkResult,
+        EvaluateResult,
+        ExportResult,
+        InvertResult,
+        QuantizeResult,
+    )
     from dfq.sparse import SparseImages
     from dfq.vit.load import LoadedModel, load_model
     from dfq.writing import write_dataset
 
 _HOMES = {
+    "BenchmarkResult": "dfq.results",
     "CacheEntry": "dfq.cache",
     "DfqError": "dfq.errors",
     "DoctorReport": "dfq.inspection",
     "EvaluateResult": "dfq.results",
+    "ExportResult": "dfq.results",
     "GateError": "dfq.errors",
     "InversionSettings": "dfq.recipe",
     "InvertResult": "dfq.results",
@@ -46,8 +56,10 @@ _HOMES = {
     "SparseImageDataset": "dfq.dataset",
     "SparseImages": "dfq.sparse",
     "UsageError": "dfq.errors",
+    "benchmark": "dfq.benchmarking.compare",
     "doctor": "dfq.inspection",
     "evaluate": "dfq.pipeline",
+    "export": "dfq.exporting.formats",
     "fractal_noise": "dfq.quantization.coverage",
     "inspect": "dfq.inspection",
     "invert": "dfq.pipeline",
@@ -64,10 +76,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "BenchmarkResult",
     "CacheEntry",
     "DfqError",
     "DoctorReport",
     "EvaluateResult",
+    "ExportResult",
     "GateError",
     "InversionSettings",
     "InvertResult",
@@ -82,8 +96,10 @@ __all__ = [
     "SparseImages",
     "UsageError",
     "__version__",
+    "benchmark",
     "doctor",
     "evaluate",
+    "export",
     "fractal_noise",
     "inspect",
     "invert",

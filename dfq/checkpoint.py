@@ -24,7 +24,7 @@ from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
 from dfq.vit.architecture import Architecture, Preprocessing, from_json, to_json
 
 FORMAT = "dfq-checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG, MODEL, REPORT, RECIPE = "config.json", "model.safetensors", "report.json", "recipe.toml"
 
 _SAFETENSORS_NAMES = {

@@ -214,6 +214,13 @@ def _floats(text: str | None, flag: str) -> list[float] | None:
         ) from None
 
 
+def _counts(text: str, flag: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingError(f"{flag} is {text!r}; give whole numbers, such as 1,16.") from None
+
+
 @app.command(epilog="Example: [bold]dfq quantize vit_base --bits 4[/]")
 def quantize(
     model: Model,
@@ -380,6 +387,63 @@ def evaluate(
         _show(error.result, json_, quiet, _field_table)
         raise
     _show(result, json_, quiet, _field_table)
+
+
+@app.command(epilog="Example: [bold]dfq export demo-w4a8 --out demo.onnx[/]")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
+    format: Annotated[str, typer.Option(help="onnx, openvino or torch.")] = "onnx",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file: .onnx, .xml (a .bin comes with it) or .pt2.",
+            show_default="./CHECKPOINT with the suffix",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of 4-bit checkpoints in ONNX: int8 (widened without loss; products run on "
+            "integers) or int4 (a smaller file; ONNX Runtime then computes in float).",
+            show_default="int8",
+        ),
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint as ONNX, OpenVINO IR or a torch.export program."""
+    result = dfq.export(checkpoint, format=format, out=out, weights=weights)
+    _show(result, json_, quiet, _field_table)
+
+
+@app.command(epilog="Example: [bold]dfq benchmark demo-w4a8 --batch 1,16[/]")
+def benchmark(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
+    batch: Annotated[str, typer.Option(help="Numbers of images at once.")] = "1,16",
+    seconds: Annotated[float, typer.Option(help="Of each runtime and batch.")] = 5.0,
+    threads: Annotated[
+        int | None, typer.Option(help="Of every runtime.", show_default="torch's")
+    ] = None,
+    runtimes: Annotated[
+        str | None, typer.Option(help="Some of them, with commas.", show_default="all")
+    ] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Also processes that have loaded nothing.")
+    ] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a checkpoint's speed beside PyTorch, ONNX Runtime and OpenVINO."""
+    result = dfq.benchmark(
+        checkpoint,
+        batch=_counts(batch, "--batch"),
+        seconds=seconds,
+        threads=threads,
+        runtimes=None if runtimes is None else runtimes.split(","),
+        cold=cold,
+        progress=_Shown(quiet),
+    )
+    _show(result, json_, quiet, _benchmark_table)
 
 
 @app.command(epilog="Example: [bold]dfq inspect demo-w4a8[/]")
@@ -570,6 +634,32 @@ def _quantize_table(r: dict[str, Any]) -> Table:
     stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items())
     table.add_row("seconds", stages)
     table.add_row("checkpoint", _escape(r["checkpoint"]))
+    return table
+
+
+def _benchmark_table(r: dict[str, Any]) -> Table:
+    """Rows with their speed as a multiple of torch-fp32's at the same batch."""
+    threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+    notes = [f"{a['runtime']} absent: {a['reason']}" for a in r["absent"]]
+    notes += [
+        f"{c['runtime']} from a cold process to its first prediction: {c['seconds']:.2f} s, at "
+        f"most {_size(c['peak_bytes'])}"
+        for c in r["cold"] or ()
+    ]
+    table = Table(
+        title=_escape(f"{r['model']}, {r['scheme']}, attention {r['attention']}, {threads}"),
+        caption=_escape("\n".join(notes)),
+        caption_justify="left",
+    )
+    table.add_column("runtime", no_wrap=True)
+    for column in ("batch", "images/s", "median ms", "p95 ms", "of fp32"):
+        table.add_column(column, justify="right")
+    base = {x["batch"]: x["images_per_second"] for x in r["rows"] if x["runtime"] == "torch-fp32"}
+    for row in r["rows"]:
+        speed, batch = row["images_per_second"], row["batch"]
+        ratio = f"{speed / base[batch]:.2f}" if batch in base else ""
+        times = (f"{row['median_ms']:.2f}", f"{row['p95_ms']:.2f}")
+        table.add_row(row["runtime"], str(batch), f"{speed:.1f}", *times, ratio)
     return table
 
 

@@ -15,7 +15,8 @@
     │   ├── DatasetError         a directory that is no sparse-image dataset, or another model's
     │   │   └── DamagedError     a file whose contents are not what was written
     │   ├── CheckpointError      a directory that is no dfq checkpoint, or a damaged one
-    │   └── OutputError          a place that cannot be written
+    │   ├── OutputError          a place that cannot be written
+    │   └── ExtraError           an optional package that is not installed
     └── RunError                                             1
         ├── GateError            a result below the caller's bound
         └── WorkerError          another process of the same run has died
@@ -86,6 +87,10 @@ class CheckpointError(UsageError):
 
 class OutputError(UsageError):
     """An output place cannot be written or holds something else."""
+
+
+class ExtraError(UsageError):
+    """An optional package is not installed."""
 
 
 class RunError(DfqError):

@@ -49,6 +49,32 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise explain(error, path) from error
 
 
+def replace_files(moves: dict[Path, Path]) -> None:
+    """Rename finished files to their places, all of them or none.
+
+    The caller has checked that what is there may be replaced; the files lie on the
+    places' file system.
+
+    Raises:
+        OSError: a file could not be moved; what was there is there again.
+    """
+    kept: dict[Path, Path] = {}
+    done: list[Path] = []
+    try:
+        for new, place in moves.items():
+            if place.exists():
+                kept[place] = new.with_name(f"{new.name}.old")
+                os.replace(place, kept[place])
+            os.replace(new, place)
+            done.append(place)
+    except BaseException:
+        for place in done:
+            place.unlink()
+        for place, old in kept.items():
+            os.replace(old, place)
+        raise
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON with sorted keys, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

@@ -30,6 +30,7 @@ from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.coverage import Coverage
 from dfq.quantization.diagnosis import layer_noise
 from dfq.quantization.equalization import equalize
+from dfq.quantization.reconstruction import reconstruct
 from dfq.quantization.scheme import layers, scheme_name
 from dfq.recipe import (
     SECTIONS,
@@ -42,6 +43,7 @@ from dfq.recipe import (
 )
 from dfq.results import (
     AgreementOn,
+    BlockLoss,
     Bytes,
     CalibrationSource,
     EvaluateResult,
@@ -249,6 +251,13 @@ def quantize(
         equal, found = equalize(vit, found, chosen.quantization.equalize)
         quantized = quantize_vit(equal, found, loaded.preprocessing, chosen.quantization, advance)
         del found
+    steps = chosen.quantization.reconstruct
+    losses: list[BlockLoss] = []
+    if steps:
+        with clock("quantize"), progress.task("Reconstructing", vit.arch.depth) as advance:
+            seen = covered.batches(chosen.quantization.batch)
+            losses = reconstruct(equal, quantized, seen, steps, chosen.inversion.seed, advance)
+    with clock("quantize"):
         diagnosed = islice(source.batches(DIAGNOSIS_BATCH), DIAGNOSIS_BATCHES)
         noise = layer_noise(equal, quantized, diagnosed)
         del equal
@@ -265,6 +274,7 @@ def quantize(
         agreement_on=None,
         attention=chosen.quantization.attention,
         layers=noise,
+        blocks=losses,
     )
     result = _save(result, out, quantized, loaded, chosen)
     with clock("evaluate"):

@@ -136,6 +136,13 @@ class QuantizationSettings:
     fractal: int = _setting(
         16, "images of noise with a natural spectrum to calibrate on beside inverted ones", 0, 4096
     )
+    reconstruct: int = _setting(
+        0,
+        "steps that fit each block's scales, biases and norms to the float block (arXiv "
+        "2102.05426), a quarter of the trajectories held out; 0: none",
+        0,
+        1_000_000,
+    )
     batch: int = _setting(8, "images of a calibration step", 1, 4096)
 
     def __post_init__(self) -> None:

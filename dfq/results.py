@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Share = float
@@ -79,6 +79,16 @@ class LayerNoise:
 
 
 @dataclass(frozen=True)
+class BlockLoss:
+    """Error of a block on held-out images, relative to its output's square, before and after
+    its reconstruction."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class QuantizeResult:
     """Result of :func:`dfq.quantize`; ``layers`` are measured on images of the calibration
     set."""
@@ -95,6 +105,7 @@ class QuantizeResult:
     agreement_on: AgreementOn | None
     attention: str
     layers: list[LayerNoise]
+    blocks: list[BlockLoss] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,75 @@ class EvaluateResult:
     backend: str
     seconds: float
     images_per_second: float
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Result of :func:`dfq.export`.
+
+    ``products``: matrix products with quantized inputs in the file; ``integer_products``: how
+    many of them OpenVINO runs on 8-bit integers here.  None where it was not looked at.
+    """
+
+    checkpoint: str
+    model: str
+    scheme: str
+    attention: str
+    format: str
+    weights: str
+    path: str
+    bytes: int
+    products: int | None
+    integer_products: int | None
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """Speed of one runtime: latency of a batch in milliseconds, images over all calls."""
+
+    runtime: str
+    batch: int
+    images_per_second: float
+    median_ms: float
+    p95_ms: float
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A runtime that was not measured, and why."""
+
+    runtime: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """From the start of a process to its first prediction, and its highest memory."""
+
+    runtime: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Result of :func:`dfq.benchmark`; ``seconds`` is how long each row was timed, ``cold``
+    is None where it was not asked for."""
+
+    checkpoint: str
+    model: str
+    scheme: str
+    attention: str
+    backend: str
+    rows: list[BenchmarkRow]
+    absent: list[Absent]
+    cold: list[ColdStart] | None
+    threads: int
+    seconds: float
+    processor: str
+    instructions: list[str]
+    cores: int
+    versions: dict[str, str]
 
 
 def to_json(result: Any) -> dict[str, Any]:

@@ -31,10 +31,12 @@ from dfq.results import (
 )
 
 PUBLIC = [
+    "BenchmarkResult",
     "CacheEntry",
     "DfqError",
     "DoctorReport",
     "EvaluateResult",
+    "ExportResult",
     "GateError",
     "InversionSettings",
     "InvertResult",
@@ -49,8 +51,10 @@ PUBLIC = [
     "SparseImages",
     "UsageError",
     "__version__",
+    "benchmark",
     "doctor",
     "evaluate",
+    "export",
     "fractal_noise",
     "inspect",
     "invert",

@@ -979,15 +979,16 @@ class DocumentedReader:
         if self.recipe["attention"] == "float":
             y = self.softmax(q @ k.swapaxes(-1, -2) * F32(width**-0.5) + bias) @ v
         else:
-            sq, sk, sv, sp = self.tensors[f"{name}.product.scales"]
+            sq, sk, sv = self.tensors[f"{name}.product.scales"]
             q, k, v = (
                 np.clip(np.rint(a / s), -127, 127).astype(np.int64)
                 for a, s in ((q, sq), (k, sk), (v, sv))
             )
             constant = F32(float(sq) * float(sk) * width**-0.5)
             scores = (q @ k.swapaxes(-1, -2)).astype(F32) * constant
-            p = self.quantize(self.softmax(scores + bias), sp, np.int32(0))
-            y = (p @ v).astype(F32) * F32(float(sp) * float(sv))
+            scores = scores + bias
+            e = np.rint(np.exp(scores - scores.max(-1, keepdims=True)) * 255).astype(np.int64)
+            y = (e @ v).astype(F32) / e.sum(-1, keepdims=True).astype(F32) * sv
         y = self.norm(f"{name}.norm", y.transpose(0, 2, 1, 3).reshape(b, t, -1))
         return self.linear(f"{name}.proj", y)
 
@@ -1120,7 +1121,7 @@ def test_specified_tensors_are_the_stored_ones(
         linear(f"blocks.{i}.mlp.fc1", 64, 256, packed)
         linear(f"blocks.{i}.mlp.fc2", 256, 64, packed)
         if attention == "int8":
-            expected[f"blocks.{i}.attn.product.scales"] = ("float32", (4,))
+            expected[f"blocks.{i}.attn.product.scales"] = ("float32", (3,))
     assert {k: (str(t.dtype), t.shape) for k, t in tensors.items()} == expected
 
 
@@ -1135,14 +1136,13 @@ def test_activation_ranges_are_as_specified(checkpoint: Path) -> None:
             expected[site] = [-z * s, (255 - z) * s]
         elif name.endswith(".product.scales"):
             block = name.removesuffix(".product.scales")
-            q, k, v, p = tensors[name].astype(float).tolist()
-            for site, s in (("q", q), ("k", k), ("v", v)):
+            scales = tensors[name].astype(float).tolist()
+            for site, s in zip("qkv", scales, strict=True):
                 expected[f"{block}.{site}"] = [-127 * s, 127 * s]
-            expected[f"{block}.probabilities"] = [0.0, 255 * p]
     assert ranges.keys() == expected.keys()
     for site, bounds in expected.items():
         assert ranges[site] == pytest.approx(bounds)
-    assert len(ranges) == 18
+    assert len(ranges) == 16
 
 
 def test_patch_embedding_takes_pixels_as_they_are(checkpoint: Path) -> None:

@@ -66,7 +66,7 @@ def test_all_that_is_announced_comes(tmp_path: Path, tiny: VisionTransformer, me
     images = dataset(tiny, tmp_path / "images", method, 8)
     covered = Coverage(images, settings)
     trajectories = 2 if method == "pri" else 8
-    assert len(covered) == total(list(covered.batches(3))) == 8 + 2 * trajectories + 5
+    assert len(covered) == total(list(covered.batches(3))) == 8 + 5 + 2 * (trajectories + 5)
     assert max(map(len, covered.batches(3))) == 3
 
 

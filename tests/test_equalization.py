@@ -15,7 +15,7 @@ from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit.load import LoadedModel
 
 SETTINGS = InversionSettings(iterations=4, images=8, precision="float32", threads=1)
-W4 = QuantizationSettings(bits=4)
+W4 = QuantizationSettings(bits=4, attention="int8")
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def images(loaded: LoadedModel) -> list[SparseImages]:
 
 @pytest.fixture
 def found(loaded: LoadedModel, images: list[SparseImages]) -> Calibration:
-    for name, _ in norm_layer_pairs(loaded.vit.arch):
-        loaded.vit.get_parameter(f"{name}.weight").data[3] *= 30
+    for norm, _ in norm_layer_pairs(loaded.vit.arch):
+        loaded.vit.get_parameter(f"{norm}.weight").data[3] *= 30
     return calibrate(loaded.vit, images, loaded.preprocessing, W4)
 
 
@@ -64,6 +64,11 @@ def test_statistics_are_those_of_the_changed_model(
         low, high = moved.quantizers[name].range
         assert low <= float(theirs.low.min()) * 0.99
         assert high >= float(theirs.high.max()) * 0.99
+    for site, theirs in again.heads.items():
+        ours = moved.heads[site]
+        torch.testing.assert_close(ours.low, theirs.low, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours.high, theirs.high, rtol=1e-3, atol=1e-3)
+        assert moved.quantizers[site].scale == pytest.approx(again.quantizers[site].scale, rel=1e-3)
 
 
 def test_channels_span_their_own_ranges_at_full_strength(
@@ -88,6 +93,39 @@ def test_an_outlier_channel_costs_less(
         return float((quantized.forward_sparse(*at) - expected).norm() / expected.norm())
 
     assert error(0.5) < 0.7 * error(0.0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_how_size_is_split_between_norm_and_layer_does_not_matter(
+    loaded: LoadedModel, images: list[SparseImages], bits: int, seed: int
+) -> None:
+    """Trained models have channels a hundred times larger than others."""
+    settings = QuantizationSettings(bits=bits)  # type: ignore[arg-type]
+    at = inputs(loaded, images)
+    expected = loaded.vit.forward_sparse(*at)
+
+    def error() -> float:
+        found = calibrate(loaded.vit, images, loaded.preprocessing, settings)
+        equal, moved = equalize(loaded.vit, found, settings.equalize)
+        quantized = quantize_vit(equal, moved, loaded.preprocessing, settings)
+        return float((quantized.forward_sparse(*at) - expected).norm() / expected.norm())
+
+    before = error()
+    rescale(loaded, seed)
+    torch.testing.assert_close(loaded.vit.forward_sparse(*at), expected, rtol=1e-3, atol=1e-3)
+    assert error() == pytest.approx(before, rel=0.1)
+
+
+def rescale(loaded: LoadedModel, seed: int) -> None:
+    """Channels after layer norms times 0.01 to 100, the next layers' columns divided by it."""
+    g = torch.Generator().manual_seed(seed)
+    for norm, layer in norm_layer_pairs(loaded.vit.arch):
+        column = loaded.vit.get_parameter(f"{layer}.weight").data
+        factor = 10 ** (torch.rand(column.shape[1], generator=g) * 4 - 2)
+        loaded.vit.get_parameter(f"{norm}.weight").data.mul_(factor)
+        loaded.vit.get_parameter(f"{norm}.bias").data.mul_(factor)
+        column.div_(factor)
 
 
 def test_without_a_strength_nothing_changes(loaded: LoadedModel, found: Calibration) -> None:

@@ -110,18 +110,114 @@ def test_quantize_rounds_half_to_even_and_clips() -> None:
     assert reference.quantize(x, 1.0, 10).tolist() == [0, 10, 10, 12, 12, 255]
 
 
-def test_integer_attention_is_exact_attention_on_rounded_inputs() -> None:
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 9, 16, generator=g) for _ in range(3))
-    scales = (0.02, 0.03, 0.025, 1 / 255)
-    found = reference.attention(q, k, v, scales)
-    qi, ki, vi = (
-        (t / s).round().clamp(-127, 127).double()
-        for t, s in zip((q, k, v), scales[:3], strict=True)
-    )
-    scores = (qi @ ki.transpose(-2, -1)) * (0.02 * 0.03 * 0.25)
-    p = (scores.softmax(-1) * 255).round()
-    torch.testing.assert_close(found, ((p @ vi) * (0.025 / 255)).float(), rtol=0, atol=2e-4)
+def heads(tokens: int, seed: int, kind: str) -> tuple[list[Tensor], float]:
+    """int8 q, k and v ``[2, 3, tokens, 16]`` and the scale of their scores."""
+    g = torch.Generator().manual_seed(seed)
+    floats = [torch.randn(2, 3, tokens, 16, generator=g) * 40 for _ in range(3)]
+    if kind == "equal":
+        floats[0] = torch.zeros_like(floats[0])
+    if kind == "extreme":
+        floats = [x.sign() * 127 for x in floats]
+    scale = 2e-3 if kind == "peaked" else 2e-4
+    return [x.round().clamp(-127, 127).to(torch.int8) for x in floats], scale
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    scores = (q.double() @ k.double().transpose(-2, -1)) * scale
+    shares = ((scores - scores.amax(-1, keepdim=True)).exp() * 255).round()
+    return (shares @ v.double()) / shares.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaked", "equal", "extreme"])
+def test_integer_attention_is_exact_attention_on_integers(kind: str) -> None:
+    operands, scale = heads(9, 0, kind)
+    found = reference.attention(*operands, scale)
+    torch.testing.assert_close(found.double(), exact_attention(*operands, scale), rtol=0, atol=0.02)
+
+
+def test_flat_rows_of_attention_keep_all_levels() -> None:
+    """With one scale for all rows each of 300 equal shares would be 1 of 255, or 0."""
+    operands, scale = heads(300, 0, "equal")
+    mean = operands[2].double().mean(-2, keepdim=True).expand(-1, -1, 300, -1)
+    found = reference.attention(*operands, scale).double()
+    torch.testing.assert_close(found, mean, rtol=0, atol=1e-4)
+
+
+@needs_vnni
+@given(
+    tokens=st.integers(1, 60),
+    seed=st.integers(0, 999),
+    kind=st.sampled_from(["normal", "peaked", "equal", "extreme"]),
+)
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_fast_integer_attention_is_as_exact_as_bfloat16(tokens: int, seed: int, kind: str) -> None:
+    operands, scale = heads(tokens, seed, kind)
+    exact = reference.attention(*operands, scale)
+    q, k, v = (x.bfloat16() for x in operands)
+    scores = (q @ k.transpose(-2, -1)) * scale
+    plain = (scores.softmax(-1) @ v).float() - exact
+    error = onednn.attention(*operands, scale).float() - exact
+    assert float(error.norm()) <= 2 * float(plain.norm()) + 0.005 * float(exact.norm())
+
+
+@needs_vnni
+@given(
+    rows=st.integers(1, 9),
+    width=st.integers(1, 130),
+    seed=st.integers(0, 999),
+    zero_point=st.integers(0, 255),
+    size=st.sampled_from([0.0, 1e-6, 1.0, 1e6]),
+)
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_quantized_norms_agree_within_one_level(
+    rows: int, width: int, seed: int, zero_point: int, size: float
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    norm = torch.nn.LayerNorm(width).requires_grad_(False)
+    norm.weight.copy_(torch.randn(width, generator=g))
+    norm.bias.copy_(torch.randn(width, generator=g))
+    x = torch.randn(2, rows, width, generator=g) * size
+    fast = onednn.quantize_norm(x, norm, 0.013, zero_point)
+    exact = reference.quantize_norm(x, norm, 0.013, zero_point)
+    assert fast.dtype == torch.uint8
+    assert int((fast.int() - exact.int()).abs().max()) <= 1
+
+
+@needs_vnni
+@given(
+    x=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=50),
+    scale=st.floats(1e-6, 1e6),
+    zero_point=st.integers(0, 255),
+)
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_quantizing_agrees_within_one_level(x: list[float], scale: float, zero_point: int) -> None:
+    values = torch.tensor(x)
+    fast = onednn.quantize(values, scale, zero_point).int()
+    assert int((fast - reference.quantize(values, scale, zero_point).int()).abs().max()) <= 1
+
+
+@needs_vnni
+@pytest.mark.parametrize("shape", [(1, 24), (2, 3, 24), (0, 3, 24)], ids=str)
+def test_residuals_are_added_last(shape: tuple[int, ...]) -> None:
+    _, params = make(1, 24, 10, 0, "random")
+    x = torch.randint(0, 256, shape, dtype=torch.uint8)
+    residual = torch.randn(*shape[:-1], 10)
+    exact = reference.linear(x, params, reference.prepack(params), OutputFormat(), residual.clone())
+    fast = onednn.linear(x, params, onednn.prepack(params), OutputFormat(), residual)
+    torch.testing.assert_close(fast, exact, rtol=1e-5, atol=1e-5)
+
+
+@needs_vnni
+@given(inputs=st.integers(1, 130), outputs=st.integers(1, 70), seed=st.integers(0, 999))
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_int8_outputs_with_a_scale_each_agree_within_one_level(
+    inputs: int, outputs: int, seed: int
+) -> None:
+    x, params = make(5, inputs, outputs, seed, "random")
+    scale = torch.rand(outputs, generator=torch.Generator().manual_seed(seed)) + 0.01
+    fast, exact = both(x, params, OutputFormat(torch.int8, scale))
+    assert fast.dtype == exact.dtype == torch.int8
+    assert int((fast.int() - exact.int()).abs().max()) <= 1
 
 
 def test_unknown_backends_are_named() -> None:

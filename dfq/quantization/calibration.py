@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from dfq.quantization.scheme import ATTENTION_SITES, layers, range_sites, weight
 from dfq.recipe import QuantizationSettings
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Preprocessing, ViT
+from dfq.vit.modules import merge_heads
 
 
 class InputStatistics:
@@ -69,11 +70,15 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found: a quantizer for every site, statistics for every layer."""
+    """What calibration found: a quantizer for every site, statistics for every layer.
+
+    ``heads`` are ranges by channel of the attention sites, with 8-bit attention.
+    """
 
     quantizers: dict[str, Quantizer]
     statistics: dict[str, InputStatistics]
     images: int
+    heads: dict[str, InputStatistics] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -96,7 +101,7 @@ def calibrate(
     """
     arch, device = vit.arch, vit.prefix.device
     observers = {
-        site: RangeObserver(settings.observer, signed=site.endswith(ATTENTION_SITES[:3]))
+        site: RangeObserver(settings.observer, signed=site.endswith(ATTENTION_SITES))
         for site in range_sites(arch, settings)
     }
     statistics = {
@@ -108,8 +113,9 @@ def calibrate(
         for name in layers(arch)
     }
     handles = _watch_layers(vit, observers, statistics)
+    heads: dict[str, InputStatistics] = {}
     if settings.attention == "int8":
-        handles += _watch_attention(vit, observers)
+        handles += _watch_attention(vit, observers, heads)
     images = 0
     try:
         for batch in batches:
@@ -125,7 +131,7 @@ def calibrate(
     if not images:
         raise DatasetError("The calibration set holds no images.")
     quantizers = {site: observer.quantizer() for site, observer in observers.items()}
-    return Calibration(quantizers, statistics, images)
+    return Calibration(quantizers, statistics, images, heads)
 
 
 def _linear(vit: ViT, name: str) -> nn.Linear:
@@ -148,18 +154,25 @@ def _watch_layers(
     return [vit.get_submodule(name).register_forward_pre_hook(watch(name)) for name in statistics]
 
 
-def _watch_attention(vit: ViT, observers: dict[str, RangeObserver]) -> list[Any]:
+def _watch_attention(
+    vit: ViT, observers: dict[str, RangeObserver], heads: dict[str, InputStatistics]
+) -> list[Any]:
+    width, device = vit.arch.attention_dim, vit.prefix.device
+
     def watch(prefix: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            q, k, v, bias = inputs
-            scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-            shares = (scores if bias is None else scores + bias).softmax(-1)
-            for site, values in zip(ATTENTION_SITES, (q, k, v, shares), strict=True):
-                observers[f"{prefix}.{site}"].observe(values)
+            for name, values in zip(ATTENTION_SITES, inputs[:3], strict=True):
+                site = f"{prefix}.{name}"
+                observers[site].observe(values)
+                heads[site].observe(merge_heads(values))
 
         return hook
 
-    return [
-        vit.block(i).attn.product.register_forward_pre_hook(watch(f"blocks.{i}"))
-        for i in range(vit.arch.depth)
-    ]
+    handles = []
+    for i in range(vit.arch.depth):
+        for name in ATTENTION_SITES:
+            site = f"blocks.{i}.{name}"
+            heads[site] = InputStatistics(width, second_moment=False, device=device)
+        product = vit.block(i).attn.product
+        handles.append(product.register_forward_pre_hook(watch(f"blocks.{i}")))
+    return handles

@@ -1,9 +1,8 @@
 """Images beside the inverted ones, so that calibration meets what real images bring.
 
 Inverted images are rich in fine texture and poor in smooth areas, so statistics of them
-alone leave directions of a layer's input unseen that photographs use.  Both additions are
-made without data: inverted images at lower resolutions, and noise with the spectrum of
-natural images.
+alone leave directions of a layer's input unseen that photographs use.  What is added is made
+without data: noise with the spectrum of natural images, and both kinds at lower resolutions.
 """
 
 from __future__ import annotations
@@ -32,16 +31,24 @@ class Coverage:
 
     def __len__(self) -> int:
         trajectories = sum(len(_trajectories(unit)) for unit in self.dataset.units())
-        return len(self.dataset) + trajectories * len(self.settings.smooth) + self.settings.fractal
+        smooth, fractal = len(self.settings.smooth), self.settings.fractal
+        return len(self.dataset) + fractal + (trajectories + fractal) * smooth
 
     def batches(self, size: int) -> Iterator[SparseImages]:
         """Batches of at most ``size`` images of one number of patches."""
         yield from self.dataset.batches(size)
-        for unit in self.dataset.units():
-            whole = recompose(unit)
+        for images in self._whole(size):
             for factor in self.settings.smooth:
-                for images in whole:
-                    yield from _cut(smoothed(images, self.dataset.grid, factor), size)
+                yield from _cut(smoothed(images, self.dataset.grid, factor), size)
+        yield from self._fractal(size)
+
+    def _whole(self, size: int) -> Iterator[SparseImages]:
+        """What is smoothed: laid together trajectories, and fractal noise."""
+        for unit in self.dataset.units():
+            yield from recompose(unit)
+        yield from self._fractal(size)
+
+    def _fractal(self, size: int) -> Iterator[SparseImages]:
         for first in range(0, self.settings.fractal, size):
             count = min(size, self.settings.fractal - first)
             yield fractal_noise(count, self.dataset.grid, first)

@@ -11,9 +11,11 @@ from dfq import runtime
 from dfq.quantization.packing import pack_int4, unpack_int4
 from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.rounding import WeightScales
-from dfq.runtime import reference
 from dfq.runtime.params import LinearParams, OutputFormat
 from dfq.vit.modules import attend
+
+CACHED_SCORES = 1 << 20
+"""Attention scores computed at once; in bfloat16 2 MB, a processor's second-level cache."""
 
 
 class IntegerLinear(nn.Module):
@@ -113,18 +115,33 @@ class IntegerLinear(nn.Module):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The float model's input ``[..., in]`` to uint8."""
-        _, params, _ = self.prepare()
-        return reference.quantize(self.to_domain(x), params.input_scale, params.input_zero_point)
+        kernels, params, _ = self.prepare()
+        domain = self.to_domain(x)
+        y: Tensor = kernels.quantize(domain, params.input_scale, params.input_zero_point)
+        return y
+
+    def quantize_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """The output of a norm to uint8, for float ``[..., in]`` before it."""
+        if not isinstance(norm, nn.LayerNorm):
+            return self.quantize_input(norm(x))
+        kernels, params, _ = self.prepare()
+        y: Tensor = kernels.quantize_norm(x, norm, params.input_scale, params.input_zero_point)
+        return y
 
     def round_input(self, x: Tensor) -> Tensor:
         """The values that the quantized input stands for, float32 ``[..., in]``."""
         quantizer = self.input_quantizer
         return (self.quantize_input(x).float() - quantizer.zero_point) * quantizer.scale
 
-    def integer_forward(self, x: Tensor, out: OutputFormat) -> Tensor:
-        """uint8 ``[..., in]`` to ``[..., out]`` in the given format."""
+    def integer_forward(
+        self, x: Tensor, out: OutputFormat | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """uint8 ``[..., in]`` to ``[..., out]`` in the given format, float32 by default.
+
+        A ``residual`` is added to float32 output; its memory may be overwritten.
+        """
         kernels, params, packed = self.prepare()
-        y: Tensor = kernels.linear(x, params, packed, out)
+        y: Tensor = kernels.linear(x, params, packed, out or OutputFormat(), residual)
         return y
 
     def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -176,15 +193,39 @@ class AttentionProduct(nn.Module):
     scales: Tensor
 
     def __init__(self, integer: bool) -> None:
-        """With ``integer`` the scales of q, k, v and the probabilities are its state."""
+        """With ``integer`` the scales of q, k and v are its state."""
         super().__init__()
         self.integer = integer
+        self.backend: str | None = None
         if integer:
-            self.register_buffer("scales", torch.ones(4))
+            self.register_buffer("scales", torch.ones(3))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``[B, H, T, D]`` each, ``bias`` of the scores; float output of the shape of ``q``."""
+        """``[B, H, T, D]`` each to float32 ``[B, T, H * D]``; ``bias`` is that of the scores.
+
+        With ``integer`` they are int8, or float and quantized here.  A few images at a time,
+        so that their scores stay in the processor's cache.
+        """
+        b, h, t, d = q.shape
+        mixed = torch.empty(b, t, h, d, device=q.device)
+        step = max(1, CACHED_SCORES // max(1, h * t * k.shape[2]))
+        for start in range(0, b, step):
+            part = slice(start, start + step)
+            own = bias if bias is None or len(bias) == 1 else bias[part]
+            mixed[part] = self._mix(q[part], k[part], v[part], own).transpose(1, 2)
+        return mixed.flatten(2)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         if not self.integer:
             return attend(q, k, v, bias)
-        q_scale, k_scale, v_scale, p_scale = self.scales.tolist()
-        return reference.attention(q, k, v, (q_scale, k_scale, v_scale, p_scale), bias)
+        kernels = runtime.select(q.device, self.backend)
+        scales = self.scales.tolist()
+        if q.is_floating_point():
+            pairs = zip((q, k, v), scales, strict=True)
+            q, k, v = (kernels.quantize_signed(x, scale) for x, scale in pairs)
+        mixed = kernels.attention(q, k, v, scales[0] * scales[1] * q.shape[-1] ** -0.5, bias)
+        return mixed * scales[2]
+
+    def output_format(self, width: int) -> OutputFormat:
+        """Of a layer that writes q, k and v of ``width`` channels each as int8."""
+        return OutputFormat(torch.int8, self.scales.repeat_interleave(width))

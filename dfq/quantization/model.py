@@ -19,7 +19,7 @@ from dfq.recipe import QuantizationSettings
 from dfq.runtime.params import OutputFormat
 from dfq.sparse import channel_values
 from dfq.vit import Architecture, Attention, Block, Mlp, Preprocessing, ViT
-from dfq.vit.modules import AttentionPool, merge_heads
+from dfq.vit.modules import AttentionPool
 from dfq.vit.relations import Relations
 
 if TYPE_CHECKING:
@@ -43,11 +43,26 @@ class QuantizedAttention(Attention):
         self.product = AttentionProduct(settings.attention == "int8")
 
     def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
-        exact = self.product.integer or isinstance(self.q_norm, nn.LayerNorm)
-        dtype = torch.float32 if exact else attention_dtype(x.device)
-        q, k, v = self.split(self.qkv.forward(x, dtype), at)
+        return self.integer_forward(self.qkv.quantize_input(x), at, rows)
+
+    def integer_forward(
+        self, x: Tensor, at: Relations, rows: int | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """uint8 ``[B, T, embed_dim]`` to float32; see :meth:`IntegerLinear.integer_forward`."""
+        q, k, v = self.split(self.qkv.integer_forward(x, self._format(at)), at)
         mixed = self.product.forward(q[:, :, :rows], k, v, self.bias(at, rows))
-        return self.proj.forward(self.norm(merge_heads(mixed).float()))
+        return self.proj.integer_forward(
+            self.proj.quantize_normed(self.norm, mixed), residual=residual
+        )
+
+    def _format(self, at: Relations) -> OutputFormat:
+        """Of q, k and v: as integers unless they are normed or rotated first."""
+        normed = isinstance(self.q_norm, nn.LayerNorm)
+        if self.product.integer and not (normed or at.rotates):
+            return self.product.output_format(self.num_heads * self.head_dim)
+        exact = self.product.integer or normed
+        device = self.qkv.weight.device
+        return OutputFormat(torch.float32 if exact else attention_dtype(device))
 
 
 class QuantizedMlp(Mlp):
@@ -69,16 +84,20 @@ class QuantizedMlp(Mlp):
         self.fc2 = _linear(hidden, width, settings)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2.integer_forward(self._hidden(x), OutputFormat())
+        return self.integer_forward(self.fc1.quantize_input(x))
+
+    def integer_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """uint8 ``[B, T, C]`` to float32; see :meth:`IntegerLinear.integer_forward`."""
+        return self.fc2.integer_forward(self._hidden(x), residual=residual)
 
     def _hidden(self, x: Tensor) -> Tensor:
         fused = self.activation in ("gelu", "gelu_tanh") and isinstance(self.norm, nn.Identity)
         if self.gated or not fused:
-            return self.fc2.quantize_input(self.activate(self.fc1.forward(x)))
+            return self.fc2.quantize_input(self.activate(self.fc1.integer_forward(x)))
         quantizer = self.fc2.input_quantizer
         gelu: Literal["none", "tanh"] = "tanh" if self.activation == "gelu_tanh" else "none"
         out = OutputFormat(torch.uint8, quantizer.scale, quantizer.zero_point, gelu)
-        return self.fc1.integer_forward(self.fc1.quantize_input(x), out)
+        return self.fc1.integer_forward(x, out)
 
 
 def _linear(inputs: int, outputs: int, settings: QuantizationSettings) -> IntegerLinear:
@@ -109,6 +128,12 @@ class QuantizedBlock(Block):
         super().__init__(arch)
         self.attn = QuantizedAttention(arch, settings)
         self.mlp = QuantizedMlp(self.mlp, settings)
+
+    def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
+        """As :meth:`dfq.vit.Block.forward`; the memory of ``x`` may be overwritten."""
+        normed = self.attn.qkv.quantize_normed(self.norm1, x)
+        x = self.attn.integer_forward(normed, at, rows, x[:, :rows])
+        return self.mlp.integer_forward(self.mlp.fc1.quantize_normed(self.norm2, x), x)
 
 
 class QuantizedViT(ViT):
@@ -159,6 +184,8 @@ class QuantizedViT(ViT):
         for layer in self._linears():
             layer.backend = name
             layer.reset()
+        for product in self.products():
+            product.backend = name
         return self
 
     def _linears(self) -> list[IntegerLinear]:
@@ -176,8 +203,7 @@ class QuantizedViT(ViT):
         if self.settings.attention == "int8":
             for i, product in enumerate(self.products()):
                 for site, scale in zip(ATTENTION_SITES, product.scales.tolist(), strict=True):
-                    signed = site != ATTENTION_SITES[-1]
-                    found[f"blocks.{i}.{site}"] = Quantizer(scale, 0, signed)
+                    found[f"blocks.{i}.{site}"] = Quantizer(scale, 0, signed=True)
         return found
 
 

@@ -13,8 +13,9 @@ BLOCK_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 POOL_LAYERS = ("kv", "proj", "mlp.fc1", "mlp.fc2")
 """Linear layers of attention pooling, where a model has it."""
 
-ATTENTION_SITES = ("attn.q", "attn.k", "attn.v", "attn.probabilities")
-"""Inputs of the two attention products, quantized with ``attention = "int8"``."""
+ATTENTION_SITES = ("attn.q", "attn.k", "attn.v")
+"""What the attention products take with a range from calibration if ``attention = "int8"``; the
+softmax's range is known."""
 
 
 def scheme_name(settings: QuantizationSettings) -> str:

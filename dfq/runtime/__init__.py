@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfq.errors import SettingError
 from dfq.runtime import onednn, reference
@@ -24,8 +24,32 @@ class Kernels(Protocol):
     def prepack(self, params: LinearParams) -> object:
         """Weights in the backend's own layout, built once."""
 
-    def linear(self, x: Tensor, params: LinearParams, packed: object, out: OutputFormat) -> Tensor:
-        """Integer linear layer: uint8 ``[..., in]`` to ``[..., out]`` as ``out`` says."""
+    def linear(
+        self,
+        x: Tensor,
+        params: LinearParams,
+        packed: object,
+        out: OutputFormat,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Integer linear layer: uint8 ``[..., in]`` to ``[..., out]`` as ``out`` says.
+
+        ``residual`` is added to float32 output and may be overwritten.
+        """
+
+    def quantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
+        """Float to uint8."""
+
+    def quantize_signed(self, x: Tensor, scale: float) -> Tensor:
+        """Float to int8."""
+
+    def quantize_norm(self, x: Tensor, norm: nn.LayerNorm, scale: float, zero_point: int) -> Tensor:
+        """Layer norm of float ``[..., C]``, quantized to uint8."""
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+    ) -> Tensor:
+        """int8 ``[B, H, T, D]`` each to float ``[B, H, T, D]`` in units of ``v``."""
 
 
 BACKENDS: dict[str, Kernels] = {"onednn": onednn, "reference": reference}

@@ -1,11 +1,14 @@
-"""Integer linear layers through oneDNN, as PyTorch ships it for x86 processors."""
+"""Integer layers on x86 processors: oneDNN's products, as PyTorch ships them, and as few
+passes over memory between them as eager PyTorch allows."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from dfq.device import cpu_has
+from dfq.device import cpu_has, resolve_precision
+from dfq.runtime import reference
 from dfq.runtime.params import LinearParams, OutputFormat
 
 NAME = "onednn"
@@ -26,26 +29,72 @@ def prepack(params: LinearParams) -> object:
     return weight, params.weight_scale, zero_points, params.bias
 
 
-def linear(x: Tensor, params: LinearParams, packed: object, out: OutputFormat) -> Tensor:
-    """As :func:`dfq.runtime.reference.linear`."""
+def linear(
+    x: Tensor,
+    params: LinearParams,
+    packed: object,
+    out: OutputFormat,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As :func:`dfq.runtime.reference.linear`; a contiguous ``residual`` is overwritten."""
     assert isinstance(packed, tuple)
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], params.weight.shape[0]), dtype=out.dtype)
     weight, scale, zero_points, bias = packed
-    quantized = out.dtype == torch.uint8
+    source = (x, params.input_scale, params.input_zero_point, weight)
+    if residual is not None:
+        total = residual.contiguous()
+        torch.ops.onednn.qlinear_pointwise.binary(
+            *(*source, scale, zero_points, total, bias, 1.0, 0, torch.float32, 1.0, 0),
+            *("sum", 1.0, "none", [], "none"),
+        )
+        return total
+    out_scale = out.scale
+    if isinstance(out_scale, Tensor):
+        scale, bias, out_scale = scale / out_scale, bias / out_scale, 1.0
+    integer = not out.dtype.is_floating_point
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x,
-        params.input_scale,
-        params.input_zero_point,
-        weight,
-        scale,
-        zero_points,
-        bias,
-        out.scale if quantized else 1.0,
-        out.zero_point if quantized else 0,
-        out.dtype,
-        "none" if out.gelu is None else "gelu",
-        [],
+        *(*source, scale, zero_points, bias),
+        *(out_scale if integer else 1.0, out.zero_point if integer else 0, out.dtype),
+        *("none" if out.gelu is None else "gelu", []),
         "none" if out.gelu is None else out.gelu,
     )
     return y
+
+
+def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """As :func:`dfq.runtime.reference.quantize`, in passes that PyTorch has vectorised."""
+    return _to_bytes(torch.mul(x.float(), 1 / scale).add_(zero_point - 128))
+
+
+def quantize_signed(x: Tensor, scale: float) -> Tensor:
+    """As :func:`dfq.runtime.reference.quantize_signed`."""
+    return reference.quantize_signed(x, scale)
+
+
+def quantize_norm(x: Tensor, norm: nn.LayerNorm, scale: float, zero_point: int) -> Tensor:
+    """As :func:`dfq.runtime.reference.quantize_norm`; the norm's affine writes integers."""
+    weight, bias = norm.weight / scale, norm.bias / scale + (zero_point - 128)
+    return _to_bytes(F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps))
+
+
+def _to_bytes(x: Tensor) -> Tensor:
+    """Overwritten float ``x`` to uint8 ``x + 128``: PyTorch converts to int8 ten times as fast
+    as to uint8."""
+    signed = x.round_().clamp_(-128, 127).to(torch.int8)
+    return signed.view(torch.uint8).bitwise_xor_(128)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """As :func:`dfq.runtime.reference.attention`, carried in bfloat16 where that is native.
+
+    bfloat16 holds integers up to 256, so the operands of both products are exact and their
+    sums are float32; scores and outputs are then rounded to 8 bits of mantissa.
+    """
+    if resolve_precision("auto", q.device) != "bfloat16":
+        return reference.attention(q, k, v, scale, bias)
+    q, k, v = (x.to(torch.bfloat16, memory_format=torch.contiguous_format) for x in (q, k, v))
+    scores = (q @ k.transpose(-2, -1)).mul_(scale)
+    scores = scores if bias is None else scores + bias.to(scores.dtype)
+    shares = scores.sub_(scores.amax(-1, keepdim=True)).exp_().mul_(255).round_()
+    return (shares @ v) / shares.sum(-1, keepdim=True, dtype=torch.float32)

@@ -28,11 +28,12 @@ class LinearParams:
 class OutputFormat:
     """How a linear layer's result is written.
 
-    ``dtype`` is float32 or bfloat16, or uint8 with ``scale`` and ``zero_point``; ``gelu``
+    ``dtype`` is float32 or bfloat16; or uint8 with ``scale`` and ``zero_point``; or int8,
+    symmetric, with a ``scale`` for all or one for each output, float32 ``[out]``.  ``gelu``
     is applied before (``none`` is the exact form, ``tanh`` its approximation).
     """
 
     dtype: torch.dtype = torch.float32
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     zero_point: int = 0
     gelu: Literal["none", "tanh"] | None = None

@@ -24,6 +24,11 @@ class Relations:
     cos: Tensor | None = None
     index: Tensor | None = None
 
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return self.sin is not None
+
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate queries or keys ``[B, H, T, D]`` (arXiv 2104.09864, section 3.4).
 

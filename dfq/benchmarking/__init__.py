@@ -1,0 +1,1 @@
+"""Speed of a checkpoint beside the same model on other runtimes."""

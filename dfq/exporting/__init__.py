@@ -1,0 +1,1 @@
+"""Checkpoints as files that other runtimes execute: ONNX, OpenVINO, ``torch.export``."""

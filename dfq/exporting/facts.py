@@ -1,0 +1,33 @@
+"""What an exported file says of itself."""
+
+from __future__ import annotations
+
+import json
+
+from dfq import __version__
+from dfq.checkpoint import CheckpointInfo
+from dfq.quantization.scheme import scheme_name
+
+
+def facts(info: CheckpointInfo, weights: str) -> dict[str, str]:
+    """Facts about a file made from a checkpoint, as strings; lists are JSON.
+
+    ``mean`` and ``std`` are per channel of pixels / 255; ``weights`` is the type in the file.
+    """
+    arch, prepared, settings = info.arch, info.preprocessing, info.recipe.quantization
+    wider = "int4, widened to int8" if settings.bits == 4 and weights == "int8" else weights
+    return {
+        "dfq_version": __version__,
+        "model": info.model,
+        "scheme": scheme_name(settings),
+        "attention": settings.attention,
+        "weights": wider,
+        "classes": str(arch.num_classes),
+        "channels": str(arch.in_channels),
+        "image_size": json.dumps(arch.image_size),
+        "mean": json.dumps(prepared.mean),
+        "std": json.dumps(prepared.std),
+        "interpolation": prepared.interpolation,
+        "crop_pct": json.dumps(prepared.crop_pct),
+        "crop_mode": prepared.crop_mode,
+    }

@@ -1,0 +1,179 @@
+"""``dfq.export``: a checkpoint as a file of another format."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dfq import checkpoint as checkpoints
+from dfq.errors import OutputError, SettingError
+from dfq.exporting import program
+from dfq.exporting.extras import require
+from dfq.exporting.facts import facts
+from dfq.files import check_writable, explain, replace_files, write_bytes
+from dfq.quantization.model import QuantizedViT
+from dfq.quantization.scheme import scheme_name
+from dfq.results import ExportResult
+
+Format = Literal["onnx", "openvino", "torch"]
+FORMATS: tuple[str, ...] = get_args(Format)
+WEIGHTS = ("int8", "int4")
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to write, and where."""
+
+    model: QuantizedViT
+    facts: dict[str, str]
+    weights: Any
+    path: Path
+
+
+def export(
+    checkpoint: str | Path,
+    *,
+    format: str = "onnx",
+    out: str | Path | None = None,
+    weights: str | None = None,
+) -> ExportResult:
+    """Write a checkpoint as a file that another runtime executes.
+
+    The file takes what the module of :func:`dfq.load` takes: normalised images float32
+    ``[N, C, H, W]``, any N; it gives the logits.  Files that this function wrote are
+    replaced, others are not.
+
+    Args:
+        checkpoint: a checkpoint directory.
+        format: ``onnx`` (QuantizeLinear and DequantizeLinear around every product),
+            ``openvino`` (an .xml and a .bin of the same) or ``torch`` (a ``torch.export``
+            program of the reference arithmetic).
+        out: the file; by default the checkpoint's name with the format's suffix, in the
+            working directory.
+        weights: of 4-bit checkpoints in ONNX: ``int8``, widened without loss, or ``int4``.
+
+    Raises:
+        ExtraError: the format's packages are not installed.
+        DfqError: one of its other subclasses says what is wrong.
+    """
+    if format not in FORMATS:
+        raise SettingError(f"format is {format!r}; it is one of {', '.join(FORMATS)}.")
+    info = checkpoints.read_info(checkpoint)
+    settings = info.recipe.quantization
+    chosen = _weights(weights, format, settings.bits)
+    suffix = SUFFIXES[format]
+    path = Path(f"{Path(checkpoint).resolve().name}{suffix}") if out is None else Path(out)
+    if path.suffix != suffix:
+        raise OutputError(f"out is {str(path)!r}; a file of format {format!r} ends in {suffix}.")
+    _check_place(path, format)
+    model = checkpoints.load(checkpoint)
+    job = _Job(model, facts(info, chosen), chosen, path)
+    found = _WRITERS[format](job)
+    files = [path, path.with_suffix(".bin")] if format == "openvino" else [path]
+    return ExportResult(
+        checkpoint=str(checkpoint),
+        model=info.model,
+        scheme=scheme_name(settings),
+        attention=settings.attention,
+        format=format,
+        weights=chosen,
+        path=str(path),
+        bytes=sum(file.stat().st_size for file in files),
+        products=found[0],
+        integer_products=found[1],
+    )
+
+
+def _weights(weights: str | None, format: str, bits: int) -> str:
+    if weights is None:
+        return "int4" if format == "torch" and bits == 4 else "int8"
+    if weights not in WEIGHTS:
+        raise SettingError(f"weights is {weights!r}; it is one of {', '.join(WEIGHTS)}.")
+    if format != "onnx":
+        raise SettingError("weights is a choice of format 'onnx' alone; leave it out.")
+    if weights == "int4" and bits != 4:
+        raise SettingError(f"weights='int4' needs a checkpoint of 4 bits; this one has {bits}.")
+    return weights
+
+
+def _check_place(path: Path, format: str) -> None:
+    """Raise unless the file is free, or an export of the same format."""
+    check_writable(path.parent)
+    try:
+        beside = path.with_suffix(".bin") if format == "openvino" else path
+        if not path.exists() and not beside.exists():
+            return
+    except OSError as error:
+        raise explain(error, path) from error
+    if path.is_dir():
+        raise OutputError(f"{str(path)!r} is a directory; out is a file.")
+    if not _is_export(path, format):
+        raise OutputError(
+            f"{str(path)!r} is something other than a file that dfq wrote as {format!r}. Nothing "
+            "there was touched; choose another out or remove it."
+        )
+
+
+def _is_export(path: Path, format: str) -> bool:
+    if format == "torch":
+        return program.is_export(path)
+    _require_onnx(format)
+    from dfq.exporting import onnx_model, openvino_model
+
+    return (openvino_model if format == "openvino" else onnx_model).is_export(path)
+
+
+def _require_onnx(format: str) -> None:
+    require("onnx", format)
+
+
+Counts = tuple[int | None, int | None]
+"""How many products there are to run on integers, and how many did; None if not known."""
+
+
+def _onnx(job: _Job, format: str = "onnx") -> tuple[bytes, list[str]]:
+    _require_onnx(format)
+    from dfq.exporting.onnx_model import onnx_bytes
+    from dfq.exporting.products import QuantizedProducts, integer_products
+
+    products = QuantizedProducts(job.model, job.weights)
+    return onnx_bytes(job.model, products, job.facts), integer_products(job.model)
+
+
+def _write_onnx(job: _Job) -> Counts:
+    content, products = _onnx(job)
+    write_bytes(job.path, content)
+    return len(products), None
+
+
+def _write_openvino(job: _Job) -> Counts:
+    openvino = require("openvino", "openvino")
+    content, products = _onnx(job, "openvino")
+    from dfq.exporting.openvino_model import compile_model, integers_in, save_ir
+
+    try:
+        with tempfile.TemporaryDirectory(prefix=".dfq-", dir=job.path.parent) as directory:
+            made = Path(directory) / job.path.name
+            save_ir(content, job.facts, made)
+            count = len(integers_in(compile_model(openvino, made), products))
+            pair = {made.with_suffix(s): job.path.with_suffix(s) for s in (".bin", ".xml")}
+            replace_files(pair)
+    except OSError as error:
+        raise explain(error, job.path) from error
+    return len(products), count
+
+
+def _write_torch(job: _Job) -> Counts:
+    write_bytes(job.path, program.program_bytes(job.model, job.facts))
+    return None, None
+
+
+_WRITERS: dict[str, Callable[[_Job], Counts]] = {
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+    "torch": _write_torch,
+}

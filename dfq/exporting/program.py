@@ -1,0 +1,112 @@
+"""The reference arithmetic as a program of plain torch operators (``torch.export``)."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dfq.exporting.forms import with_layers
+from dfq.quantization.layers import IntegerLinear, IntegerPatchEmbed
+from dfq.quantization.model import QuantizedViT
+from dfq.quantization.packing import unpack_int4
+from dfq.quantization.rounding import WeightScales
+from dfq.runtime import reference
+from dfq.runtime.params import LinearParams, OutputFormat
+from dfq.vit import ViT
+
+FACTS = "dfq.json"
+
+
+class ReferenceLinear(nn.Module):
+    """An integer layer on :mod:`dfq.runtime.reference`, between floats.
+
+    Weights stay as they lie in the checkpoint, 4-bit ones two to a byte.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: IntegerLinear) -> None:
+        super().__init__()
+        self.bits, self.group, self.in_features = layer.bits, layer.group, layer.in_features
+        for name, value in layer.state_dict().items():
+            if not name.startswith("input_"):
+                self.register_buffer(name, value)
+        self.quantizer = layer.input_quantizer
+        self.pixels = isinstance(layer, IntegerPatchEmbed)
+        if isinstance(layer, IntegerPatchEmbed):
+            self.register_buffer("mean", layer.mean)
+            self.register_buffer("std", layer.std)
+
+    def integers(self) -> Tensor:
+        if self.bits == 8:
+            return self.weight
+        group = self.get_buffer("group_scale") if self.group else None
+        scales = WeightScales(self.weight_scale, group, self.group)
+        return scales.widen(unpack_int4(self.weight, self.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float32 ``[..., in]`` to ``[..., out]``."""
+        if self.pixels:
+            x = x * self.get_buffer("std") + self.get_buffer("mean")
+        weight, by = self.integers(), self.quantizer
+        params = LinearParams(weight, self.weight_scale, self.bias, by.scale, by.zero_point)
+        quantized = reference.quantize(x, by.scale, by.zero_point)
+        return reference.linear(quantized, params, reference.prepack(params), OutputFormat())
+
+
+class ReferenceProduct(nn.Module):
+    """The two products of attention on 8-bit integers."""
+
+    def __init__(self, scales: Tensor) -> None:
+        super().__init__()
+        self.scales: list[float] = scales.tolist()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        pairs = zip((q, k, v), self.scales, strict=True)
+        q, k, v = (reference.quantize_signed(x, scale) for x, scale in pairs)
+        scale = self.scales[0] * self.scales[1] * q.shape[-1] ** -0.5
+        return reference.attention(q, k, v, scale, bias) * self.scales[2]
+
+
+def reference_form(model: QuantizedViT) -> ViT:
+    """The quantized model in plain torch; what is not integer is float32."""
+    vit = with_layers(model, ReferenceLinear)
+    if model.settings.attention == "int8":
+        for index, product in enumerate(model.products()):
+            vit.block(index).attn.product = ReferenceProduct(product.scales)
+    return vit
+
+
+@torch.no_grad()
+def program_bytes(model: QuantizedViT, facts: dict[str, str]) -> bytes:
+    """A ``.pt2`` file: normalised images float32 ``[N, C, H, W]``, N from 1 on, to logits.
+
+    ``torch.export.load`` reads it without dfq.
+    """
+    arch = model.arch
+    images = torch.zeros(2, arch.in_channels, *arch.image_size)
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(
+        reference_form(model), (images,), dynamic_shapes={"images": batch}
+    )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts)})
+    return buffer.getvalue()
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file is a program that dfq wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(f"/{FACTS}") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False

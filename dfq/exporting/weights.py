@@ -1,0 +1,60 @@
+"""Integer weights as constants of a graph."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from onnx import TensorProto
+
+from dfq.exporting.graph import Graph
+from dfq.quantization.layers import IntegerLinear
+from dfq.quantization.packing import pack_int4, unpack_int4
+from dfq.quantization.rounding import expand_groups
+
+WeightType = Literal["int8", "int4"]
+
+SMALLEST_BLOCK = 16
+"""Fewest 4-bit weights that share a scale; with fewer the file hardly shrinks."""
+
+
+def write_weight(graph: Graph, layer: IntegerLinear, kind: WeightType) -> str:
+    """The dequantized weight ``[in, out]``."""
+    block = four_bit_block(layer) if kind == "int4" else None
+    if block is not None:
+        return _four_bits(graph, layer, block)
+    constants = (
+        graph.constant("weight", layer.integers().T),
+        graph.constant("weight_scale", layer.weight_scale),
+        graph.constant("weight_zero_point", np.zeros(layer.out_features, np.int8)),
+    )
+    return graph.op("DequantizeLinear", *constants, axis=1)
+
+
+def four_bit_block(layer: IntegerLinear) -> int | None:
+    """How many inputs share a scale in a file; None if the weights have to be widened.
+
+    OpenVINO takes blocks that divide the inputs, ONNX Runtime from 16 on.
+    """
+    if layer.bits != 4:
+        return None
+    if not layer.group:
+        return layer.in_features
+    block = math.gcd(layer.group, layer.in_features)
+    return block if block >= SMALLEST_BLOCK else None
+
+
+def _four_bits(graph: Graph, layer: IntegerLinear, block: int) -> str:
+    """4-bit weights with a float scale for each block of inputs of each column."""
+    integers = unpack_int4(layer.weight, layer.in_features).T
+    content = pack_int4(integers.reshape(1, -1)).numpy().tobytes()
+    shape = (layer.in_features, layer.out_features)
+    weight = graph.packed("weight", TensorProto.INT4, shape, content)
+    if not layer.group:
+        scale = graph.constant("weight_scale", layer.weight_scale)
+        return graph.op("DequantizeLinear", weight, scale, axis=1)
+    steps = layer.weight_scale[:, None] * layer.group_scale.float()
+    steps = expand_groups(steps, layer.group, layer.in_features)[:, ::block]
+    scale = graph.constant("weight_scale", steps.T)
+    return graph.op("DequantizeLinear", weight, scale, axis=0, block_size=block)
