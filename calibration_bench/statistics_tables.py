@@ -50,7 +50,8 @@ ACTIVATIONS_NOTE = (
     "deviations. *Variance*, *range*: sum over features of absolute differences over the sum of "
     "the real ones. *Outside*: how much of the features' ranges on real images lies outside their "
     "ranges on the source, which is what min-max calibration clips. The row "
-    "*real* is other real images: what chance alone gives for so few images."
+    "*real* is other real images: what chance alone gives for so few images. Sparse images hold "
+    "fewer tokens, which by itself narrows ranges."
 )
 
 RANKING_NOTE = (
