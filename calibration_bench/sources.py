@@ -75,6 +75,11 @@ class RealImages:
     def __len__(self) -> int:
         return len(self._images) - self._first
 
+    def about(self, count: int) -> str:
+        """What they are called and how many there are; DataError if fewer than ``count``."""
+        self.need(count)
+        return f"{len(self)} of {Path(self.name).name}"
+
     def need(self, count: int) -> None:
         """Raise DataError if there are fewer."""
         if len(self) < count:

@@ -56,6 +56,8 @@ def test_every_source_count_and_width_is_a_row(
     rows = found["rows"]
     assert len(rows) == 7 * 2 * 2
     assert {row["test_images"] for row in rows} == {12}
+    assert {row["real"] for row in rows} == {None, "8 of images.npz"}
+    assert str(tmp_path.parent) not in (tmp_path / "calibration-sources.json").read_text()
     by = {(r["source"], r["images"], r["bits"]): r for r in rows}
     assert by["noise", 4, 8]["dataset_bytes"] == by["noise+coverage", 4, 8]["dataset_bytes"]
     assert by["noise", 4, 4]["kl"] != by["noise+coverage", 4, 4]["kl"]

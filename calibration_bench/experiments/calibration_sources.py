@@ -48,15 +48,16 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     counts = numbers(options.counts, "--counts", 1)
     bench.notes.note(f"reading {options.model} and {options.data}")
     shared = about(options, *load(options))
+    real = None
     if any(source.base == "real" for source in sources):
-        _real(options).need(max(counts))
+        real = _real(options).about(max(counts))
     bases = [source.base for source in sources]
     sources.sort(key=lambda source: bases.index(source.base))
     return [
         {
             **shared,
             "source": source.name,
-            "real": options.real if source.base == "real" else None,
+            "real": real if source.base == "real" else None,
             "images": count,
             "iterations": options.iterations if source.inverted else 0,
             "seed": seed,

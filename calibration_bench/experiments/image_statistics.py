@@ -62,8 +62,9 @@ def plan(options: Options, bench: Bench) -> list[Key]:
         raise SettingError(f"--iterations is {options.iterations}; at least {deepest} are needed.")
     bench.notes.note(f"reading {options.model} and {options.data}")
     shared = about(options, *load(options))
+    real = None
     if any(source.name == "real" for source in sources):
-        _real(options).need(options.images)
+        real = _real(options).about(options.images)
     effort = {"trajectories": options.trajectories, "iterations": options.iterations}
     keys: list[Key] = []
     for seed in numbers(options.seeds, "--seeds"):
@@ -78,7 +79,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
                 **shared,
                 "kind": "activations",
                 "source": source.name,
-                "real": options.real if source.name == "real" else None,
+                "real": real if source.name == "real" else None,
                 "images": options.images,
                 "iterations": 0 if source.name in OTHERS else options.iterations,
                 "seed": seed,
