@@ -9,6 +9,7 @@ from typing import Any
 
 from calibration_bench.methods import patch_updates
 from dfq import InversionSettings
+from dfq.errors import SettingError
 
 RERANKINGS = 12
 """Prune events of the control that ranks again and again."""
@@ -63,10 +64,18 @@ VARIANTS = {
 
 
 def equal_iterations(
-    make: Callable[[int], InversionSettings], patches: int, budget: int, least: int
+    make: Callable[[int], InversionSettings], patches: int, budget: int, v: int
 ) -> int:
-    """The iterations, ``least`` or more, whose patch updates are nearest to ``budget``."""
-    far = 1000
+    """The iterations whose patch updates are nearest to ``budget``, of those that leave every
+    one of ``v`` stages an iteration."""
+    far = 1000 * v
     guess = round(budget / patch_updates(make(far), patches) * far)
-    tries = range(max(least, guess - 3), max(least, guess + 3) + 1)
-    return min(tries, key=lambda t: abs(patch_updates(make(t), patches) - budget))
+    tries = range(max(1, guess - 3), max(guess + 3, 2 * v * v) + 1)
+    return min(tries, key=lambda t: _distance(make(t), patches, budget))
+
+
+def _distance(settings: InversionSettings, patches: int, budget: int) -> float:
+    try:
+        return abs(patch_updates(settings, patches) - budget)
+    except SettingError:
+        return math.inf

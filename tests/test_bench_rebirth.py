@@ -14,6 +14,7 @@ from calibration_bench.rebirth_tables import rebirth_tables
 from calibration_bench.runner import run
 from calibration_bench.variants import RERANKINGS, VARIANTS, equal_iterations
 from dfq import InversionSettings
+from dfq.errors import SettingError
 from dfq.inversion import events
 
 EXPERIMENT = registry.entry("rebirth")
@@ -36,6 +37,17 @@ def test_variants_make_the_same_images_from_as_many_updates(name: str, patches: 
     iterations = equal_iterations(lambda t: variant(name, t), patches, budget, 4)
     assert patch_updates(variant(name, iterations), patches) == pytest.approx(budget, rel=0.05)
     assert variant(name, iterations).images == 32
+
+
+@pytest.mark.parametrize("v", [2, 4, 7])
+@pytest.mark.parametrize("name", ["pri-early", "pri-late", "dmi-snapshots"])
+def test_the_least_effort_leaves_every_stage_an_iteration(name: str, v: int) -> None:
+    key = {**KEY, "stages": v, "images": v}
+    found = equal_iterations(lambda t: _settings(key, name, t, 0), 196, 1, v)
+    kept = [e.iteration for e in events(_settings(key, name, found, 0), 196)]
+    assert len(kept) == v
+    with pytest.raises(SettingError):
+        events(_settings(key, name, found - 1, 0), 196)
 
 
 def test_updates_are_counted_over_whole_trajectories() -> None:

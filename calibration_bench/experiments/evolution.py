@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,7 +184,6 @@ def _draw(
         path = Path(directory) / "images"
         dfq.write_dataset(path, units, loaded, origin="evolution")
         dfq.preview(path, place / f"{name}-images.png")
-        shutil.rmtree(path)
     found = [f"{PICTURES}/{name}-images.png"]
     if recorder.rankings:
         draw_attention(recorder.rankings, loaded.vit.arch.grid, place / f"{name}-attention.png")

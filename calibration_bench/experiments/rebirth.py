@@ -78,8 +78,8 @@ def _settings(key: Key, name: str, iterations: int, seed: int) -> InversionSetti
 def _iterations(key: Key, name: str, patches: int, budget: int, given: int) -> int:
     if name.startswith("pri") and name not in ("pri-early", "pri-late"):
         return given
-    least = key["stages"] ** 2 if name == "pri-early" else key["stages"]
-    return equal_iterations(lambda t: _settings(key, name, t, 0), patches, budget, least)
+    v = key["stages"]
+    return equal_iterations(lambda t: _settings(key, name, t, 0), patches, budget, v)
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
