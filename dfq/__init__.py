@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dfq.inspection import DoctorReport, ModelEntry, doctor, inspect, models
     from dfq.pictures import preview
     from dfq.pipeline import evaluate, invert, quantize
+    from dfq.quantization.coverage import fractal_noise
     from dfq.quantization.model import QuantizedViT
     from dfq.recipe import (
         DistillationSettings,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     )
     from dfq.sparse import SparseImages
     from dfq.vit.load import LoadedModel, load_model
+    from dfq.writing import write_dataset
 
 _HOMES = {
     "BenchmarkResult": "dfq.results",
@@ -69,6 +71,7 @@ _HOMES = {
     "doctor": "dfq.inspection",
     "evaluate": "dfq.pipeline",
     "export": "dfq.exporting.formats",
+    "fractal_noise": "dfq.quantization.coverage",
     "inspect": "dfq.inspection",
     "invert": "dfq.pipeline",
     "list_cache": "dfq.cache",
@@ -80,6 +83,7 @@ _HOMES = {
     "quantize": "dfq.pipeline",
     "remove_cached": "dfq.cache",
     "verify_cache": "dfq.cache",
+    "write_dataset": "dfq.writing",
 }
 
 __all__ = [
@@ -110,6 +114,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "export",
+    "fractal_noise",
     "inspect",
     "invert",
     "list_cache",
@@ -121,6 +126,7 @@ __all__ = [
     "quantize",
     "remove_cached",
     "verify_cache",
+    "write_dataset",
 ]
 
 

@@ -405,6 +405,7 @@ def _held_out_settings(settings: InversionSettings, patches: int) -> InversionSe
         settings,
         method=method,
         stages=stages,
+        leave_at=settings.leave_at if stages == settings.stages else (),
         seed=(settings.seed + HELD_OUT_SEED) % 2**31,
         images=settings.unit_size * stages,
     )

@@ -13,6 +13,7 @@ from dfq.errors import RecipeError, SettingError, nearest
 Method = Literal["pri", "smi", "dmi", "noise"]
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
+LeaveFirst = Literal["most", "least"]
 Observer = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]
 Rounding = Literal["nearest", "gptq"]
 AttentionMode = Literal["float", "int8"]
@@ -50,6 +51,18 @@ class InversionSettings:
         "auto",
         "which patches leave first; auto: attention of the class token or the pooling query, "
         "random where neither exists",
+    )
+    leave_first: LeaveFirst = _setting(
+        "most", "pri: whether the most or the least important patches leave first"
+    )
+    leave_at: tuple[float, ...] = _setting(
+        (),
+        "pri: when images leave, as shares of T, rising, all but the last; empty: at equal steps",
+        0.0,
+        1.0,
+    )
+    snapshots: int = _setting(
+        1, "dmi: dense images saved of a trajectory, at equal steps up to T", 1, 1024
     )
     plateau: int = _setting(
         0,

@@ -58,6 +58,7 @@ PUBLIC = [
     "doctor",
     "evaluate",
     "export",
+    "fractal_noise",
     "inspect",
     "invert",
     "list_cache",
@@ -69,6 +70,7 @@ PUBLIC = [
     "quantize",
     "remove_cached",
     "verify_cache",
+    "write_dataset",
 ]
 
 FAST: dict[str, Any] = {"iterations": 4, "stages": 2, "threads": 1}

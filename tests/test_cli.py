@@ -540,7 +540,7 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "typo in a recipe": (recipe_of("[inversion]\niteration = 4"),
                          "unknown key 'iteration' in [inversion]", "Did you mean 'iterations'"),
     "typo in a table": (recipe_of("[inversions]\nimages = 4"),
-                        "unknown key 'inversions'", "['distillation', 'inversion', 'quantization']"),
+                        "unknown key 'inversions'", "['distillation', 'inversion',"),
     "recipe without a table": (recipe_of("bits = 4"),
                                "unknown key 'bits'", "under [quantization]"),
     "recipe out of range": (recipe_of("[quantization]\nobserver = 'mean'"),

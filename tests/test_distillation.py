@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
         return forward_sparse(model, *given) * torch.inf
 
     monkeypatch.setattr("dfq.distillation.training.forward_sparse", diverged)
-    with pytest.raises(RunError, match="step 0. Lower lr"):
+    with pytest.raises(RunError, match=r"step 0\. Lower lr"):
         distill(teacher, tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
