@@ -26,7 +26,14 @@ err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 Results = Annotated[Path, typer.Option(help="Directory of the results.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 Again = Annotated[bool, typer.Option("--again", help="Measure also the rows already there.")]
+Plots = Annotated[
+    Path | None, typer.Option(help="Draw plots into this directory; takes the extra `report`.")
+]
 DEFAULT_RESULTS = Path("bench-results")
+
+
+ALL = "all"
+ALL_HELP = "Every experiment that runs on the demo model, with its defaults, one after the other."
 
 
 class _Group(TyperGroup):
@@ -50,9 +57,11 @@ class _Experiments(TyperGroup):
     """The registry's experiments as commands, imported when one is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
-        return [e.name for e in registry.ENTRIES]
+        return [*(e.name for e in registry.ENTRIES), ALL]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        if cmd_name == ALL:
+            return _command(ALL, ALL_HELP, _run_all)
         entry = registry.entry(cmd_name)
         shared = {
             "json_": (Json, False),
@@ -63,11 +72,14 @@ class _Experiments(TyperGroup):
         def body(options: Any, json_: bool, results: Path, again: bool) -> None:
             _run(entry, options, json_, results, again)
 
-        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        single.command(cmd_name, help=f"{entry.line}. Needs: {entry.needs}.")(
-            function(entry.load().options, body, shared)
-        )
-        return typer.main.get_command(single)
+        text = f"{entry.line}. Needs: {entry.needs}."
+        return _command(cmd_name, text, function(entry.load().options, body, shared))
+
+
+def _command(name: str, text: str, body: Any) -> Any:
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name, help=text)(body)
+    return typer.main.get_command(single)
 
 
 app = typer.Typer(
@@ -101,9 +113,9 @@ def list_(json_: Json = False) -> None:
 
 
 @app.command("report")
-def report_(results: Results = DEFAULT_RESULTS) -> None:
-    """Render the stored results as Markdown tables."""
-    sys.stdout.write(report(results))
+def report_(results: Results = DEFAULT_RESULTS, plots: Plots = None) -> None:
+    """Render the stored results as Markdown tables, and as plots where a place is named."""
+    sys.stdout.write(report(results, plots))
 
 
 class _Lines:
@@ -122,7 +134,26 @@ def _run(entry: registry.Entry, options: Any, json_: bool, results: Path, again:
     outcome = run(entry, options, results, _Lines(), again=again)
     if json_:
         _print_json(outcome)
-        return
+    else:
+        _print_tables(outcome)
+
+
+def _run_all(json_: Json = False, results: Results = DEFAULT_RESULTS, again: Again = False) -> None:
+    """Each experiment's tables are printed as it ends; with --json one object at the end."""
+    from calibration_bench.runner import run
+
+    found, lines = {}, _Lines()
+    for entry in registry.ENTRIES:
+        if entry.in_all:
+            lines.note(f"== {entry.name}")
+            found[entry.name] = run(entry, entry.load().options(), results, lines, again=again)
+            if not json_:
+                _print_tables(found[entry.name])
+    if json_:
+        _print_json(found)
+
+
+def _print_tables(outcome: dict[str, Any]) -> None:
     tables = [markdown(registry.Table(**table)) for table in outcome["tables"]]
     sys.stdout.write("\n\n".join(tables) + "\n")
     err_console.print(f"Kept in {outcome['results']}", soft_wrap=True)

@@ -12,7 +12,7 @@ import torch
 import dfq
 from dfq import InversionSettings, LoadedModel
 from dfq.errors import SettingError
-from dfq.inversion import events
+from dfq.inversion import events, plan_units
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,14 @@ def stages(settings: InversionSettings, patches: int) -> list[Stage]:
     found, before, live = [], 0, patches
     for event in events(settings, patches):
         found.append(Stage(live, event.iteration - before))
-        before, live = event.iteration, live - event.count
+        before, live = event.iteration, live - (0 if event.stays else event.count)
     return found
+
+
+def patch_updates(settings: InversionSettings, patches: int) -> int:
+    """Steps of Adam on single patches, over all trajectories that the images take."""
+    trajectories = sum(unit.trajectories for unit in plan_units(settings, patches))
+    return trajectories * sum(s.live * s.length for s in stages(settings, patches))
 
 
 def random_model(spec: str, seed: int) -> LoadedModel:

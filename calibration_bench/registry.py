@@ -43,11 +43,44 @@ class Measured:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a report; ``columns`` maps a key of the rows to how it is written."""
+    """Rows of a report; ``columns`` maps a key of the rows to how it is written.
+
+    ``note`` says below it what a reader has to know to read it right.
+    """
 
     title: str
     columns: dict[str, str]
     rows: Sequence[Row]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of a plot with a name, and half the length of their error bars."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of curves; ``name`` becomes that of its file."""
+
+    name: str
+    title: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+    log_x: bool = False
+    log_y: bool = False
+    lines: bool = True
+
+
+def no_plots(rows: list[Row]) -> list[Plot]:  # noqa: ARG001
+    """Of an experiment that has none."""
+    return []
 
 
 @dataclass(frozen=True)
@@ -56,22 +89,27 @@ class Experiment:
 
     ``options`` is a dataclass whose fields become options of the command line; ``plan``
     lists the keys of all rows that options ask for; ``measure`` yields those missing as
-    they are done; ``tables`` renders stored rows and reads nothing else.
+    they are done; ``tables`` and ``plots`` render stored rows and read nothing else.
     """
 
     options: type[Any]
     plan: Callable[[Any, Bench], list[Key]]
     measure: Callable[[Any, list[Key], Bench], Iterator[Measured]]
     tables: Callable[[list[Row]], list[Table]]
+    plots: Callable[[list[Row]], list[Plot]] = no_plots
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An experiment as ``list`` shows it, without importing it."""
+    """An experiment as ``list`` shows it, without importing it.
+
+    ``in_all``: ``run all`` runs it, with its defaults.
+    """
 
     name: str
     line: str
     needs: str
+    in_all: bool = True
 
     def load(self) -> Experiment:
         module = f"calibration_bench.experiments.{self.name.replace('-', '_')}"
@@ -84,16 +122,43 @@ ENTRIES = (
         "inversion-speed",
         "Seconds and memory an image: dfq beside the official code of SMI",
         "official rows: a checkout of Egg-Hu/SMI (--official DIR)",
+        in_all=False,
     ),
     Entry(
         "inversion-floor",
         "How far an iteration is from what this processor could do, and where the rest goes",
         "nothing",
+        in_all=False,
     ),
     Entry(
         "inversion-quality",
         "Accuracy after quantization over inversion effort: where each method's knee is",
         "a model with weights and labelled images; the demo has both",
+    ),
+    Entry(
+        "calibration-sources",
+        "Accuracy by calibration source, image count and width, alone and with coverage",
+        "a model with weights and labelled images; the demo has both",
+    ),
+    Entry(
+        "rebirth",
+        "What re-birth is worth: PRI beside controls of equal patch updates",
+        "a model with weights and labelled images; the demo has both",
+    ),
+    Entry(
+        "evolution",
+        "What evolves along a trajectory: confidence, features, attention, loss; pictures",
+        "a model with weights and labelled images; the demo has both",
+    ),
+    Entry(
+        "image-statistics",
+        "Kept patches against DMI's, activations against real images', stability of rankings",
+        "a model with weights and labelled images; the demo has both",
+    ),
+    Entry(
+        "across-models",
+        "Seconds an image of PRI, SMI and DMI on models of all sizes and kinds",
+        "nothing",
     ),
     Entry(
         "quantization-accuracy",

@@ -5,28 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from calibration_bench.plotting import draw_plots
 from calibration_bench.records import Store
 from calibration_bench.registry import ENTRIES, Entry, Table
 from dfq.errors import DataError
 
 
-def report(directory: Path) -> str:
-    """All experiments with results in a directory.
+def report(directory: Path, plots: Path | None = None) -> str:
+    """All experiments with results in a directory; with ``plots`` also their plots, as PNG
+    files in that directory.
 
     Raises:
         DataError: there is none, or a file is damaged.
+        UsageError: there are plots to draw, and matplotlib is not installed.
     """
     found = [e for e in ENTRIES if (directory / f"{e.name}.json").is_file()]
     if not found:
         raise DataError(f"{str(directory)!r} holds no results; `run` an experiment first.")
-    return "\n\n".join(_section(entry, Store(directory, entry.name)) for entry in found) + "\n"
+    sections = [_section(entry, Store(directory, entry.name), plots) for entry in found]
+    return "\n\n".join(sections) + "\n"
 
 
-def _section(entry: Entry, store: Store) -> str:
+def _section(entry: Entry, store: Store, plots: Path | None) -> str:
     content = store.read()
     rows = store.rows()
     parts = [f"## {entry.name}", entry.line + "."]
-    parts += [markdown(table) for table in entry.load().tables(rows) if table.rows]
+    experiment = entry.load()
+    parts += [markdown(table) for table in experiment.tables(rows) if table.rows]
+    if plots is not None:
+        drawn = [plot for plot in experiment.plots(rows) if plot.curves]
+        paths = draw_plots(drawn, plots)
+        parts += [f"![{d.title}]({p.as_posix()})" for d, p in zip(drawn, paths, strict=True)]
     used = {row["session"] for row in rows}
     parts += [_session(n, s) for n, s in content["sessions"].items() if n in used]
     unfinished = sum(not row["complete"] for row in rows)
@@ -53,7 +62,8 @@ def markdown(table: Table) -> str:
     lines = [header, ["---"] * len(header)]
     lines += [[cell(row.get(key)) for key in table.columns] for row in table.rows]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"**{table.title}**\n\n{body}"
+    note = f"\n\n{table.note}" if table.note else ""
+    return f"**{table.title}**\n\n{body}{note}"
 
 
 def cell(value: Any) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from calibration_bench.registry import Row, Table
+from typing import Any
+
+from calibration_bench.registry import Curve, Plot, Row, Table
 from calibration_bench.tables import groups, mean_over_seeds
 
 COLUMNS = {
@@ -46,3 +48,106 @@ def _row(rows: list[Row]) -> Row:
         "drop": means["float_accuracy"] - means["accuracy"],
         "worst": 100 * min(float(row["accuracy"]) for row in rows),
     }
+
+
+ABOUT = ("model", "fingerprint", "data", "test_images", "float_accuracy", "threads", "precision")
+
+SOURCES = {
+    "source": "calibrated on",
+    "images": "images",
+    "seeds": "seeds",
+    "accuracy": "top-1, %",
+    "accuracy_error": "± over seeds",
+    "drop": "drop, points",
+    "agreement": "agreement, %",
+    "kl": "KL",
+    "kl_error": "± over seeds, KL",
+    "seconds": "s to make",
+    "kilobytes": "kB on disk",
+}
+
+COVERAGE = (
+    "`+coverage`: with what dfq puts beside inverted images by default (fractal noise; that noise "
+    "and each trajectory's image at lower resolutions); all other rows are the named images alone. "
+    "Everything else of the quantization is the same in all rows."
+)
+
+
+def source_tables(rows: list[Row]) -> list[Table]:
+    """For each model, test set and width: KL by image count, then every figure."""
+    found: list[Table] = []
+    for values, same in groups(rows, *ABOUT, "bits").items():
+        about = dict(zip((*ABOUT, "bits"), values, strict=True))
+        title = (
+            f"{about['model']}, W{about['bits']}A8, tested on {about['test_images']} of "
+            f"{about['data']}, float top-1 {100 * float(str(about['float_accuracy'])):.2f} %"
+        )
+        means = _means(same)
+        found.append(_pivot(f"KL by number of images: {title}", means))
+        made = f"{title}; images made by {about['threads']} threads in {about['precision']}"
+        found.append(Table(made, SOURCES, means, COVERAGE))
+    return found
+
+
+def _means(rows: list[Row]) -> list[Row]:
+    """Means over seeds of every source (and T) and image count."""
+    found = []
+    for (source, iterations, count), same in groups(rows, "source", "iterations", "images").items():
+        means = mean_over_seeds(same)
+        name = f"{source}, T = {iterations}" if iterations else str(source)
+        size = [row["dataset_bytes"] for row in same]
+        found.append(
+            {
+                **means,
+                "source": name,
+                "images": count,
+                "drop": means["float_accuracy"] - means["accuracy"],
+                "kilobytes": sum(size) / len(size) / 1e3,
+            }
+        )
+    return sorted(found, key=lambda row: int(row["images"]))
+
+
+def _pivot(title: str, means: list[Row]) -> Table:
+    counts = list(dict.fromkeys(row["images"] for row in means))
+    names = [f"kl_{count}" for count in counts]
+    rows = [
+        {"source": source, **{f"kl_{row['images']}": row["kl"] for row in same}}
+        for (source,), same in groups(means, "source").items()
+    ]
+    rows.sort(key=lambda row: float(row.get(names[-1], float("inf"))))
+    columns: dict[str, Any] = {"source": "calibrated on"}
+    return Table(
+        title,
+        columns | {n: f"{c} images" for n, c in zip(names, counts, strict=True)},
+        rows,
+        "KL of the quantized from the float prediction, mean over seeds; less is better.",
+    )
+
+
+def source_plots(rows: list[Row]) -> list[Plot]:
+    """KL over the number of images, a picture for each model and width."""
+    found = []
+    for values, same in groups(rows, *ABOUT, "bits").items():
+        model, bits = values[0], values[-1]
+        curves = [
+            Curve(
+                str(source),
+                [float(row["images"]) for row in points],
+                [float(row["kl"]) for row in points],
+                [float(row["kl_error"] or 0) for row in points],
+            )
+            for (source,), points in groups(_means(same), "source").items()
+        ]
+        found.append(
+            Plot(
+                f"sources-{model}-w{bits}a8",
+                f"Calibration sources, {model}, W{bits}A8",
+                "calibration images",
+                "KL from the float prediction",
+                curves,
+                log_x=True,
+                log_y=True,
+            )
+        )
+    return found

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from calibration_bench.registry import Row, Table
+from calibration_bench.registry import Curve, Plot, Row, Table
 
 SPEED = {
     "implementation": "implementation",
@@ -143,6 +143,7 @@ KNEES = {
     "best_kl": "least mean KL",
     "kl_iterations": "within 10 % from",
     "kl_seconds": "s to invert, KL",
+    "verdict": "differences over iterations against the spread over seeds",
 }
 
 POINTS, SHARE = 0.2, 0.1
@@ -203,4 +204,51 @@ def _knee(means: list[Row]) -> Row:
         "best_kl": least["kl"],
         "kl_iterations": kl_knee["iterations"],
         "kl_seconds": kl_knee["seconds"],
+        "verdict": "; ".join(
+            f"{name}: {_against_chance(means, column)}"
+            for name, column in (("top-1", "accuracy"), ("KL", "kl"))
+        ),
     }
+
+
+def _against_chance(means: list[Row], column: str) -> str:
+    """Whether a method's means over iterations differ by more than seeds do: the range of
+    the means beside the mean standard deviation over seeds."""
+    spreads = [row[f"{column}_error"] for row in means if row[f"{column}_error"] is not None]
+    if len(means) < 2 or not spreads:
+        return "needs several iterations and seeds"
+    values = [float(row[column]) for row in means]
+    extent, spread = max(values) - min(values), statistics.mean(spreads)
+    verdict = "below, so chance" if extent <= spread else "above"
+    return f"{extent:.2g} to {spread:.2g}, {verdict}"
+
+
+def quality_plots(rows: list[Row]) -> list[Plot]:
+    """Accuracy and KL over the seconds of inversion, a curve for each method."""
+    found: list[Plot] = []
+    about = ("model", "fingerprint", "data", "test_images", "images", "bits", "threads")
+    for values, same in groups(rows, *about).items():
+        model, bits = values[0], values[5]
+        means = [mean_over_seeds(part) for part in groups(same, "method", "iterations").values()]
+        means.sort(key=lambda row: float(row["seconds"]))
+        for column, label in (("accuracy", "top-1, %"), ("kl", "KL from the float prediction")):
+            curves = [
+                Curve(
+                    str(method),
+                    [float(row["seconds"]) for row in part],
+                    [float(row[column]) for row in part],
+                    [float(row[f"{column}_error"] or 0) for row in part],
+                )
+                for (method,), part in groups(means, "method").items()
+            ]
+            found.append(
+                Plot(
+                    f"quality-{column}-{model}-w{bits}a8",
+                    f"Quality over cost, {model}, W{bits}A8",
+                    "seconds to invert",
+                    label,
+                    curves,
+                    log_x=True,
+                )
+            )
+    return found

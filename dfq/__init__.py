@@ -17,15 +17,24 @@ if TYPE_CHECKING:
     from dfq.cache import CacheEntry, list_cache, remove_cached, verify_cache
     from dfq.checkpoint import load
     from dfq.dataset import SparseImageDataset
+    from dfq.distillation.distill import distill
     from dfq.errors import DfqError, GateError, RunError, UsageError
     from dfq.exporting.formats import export
     from dfq.inspection import DoctorReport, ModelEntry, doctor, inspect, models
     from dfq.pictures import preview
     from dfq.pipeline import evaluate, invert, quantize
+    from dfq.quantization.coverage import fractal_noise
     from dfq.quantization.model import QuantizedViT
-    from dfq.recipe import InversionSettings, QuantizationSettings, Recipe, load_recipe
+    from dfq.recipe import (
+        DistillationSettings,
+        InversionSettings,
+        QuantizationSettings,
+        Recipe,
+        load_recipe,
+    )
     from dfq.results import (
         BenchmarkResult,
+        DistillResult,
         EvaluateResult,
         ExportResult,
         InvertResult,
@@ -33,11 +42,14 @@ if TYPE_CHECKING:
     )
     from dfq.sparse import SparseImages
     from dfq.vit.load import LoadedModel, load_model
+    from dfq.writing import write_dataset
 
 _HOMES = {
     "BenchmarkResult": "dfq.results",
     "CacheEntry": "dfq.cache",
     "DfqError": "dfq.errors",
+    "DistillResult": "dfq.results",
+    "DistillationSettings": "dfq.recipe",
     "DoctorReport": "dfq.inspection",
     "EvaluateResult": "dfq.results",
     "ExportResult": "dfq.results",
@@ -55,9 +67,11 @@ _HOMES = {
     "SparseImages": "dfq.sparse",
     "UsageError": "dfq.errors",
     "benchmark": "dfq.benchmarking.compare",
+    "distill": "dfq.distillation.distill",
     "doctor": "dfq.inspection",
     "evaluate": "dfq.pipeline",
     "export": "dfq.exporting.formats",
+    "fractal_noise": "dfq.quantization.coverage",
     "inspect": "dfq.inspection",
     "invert": "dfq.pipeline",
     "list_cache": "dfq.cache",
@@ -69,12 +83,15 @@ _HOMES = {
     "quantize": "dfq.pipeline",
     "remove_cached": "dfq.cache",
     "verify_cache": "dfq.cache",
+    "write_dataset": "dfq.writing",
 }
 
 __all__ = [
     "BenchmarkResult",
     "CacheEntry",
     "DfqError",
+    "DistillResult",
+    "DistillationSettings",
     "DoctorReport",
     "EvaluateResult",
     "ExportResult",
@@ -93,9 +110,11 @@ __all__ = [
     "UsageError",
     "__version__",
     "benchmark",
+    "distill",
     "doctor",
     "evaluate",
     "export",
+    "fractal_noise",
     "inspect",
     "invert",
     "list_cache",
@@ -107,6 +126,7 @@ __all__ = [
     "quantize",
     "remove_cached",
     "verify_cache",
+    "write_dataset",
 ]
 
 

@@ -389,6 +389,77 @@ def evaluate(
     _show(result, json_, quiet, _field_table)
 
 
+@app.command(epilog="Example: [bold]dfq distill demo --depth 3 --eval demo[/]")
+def distill(
+    teacher: Annotated[
+        str, typer.Argument(metavar="MODEL", help="As for quantize.", show_default=False)
+    ],
+    student: Annotated[
+        str | None, typer.Option(help="timm's name.", show_default="the teacher's model")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Its blocks.", show_default=False)] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Its embedding width.", show_default=False)
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Its attention heads.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="pri, smi, dmi, noise, or a dataset, an image folder or .npz.", show_default="pri"
+        ),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Images to make or to train on.", show_default="512")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of training.", show_default="2000")] = None,
+    recipe: RecipeFile = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the student.", show_default="./MODEL-student"),
+    ] = None,
+    eval: Annotated[
+        str | None,
+        typer.Option(help="Labelled image folder, .npz, or 'demo'.", show_default=False),
+    ] = None,
+    seed: Seed = None,
+    device: Device = "cpu",
+    cache: Cache = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a student ViT on images inverted from its teacher."""
+    result = dfq.distill(
+        teacher,
+        student=student,
+        depth=depth,
+        width=width,
+        heads=heads,
+        data=data,
+        images=images,
+        steps=steps,
+        recipe=recipe,
+        weights=weights,
+        num_classes=num_classes,
+        img_size=img_size,
+        mean=_floats(mean, "--mean"),
+        std=_floats(std, "--std"),
+        out=out,
+        eval=eval,
+        seed=seed,
+        device=device,
+        cache=cache,
+        progress=_Shown(quiet),
+    )
+    _show(result, json_, quiet, _distill_table)
+
+
 @app.command(epilog="Example: [bold]dfq export demo-w4a8 --out demo.onnx[/]")
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
@@ -634,6 +705,23 @@ def _quantize_table(r: dict[str, Any]) -> Table:
     stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items())
     table.add_row("seconds", stages)
     table.add_row("checkpoint", _escape(r["checkpoint"]))
+    return table
+
+
+def _distill_table(r: dict[str, Any]) -> Table:
+    table = _two_columns()
+    table.add_row("teacher", _escape(r["teacher"]))
+    table.add_row("student", f"{_escape(r['student'])}, {r['parameters'] / 1e6:.2f} M parameters")
+    table.add_row("images", f"{r['data']['images']}, {r['data']['method']}")
+    table.add_row("loss", f"{r['losses'][0]:.3g} -> {r['losses'][-1]:.3g}")
+    if r["accuracy"]:
+        accuracy = r["accuracy"]
+        table.add_row(
+            "top-1", f"teacher {accuracy['teacher']:.2%}, student {accuracy['student']:.2%}"
+        )
+        table.add_row("agreement", f"{r['agreement']:.2%} on {r['images']} images")
+    table.add_row("seconds", f"{r['seconds']:.1f}, of them training {r['training_seconds']:.1f}")
+    table.add_row("written to", _escape(r["path"]))
     return table
 
 

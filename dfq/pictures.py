@@ -44,10 +44,19 @@ def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
                 cells[key] = _draw(batch[i : i + 1], source)
     if not cells:
         raise DatasetError(f"{str(dataset)!r} has no images to draw.")
+    return write_png(sheet(cells), out)
+
+
+def write_png(pixels: np.ndarray, out: str | Path) -> Path:
+    """Write a picture uint8 ``[H, W, 3]``, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     out = Path(out)
     make_directory(out.parent)
     buffer = io.BytesIO()
-    Image.fromarray(_sheet(cells)).save(buffer, format="PNG")
+    Image.fromarray(pixels).save(buffer, format="PNG")
     write_bytes(out, buffer.getvalue())
     return out
 
@@ -58,11 +67,17 @@ def _draw(image: SparseImages, source: SparseImageDataset) -> np.ndarray:
     array = array.repeat(3, axis=2) if array.shape[2] == 1 else array[..., :3]
     if array.shape[2] == 2:
         array = np.concatenate([array, array[..., :1]], axis=2)
+    return enlarge(array)
+
+
+def enlarge(array: np.ndarray) -> np.ndarray:
+    """A small picture ``[H, W, 3]`` so many times as large that it can be seen."""
     zoom = max(1, -(-MIN_SIDE // max(array.shape[:2])))
     return array.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
-def _sheet(cells: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
+def sheet(cells: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
+    """Pictures of one size, each at its (row, column), with margins between them."""
     height, width = next(iter(cells.values())).shape[:2]
     rows = sorted({row for row, _ in cells})
     columns = sorted({column for _, column in cells})
@@ -71,9 +86,9 @@ def _sheet(cells: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
         len(columns) * (width + MARGIN) + MARGIN,
         3,
     )
-    sheet = np.full(shape, BACKGROUND // 2, dtype=np.uint8)
+    found = np.full(shape, BACKGROUND // 2, dtype=np.uint8)
     for (row, column), cell in cells.items():
         top = rows.index(row) * (height + MARGIN) + MARGIN
         left = columns.index(column) * (width + MARGIN) + MARGIN
-        sheet[top : top + height, left : left + width] = cell
-    return sheet
+        found[top : top + height, left : left + width] = cell
+    return found

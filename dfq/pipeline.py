@@ -27,7 +27,7 @@ from dfq.inversion import plan_units
 from dfq.inversion.workers import launched_together
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
-from dfq.quantization.coverage import Coverage
+from dfq.quantization.coverage import Additions, Coverage
 from dfq.quantization.diagnosis import layer_noise
 from dfq.quantization.equalization import equalize
 from dfq.quantization.reconstruction import reconstruct
@@ -36,7 +36,6 @@ from dfq.recipe import (
     SECTIONS,
     InversionSettings,
     Method,
-    QuantizationSettings,
     Recipe,
     load_recipe,
     override,
@@ -73,6 +72,7 @@ def make_recipe(
     *,
     inversion: dict[str, Any] | None = None,
     quantization: dict[str, Any] | None = None,
+    distillation: dict[str, Any] | None = None,
 ) -> Recipe:
     """A recipe (a file, a value or the defaults) with single settings overridden.
 
@@ -84,10 +84,11 @@ def make_recipe(
     elif not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     recipe = override(recipe, "inversion", **(inversion or {}))
-    return override(recipe, "quantization", **(quantization or {}))
+    recipe = override(recipe, "quantization", **(quantization or {}))
+    return override(recipe, "distillation", **distillation) if distillation else recipe
 
 
-def _given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
+def given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
     """Settings with the arguments that the caller gave put over them."""
     return {**(settings or {}), **{k: v for k, v in arguments.items() if v is not None}}
 
@@ -124,7 +125,7 @@ def invert(
     Raises:
         DfqError: one of its subclasses says what is wrong.
     """
-    overrides = _given(settings, method=method, images=images, seed=seed)
+    overrides = given(settings, method=method, images=images, seed=seed)
     chosen = make_recipe(recipe, inversion=overrides).inversion
     target = resolve_device(device)
     loaded = load_model(
@@ -213,8 +214,8 @@ def quantize(
             )
     chosen = make_recipe(
         recipe,
-        inversion=_given(extra.get("inversion"), method=method, images=images, seed=seed),
-        quantization=_given(extra.get("quantization"), bits=bits, attention=attention),
+        inversion=given(extra.get("inversion"), method=method, images=images, seed=seed),
+        quantization=given(extra.get("quantization"), bits=bits, attention=attention),
     )
     target = resolve_device(device)
     name = model if isinstance(model, str) else module_name(model)
@@ -235,14 +236,14 @@ def quantize(
                 _held_out_settings(chosen.inversion, vit.arch.grid.patches), vit.arch.grid.patches
             )
     with clock("invert"):
-        source, origin = _calibration_set(
+        source, origin = calibration_set(
             loaded, chosen, None if method else calibration, target, cache, progress
         )
-    covered = _covered(source, chosen.quantization)
-    with clock("calibrate"), progress.task("Calibrating", len(covered)) as advance:
+    wide = covered(source, chosen.quantization)
+    with clock("calibrate"), progress.task("Calibrating", len(wide)) as advance:
         found = calibrate(
             vit,
-            covered.batches(chosen.quantization.batch),
+            wide.batches(chosen.quantization.batch),
             loaded.preprocessing,
             chosen.quantization,
             advance,
@@ -255,7 +256,7 @@ def quantize(
     losses: list[BlockLoss] = []
     if steps:
         with clock("quantize"), progress.task("Reconstructing", vit.arch.depth) as advance:
-            seen = covered.batches(chosen.quantization.batch)
+            seen = wide.batches(chosen.quantization.batch)
             losses = reconstruct(equal, quantized, seen, steps, chosen.inversion.seed, advance)
     with clock("quantize"):
         diagnosed = islice(source.batches(DIAGNOSIS_BATCH), DIAGNOSIS_BATCHES)
@@ -342,7 +343,7 @@ def _save(
     return saved
 
 
-def _calibration_set(
+def calibration_set(
     loaded: LoadedModel,
     recipe: Recipe,
     path: str | Path | None,
@@ -350,6 +351,7 @@ def _calibration_set(
     cache: str | Path | None,
     progress: Progress,
 ) -> tuple[SparseImageDataset | DenseImages, CalibrationSource]:
+    """The images that a verb works on, made or opened, and what they are."""
     settings = recipe.inversion
     if path is None:
         dataset, cached = make_dataset(
@@ -371,8 +373,8 @@ def _calibration_set(
     return dense, CalibrationSource("images", len(dense), str(path), True)
 
 
-def _covered(
-    source: SparseImageDataset | DenseImages, settings: QuantizationSettings
+def covered(
+    source: SparseImageDataset | DenseImages, settings: Additions
 ) -> SparseImageDataset | DenseImages | Coverage:
     """Inverted images with what makes them cover real ones; other images as they are."""
     inverted = isinstance(source, SparseImageDataset) and source.method != "noise"
@@ -403,6 +405,7 @@ def _held_out_settings(settings: InversionSettings, patches: int) -> InversionSe
         settings,
         method=method,
         stages=stages,
+        leave_at=settings.leave_at if stages == settings.stages else (),
         seed=(settings.seed + HELD_OUT_SEED) % 2**31,
         images=settings.unit_size * stages,
     )

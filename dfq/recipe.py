@@ -13,6 +13,7 @@ from dfq.errors import RecipeError, SettingError, nearest
 Method = Literal["pri", "smi", "dmi", "noise"]
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
+LeaveFirst = Literal["most", "least"]
 Observer = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]
 Rounding = Literal["nearest", "gptq"]
 AttentionMode = Literal["float", "int8"]
@@ -50,6 +51,18 @@ class InversionSettings:
         "auto",
         "which patches leave first; auto: attention of the class token or the pooling query, "
         "random where neither exists",
+    )
+    leave_first: LeaveFirst = _setting(
+        "most", "pri: whether the most or the least important patches leave first"
+    )
+    leave_at: tuple[float, ...] = _setting(
+        (),
+        "pri: when images leave, as shares of T, rising, all but the last; empty: at equal steps",
+        0.0,
+        1.0,
+    )
+    snapshots: int = _setting(
+        1, "dmi: dense images saved of a trajectory, at equal steps up to T", 1, 1024
     )
     plateau: int = _setting(
         0,
@@ -142,16 +155,61 @@ class QuantizationSettings:
 
 
 @dataclass(frozen=True)
+class DistillationSettings:
+    """How a student is trained on a teacher's images.  Bounds are checked on construction.
+
+    Raises:
+        SettingError: a value is out of its range.
+    """
+
+    steps: int = _setting(2000, "steps of training", 1, 10_000_000)
+    batch: int = _setting(64, "images of a step, at most", 1, 65536)
+    lr: float = _setting(1e-3, "largest step size of AdamW", 1e-9, 10.0)
+    weight_decay: float = _setting(0.05, "of matrices, by AdamW", 0.0, 10.0)
+    warmup: float = _setting(0.1, "share of the steps over which the step size grows", 0.0, 1.0)
+    clip: float = _setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
+    temperature: float = _setting(
+        2.0, "of teacher's and student's predictions (arXiv 1503.02531, section 2)", 0.01, 1000.0
+    )
+    jitter: float = _setting(
+        0.125, "largest random roll, as a share of the grid's side; whole patches", 0.0, 0.5
+    )
+    flip: bool = _setting(True, "flip half of the batches horizontally")
+    smooth: tuple[float, ...] = _setting(
+        (1.0, 2.0, 4.0),
+        "train on whole inverted images and fractal noise at these shares of their resolution too, "
+        "as divisors",
+        1.0,
+        1024.0,
+    )
+    fractal: int = _setting(
+        128, "images of noise with a natural spectrum to train on beside inverted ones", 0, 65536
+    )
+    seed: int = _setting(0, "seed of the student's weights, of batches and jitter", 0, 2**31 - 1)
+    precision: Precision = _setting(
+        "auto", "of the forward and backward pass; auto: bfloat16 where the processor is faster"
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what a checkpoint holds, given the model."""
+    """Everything that decides what a checkpoint holds, given the model.
+
+    ``distillation`` is that of a recipe for ``dfq distill``; nothing else reads it.
+    """
 
     inversion: InversionSettings = field(default_factory=InversionSettings)
     quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
+    distillation: DistillationSettings | None = None
 
 
 SECTIONS: dict[str, type[Any]] = {
     "inversion": InversionSettings,
     "quantization": QuantizationSettings,
+    "distillation": DistillationSettings,
 }
 
 
@@ -220,8 +278,12 @@ def recipe_from_dict(content: Any, source: str = "Recipe") -> Recipe:
     parts: dict[str, Any] = {}
     for section, values in content.items():
         if section not in SECTIONS:
-            fields = {f.name: s for s, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
-            hint = f" It belongs under [{fields[section]}]." if section in fields else ""
+            homes = [
+                f"[{name}]"
+                for name, kind in SECTIONS.items()
+                if section in (f.name for f in dataclasses.fields(kind))
+            ]
+            hint = f" It belongs under {' or '.join(homes)}." if homes else ""
             raise RecipeError(
                 f"{source}: unknown key {section!r}; tables are {sorted(SECTIONS)}."
                 f"{hint or nearest(section, SECTIONS)}"
@@ -257,7 +319,8 @@ def override(recipe: Recipe, section: str, **values: Any) -> Recipe:
             raise SettingError(
                 f"Unknown setting {key!r}; known: {', '.join(known)}.{nearest(key, known)}"
             )
-    changed = dataclasses.replace(getattr(recipe, section), **given)
+    before = getattr(recipe, section) or SECTIONS[section]()
+    changed = dataclasses.replace(before, **given)
     return dataclasses.replace(recipe, **{section: changed})
 
 
@@ -277,9 +340,12 @@ def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML, every field with a comment that says what it is."""
     lines: list[str] = []
     for section, kind in SECTIONS.items():
+        settings = getattr(recipe, section)
+        if settings is None:
+            continue
         lines.append(f"[{section}]")
         for f in dataclasses.fields(kind):
-            value = getattr(getattr(recipe, section), f.name)
+            value = getattr(settings, f.name)
             doc = f.metadata["doc"]
             if value is None:
                 lines.append(f"# {f.name} =  # {doc}")

@@ -142,6 +142,35 @@ class EvaluateResult:
 
 
 @dataclass(frozen=True)
+class TeacherStudent:
+    """A share from 0 to 1 for the teacher and the student."""
+
+    teacher: Share
+    student: Share
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """Result of :func:`dfq.distill`.
+
+    ``losses`` are means over equal stretches of the training.  ``accuracy`` (top-1) and
+    ``agreement`` with the teacher are None without evaluation data of ``images`` images.
+    """
+
+    teacher: str
+    student: str
+    parameters: int
+    data: CalibrationSource
+    path: str
+    losses: list[Share]
+    accuracy: TeacherStudent | None
+    agreement: Share | None
+    images: int | None
+    seconds: Share
+    training_seconds: Share
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """Result of :func:`dfq.export`.
 

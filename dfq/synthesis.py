@@ -38,11 +38,14 @@ from dfq.vit.architecture import to_json as describe
 from dfq.vit.load import LoadedModel
 
 _UNUSED: dict[str, tuple[str, ...]] = {
-    "pri": ("prune_at", "prune_share"),
-    "smi": ("stages",),
-    "dmi": ("stages", "importance", "prune_at", "prune_share"),
+    "pri": ("prune_at", "prune_share", "snapshots"),
+    "smi": ("stages", "leave_first", "leave_at", "snapshots"),
+    "dmi": ("stages", "importance", "leave_first", "leave_at", "prune_at", "prune_share"),
     "noise": (
         "stages",
+        "leave_first",
+        "leave_at",
+        "snapshots",
         "importance",
         "plateau",
         "prune_at",
@@ -58,7 +61,7 @@ _UNUSED: dict[str, tuple[str, ...]] = {
 }
 """Settings that do not touch a method's images, and so are no part of its cache key."""
 
-_LATER = ("classes",)
+_LATER = ("leave_first", "leave_at", "snapshots", "classes")
 """Settings that datasets did not always have: recorded only where they are not the default,
 so that a dataset made before them is still found."""
 
@@ -126,6 +129,11 @@ def _dataset_settings(loaded: LoadedModel, settings: InversionSettings) -> dict[
     unchanged = {n for n in _LATER if getattr(settings, n) == getattr(InversionSettings(), n)}
     for name in {*_UNUSED[settings.method], *unchanged}:
         relevant.pop(name)
+    return dataset_facts(loaded, relevant, threads)
+
+
+def dataset_facts(loaded: LoadedModel, inversion: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Content of ``settings.json`` of images that were made for a model as ``inversion`` says."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -141,7 +149,7 @@ def _dataset_settings(loaded: LoadedModel, settings: InversionSettings) -> dict[
         },
         "grid": grid_to_json(loaded.vit.arch.grid),
         "objective": objective_of(loaded.vit.arch),
-        "inversion": relevant,
+        "inversion": inversion,
         "threads": threads,
         "versions": versions(),
     }

@@ -34,6 +34,8 @@ PUBLIC = [
     "BenchmarkResult",
     "CacheEntry",
     "DfqError",
+    "DistillResult",
+    "DistillationSettings",
     "DoctorReport",
     "EvaluateResult",
     "ExportResult",
@@ -52,9 +54,11 @@ PUBLIC = [
     "UsageError",
     "__version__",
     "benchmark",
+    "distill",
     "doctor",
     "evaluate",
     "export",
+    "fractal_noise",
     "inspect",
     "invert",
     "list_cache",
@@ -66,6 +70,7 @@ PUBLIC = [
     "quantize",
     "remove_cached",
     "verify_cache",
+    "write_dataset",
 ]
 
 FAST: dict[str, Any] = {"iterations": 4, "stages": 2, "threads": 1}

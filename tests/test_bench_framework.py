@@ -16,7 +16,7 @@ from calibration_bench.methods import Method, random_module, stages
 from calibration_bench.options import numbers, option, words
 from calibration_bench.records import Store
 from calibration_bench.registry import Bench, Entry, Experiment, Key, Measured, Row, Table
-from calibration_bench.report import cell, report
+from calibration_bench.report import cell, markdown, report
 from calibration_bench.runner import run
 from dfq import InversionSettings
 from dfq.errors import DataError, SettingError, UsageError
@@ -192,6 +192,38 @@ def test_the_report_needs_the_stored_results_alone(
 def test_a_report_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no results"):
         report(tmp_path)
+
+
+def test_a_note_stands_below_its_table() -> None:
+    text = markdown(Table("Halves", {"row": "of"}, [{"row": 1}], "Read it so."))
+    assert text.endswith("| 1 |\n\nRead it so.")
+
+
+def test_all_runs_what_it_should_and_goes_on_where_it_was(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = (FAKE, Fake("other", "Halves", "nothing"), Fake("long", "Halves", "x", in_all=False))
+    monkeypatch.setattr(registry, "ENTRIES", entries)
+    code, out, err = call(capsys, "run", "all", "--json")
+    assert code == 0
+    assert list(json.loads(out)) == ["fake", "other"]
+    assert "== other" in err
+    assert MEASURED == [0, 1, 2] * 2
+    code, out, _ = call(capsys, "run", "all")
+    assert out.count("**Halves**") == 2
+    assert MEASURED == [0, 1, 2] * 2
+    call(capsys, "run", "all", "--again")
+    assert MEASURED == [0, 1, 2] * 4
+
+
+def test_all_leaves_out_what_takes_more_than_the_demo() -> None:
+    out = {entry.name for entry in registry.ENTRIES if not entry.in_all}
+    assert out == {"inversion-speed", "inversion-floor"}
+    for entry in registry.ENTRIES[:-1]:
+        if entry.in_all:
+            options = entry.load().options()
+            assert getattr(options, "model", "demo") == "demo"
+            assert getattr(options, "seeds", "0,1,2") == "0,1,2"
 
 
 @pytest.mark.parametrize(

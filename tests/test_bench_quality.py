@@ -12,7 +12,7 @@ import dfq
 from calibration_bench import registry
 from calibration_bench.experiments.inversion_quality import FLOATS, Options
 from calibration_bench.runner import run
-from calibration_bench.tables import quality_tables
+from calibration_bench.tables import quality_plots, quality_tables
 from dfq.errors import SettingError
 
 MODEL = "test_vit"
@@ -121,3 +121,31 @@ def test_the_knee_is_the_least_effort_as_good_as_the_best() -> None:
     assert knee["kl_iterations"] == 50
     assert knee["knee_seconds"] == 50
     assert [row["seeds"] for row in sweep.rows] == [2] * 4
+    assert knee["verdict"] == "top-1: 3 to 0.071, above; KL: 0.1 to 0, above"
+
+
+@pytest.mark.parametrize(
+    ("spread", "seeds", "verdict"),
+    [
+        (0.01, 2, "top-1: 0.5 to 0.71, below, so chance"),
+        (0.001, 2, "top-1: 0.5 to 0.071, above"),
+        (0.01, 1, "top-1: needs several iterations and seeds"),
+    ],
+)
+def test_the_summary_says_what_is_chance(spread: float, seeds: int, verdict: str) -> None:
+    row = {"model": "m", "method": "dmi", "float_accuracy": 0.9, "agreement": 0.9, "kl": 0.1}
+    rows = [
+        {
+            **row,
+            "iterations": t,
+            "invert_seconds": float(t),
+            "accuracy": 0.9 + (0.005 if t == 20 else 0) + spread * seed,
+        }
+        for t in (10, 20)
+        for seed in range(seeds)
+    ]
+    knees, _ = quality_tables(rows)
+    assert knees.rows[0]["verdict"].startswith(verdict)
+    accuracy, kl = quality_plots(rows)
+    assert list(accuracy.curves[0].x) == [10, 20]
+    assert list(kl.curves[0].y) == [0.1, 0.1]

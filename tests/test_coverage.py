@@ -42,6 +42,16 @@ def test_a_trajectory_is_laid_together_again(tmp_path: Path, tiny: VisionTransfo
             assert torch.equal(whole.patches[int(trajectory) - 2, positions], patches)
 
 
+def test_of_snapshots_the_last_is_taken(tmp_path: Path, tiny: VisionTransformer) -> None:
+    settings = {**FAST, "snapshots": 3}
+    dfq.invert(tiny, method="dmi", images=6, settings=settings, out=tmp_path / "images")
+    (unit,) = SparseImageDataset(tmp_path / "images").units()
+    (whole,) = recompose(unit)
+    (images,) = unit
+    assert torch.equal(whole.patches, images.patches[images.stage == 2])
+    assert whole.positions.tolist() == [list(range(16))] * 2
+
+
 def test_an_unfinished_trajectory_keeps_the_patches_that_it_has(
     tmp_path: Path, tiny: VisionTransformer
 ) -> None:

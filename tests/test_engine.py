@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_vit
 
-from dfq.inversion import Engine, plan_units
+from dfq.inversion import Engine, Watch, plan_units
 from dfq.inversion.importance import importance_of, resolve_importance
 from dfq.inversion.objective import ClassObjective, DirectionObjective
 from dfq.inversion.plateau import Plateau
@@ -224,3 +224,54 @@ def test_plateau_compares_means_of_windows() -> None:
     flat = Plateau(2)
     assert [flat.reached(x) for x in (10, 8, 9, 9)] == [False, False, False, True]
     assert not any(Plateau(0).reached(1.0) for _ in range(100))
+
+
+def test_the_last_snapshot_is_what_dmi_makes_without_any(loaded: LoadedModel) -> None:
+    settings = chosen(method="dmi", images=2)
+    (plain,) = run(loaded, settings)
+    shots = run(loaded, dataclasses.replace(settings, snapshots=4, images=8))
+    assert [s.stage.tolist() for s in shots] == [[k, k] for k in range(4)]
+    assert torch.equal(shots[-1].patches, plain.patches)
+    assert not torch.equal(shots[0].patches, plain.patches)
+
+
+def test_a_snapshot_is_what_a_run_of_that_length_makes(loaded: LoadedModel) -> None:
+    settings = chosen(method="dmi", images=2)
+    (half,) = run(loaded, dataclasses.replace(settings, iterations=4))
+    shots = run(loaded, dataclasses.replace(settings, snapshots=2, images=4))
+    assert torch.equal(shots[0].patches, half.patches)
+
+
+class Selections(Watch):
+    """What the engine says while it runs."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[float, int]] = []
+        self.chosen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def iterated(self, loss: torch.Tensor, positions: torch.Tensor) -> None:
+        self.losses.append((float(loss), positions.shape[1]))
+
+    def selected(
+        self, importance: torch.Tensor, positions: torch.Tensor, leaving: torch.Tensor
+    ) -> None:
+        self.chosen.append((importance, positions, leaving))
+
+
+@pytest.mark.parametrize("first", ["most", "least"])
+def test_the_most_or_the_least_important_leave_first(loaded: LoadedModel, first: Any) -> None:
+    settings = chosen(leave_first=first)
+    engine = Engine(loaded.vit, loaded.preprocessing, settings)
+    (unit,) = plan_units(settings, 16)
+    watch = Selections()
+    images = engine.run(unit, watch=watch)
+    assert same(images, engine.run(unit))
+    assert [live for _, live in watch.losses] == [16, 16, 12, 12, 8, 8, 4, 4]
+    assert len(watch.chosen) == 3
+    for (importance, positions, leaving), batch in zip(watch.chosen, images, strict=False):
+        ranks = importance.argsort(dim=1).argsort(dim=1)
+        kept = ranks.gather(1, leaving)
+        live = importance.shape[1]
+        assert int(kept.min()) == (live - 4 if first == "most" else 0)
+        assert int(kept.max()) == (live - 1 if first == "most" else 3)
+        assert torch.equal(positions.gather(1, leaving), batch.positions)

@@ -91,3 +91,44 @@ def test_units_yield_exactly_the_images_asked_for(
 def test_a_surplus_is_dropped_from_the_last_trajectory_alone() -> None:
     units = plan_units(InversionSettings(images=6, stages=4, unit_size=4), 16)
     assert [len(row) for row in units[0].sizes] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [((0.0625, 0.25, 0.5625), [3, 12, 27, 48]), ((0.5, 0.7, 0.9), [24, 34, 43, 48])],
+    ids=["early", "late"],
+)
+def test_pri_images_leave_when_they_are_told(
+    shares: tuple[float, ...], expected: list[int]
+) -> None:
+    found = events(InversionSettings(leave_at=shares), 196)
+    assert [e.iteration for e in found] == expected
+    assert [e.count for e in found] == [49] * 4
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [(0.5,), (0.25, 0.5, 0.75, 0.9), (0.5, 0.25, 0.75), (0.25, 0.5, 1.0), (0.0, 0.5, 0.75)],
+    ids=["too-few", "too-many", "falling", "at-the-end", "at-once"],
+)
+def test_times_that_do_not_fit_the_stages_are_refused(shares: tuple[float, ...]) -> None:
+    with pytest.raises(SettingError, match="takes 3 shares of T"):
+        events(InversionSettings(leave_at=shares), 196)
+
+
+def test_dmi_saves_snapshots_at_equal_steps() -> None:
+    found = events(InversionSettings(method="dmi", iterations=10, snapshots=4), 196)
+    assert [(e.iteration, e.stays) for e in found] == [
+        (2, True),
+        (5, True),
+        (8, True),
+        (10, False),
+    ]
+    assert {(e.count, e.kept) for e in found} == {(196, True)}
+    with pytest.raises(SettingError, match=r"snapshots is 4.*3 iterations"):
+        events(InversionSettings(method="dmi", iterations=3, snapshots=4), 196)
+
+
+def test_snapshots_are_images_of_their_trajectory() -> None:
+    settings = InversionSettings(method="dmi", snapshots=3, images=7, unit_size=2)
+    assert [u.sizes for u in plan_units(settings, 9)] == [((9, 9, 9), (9, 9, 9)), ((9,),)]

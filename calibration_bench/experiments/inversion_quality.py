@@ -19,7 +19,7 @@ from calibration_bench.methods import Method
 from calibration_bench.options import at_least, numbers, option, words
 from calibration_bench.quantized import FLOATS, Tested, about, invert, load, quantize, scratch
 from calibration_bench.registry import Bench, Experiment, Key, Measured
-from calibration_bench.tables import quality_tables
+from calibration_bench.tables import quality_plots, quality_tables
 from dfq import QuantizationSettings
 from dfq.errors import SettingError
 
@@ -29,8 +29,9 @@ class Options(Tested):
     """What ``run inversion-quality`` takes."""
 
     methods: str = option("dmi,smi,pri2,pri4,pri7", "Methods; noise is one too.")
-    iterations: str = option("10,25,50,100,200,400", "Iterations of a trajectory to try.")
+    iterations: str = option("8,24,64", "Iterations of a trajectory to try.")
     bits: int = option(4, "Of the weights: 4 or 8.")
+    limit: int | None = option(256, "Test on the first so many images only.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
@@ -66,7 +67,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
         with tempfile.TemporaryDirectory(dir=scratch(bench)) as directory:
             place = Path(directory)
             made = invert(options, method, key, iterations=effort, seed=seed, out=place / "images")
-            found = quantize(options, made.path, settings, place, reference)
+            found = quantize(options, made.path, settings, place, reference, images=options.images)
         times = {
             "invert_seconds": made.seconds,
             "seconds_per_image": made.seconds / made.images,
@@ -74,4 +75,4 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
         yield Measured(key, {**times, **found})
 
 
-EXPERIMENT = Experiment(Options, plan, measure, quality_tables)
+EXPERIMENT = Experiment(Options, plan, measure, quality_tables, quality_plots)

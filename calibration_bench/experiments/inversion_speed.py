@@ -113,7 +113,7 @@ def _key(options: Options, model: str, implementation: str, method: Method, iter
     }
 
 
-class _Contender:
+class Contender:
     """One implementation of one method on one model."""
 
     def __init__(self, key: Key, loaded: LoadedModel, official: Official | None) -> None:
@@ -193,7 +193,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
             yield from _race(contenders, options, bench)
 
 
-def _contenders(options: Options, keys: list[Key], bench: Bench) -> list[_Contender]:
+def _contenders(options: Options, keys: list[Key], bench: Bench) -> list[Contender]:
     first = keys[0]
     loaded = random_model(first["model"], options.seed)
     official = None
@@ -211,10 +211,10 @@ def _contenders(options: Options, keys: list[Key], bench: Bench) -> list[_Conten
                 f"The official code cannot be run with {first['model']}: {error}"
             ) from error
         bench.notes.note(f"official code {code(options.official)} loaded")
-    return [_Contender(key, loaded, official) for key in keys]
+    return [Contender(key, loaded, official) for key in keys]
 
 
-def _race(contenders: list[_Contender], options: Options, bench: Bench) -> Iterator[Measured]:
+def _race(contenders: list[Contender], options: Options, bench: Bench) -> Iterator[Measured]:
     for number in range(options.rounds):
         for contender in contenders:
             bench.notes.note(f"round {number + 1} of {options.rounds}: {contender.name}")
@@ -226,7 +226,7 @@ def _race(contenders: list[_Contender], options: Options, bench: Bench) -> Itera
         yield Measured(contender.key, {**contender.row(), **_peak(contender, options)})
 
 
-def _peak(contender: _Contender, options: Options) -> Row:
+def _peak(contender: Contender, options: Options) -> Row:
     """Memory of 32 images in one pass; where that fails, why."""
     where = {"images": IMAGES, "official": str(options.official)}
     try:
@@ -235,7 +235,7 @@ def _peak(contender: _Contender, options: Options) -> Row:
         return {"memory_error": str(error)}
 
 
-def _check(contenders: list[_Contender], rounds: int, bench: Bench) -> Iterator[Measured]:
+def _check(contenders: list[Contender], rounds: int, bench: Bench) -> Iterator[Measured]:
     """Short runs before and after a whole one, so that a drift hits both."""
     for contender in contenders:
         bench.notes.note(f"check: {contender.name}, {contender.key['iterations']} iterations")

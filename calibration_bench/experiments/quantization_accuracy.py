@@ -8,18 +8,15 @@ added, and the default with each taken away.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from calibration_bench.logits import float_logits
 from calibration_bench.methods import Method
 from calibration_bench.options import at_least, numbers, option, words
-from calibration_bench.quantized import FLOATS, Tested, about, invert, load, quantize, scratch
+from calibration_bench.quantized import Made, Tested, about, invert, load, quantize_each
 from calibration_bench.registry import Bench, Experiment, Key, Measured
 from calibration_bench.source_tables import accuracy_tables
 from dfq import InversionSettings, QuantizationSettings
@@ -78,6 +75,7 @@ class Options(Tested):
     bits: str = option("4,8", "Of the weights.")
     attention: str = option("float", "float, int8, or both with a comma.")
     iterations: int = option(InversionSettings().iterations, "Of inversion.")
+    limit: int | None = option(256, "Test on the first so many images only.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
@@ -116,46 +114,30 @@ def plan(options: Options, bench: Bench) -> list[Key]:
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
     """Quantize and compare; images are kept while the next key has the same."""
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    loaded, data = load(options)
-    bench.notes.note(f"float model on {len(data)} images")
-    reference = float_logits(loaded, data, bench.results / FLOATS)
-    with tempfile.TemporaryDirectory(dir=scratch(bench)) as directory:
-        made: dict[tuple[str, int], tuple[str, float]] = {}
-        for number, key in enumerate(missing, 1):
-            name = (key["source"], key["seed"])
-            bench.notes.note(f"{number} of {len(missing)}: {_title(key)}")
-            if name not in made:
-                made = {name: _images(options, key, Path(directory))}
-            path, seconds = made[name]
-            settings = _settings(key)
-            with tempfile.TemporaryDirectory(dir=directory) as place:
-                found = quantize(options, path, settings, Path(place), reference)
-            yield Measured(key, {"invert_seconds": seconds, **found})
+    return quantize_each(
+        options,
+        missing,
+        bench,
+        make=partial(_images, options),
+        settings=_settings,
+        images=("source", "seed"),
+    )
 
 
-def _images(options: Options, key: Key, directory: Path) -> tuple[str, float]:
+def _images(options: Options, key: Key, out: Path) -> Made:
     """Where the images of a key are, and how long they took to make."""
     if key["source"] == REAL:
-        return str(options.real), 0.0
-    out = directory / f"{key['source']}-{key['seed']}"
+        return Made(str(options.real), 0.0)
     made = invert(
         options, key["source"], key, iterations=key["iterations"], seed=key["seed"], out=out
     )
-    return made.path, made.seconds
+    return Made(made.path, made.seconds, made.bytes)
 
 
 def _settings(key: Key) -> QuantizationSettings:
     changed = VARIANTS[key["variant"]]
     base = QuantizationSettings(bits=key["bits"], attention=key["attention"])
     return dataclasses.replace(base, **changed)
-
-
-def _title(key: Key) -> str:
-    return (
-        f"{key['source']}, seed {key['seed']}, W{key['bits']}A8, attention {key['attention']}, "
-        f"{key['variant']}"
-    )
 
 
 EXPERIMENT = Experiment(Options, plan, measure, accuracy_tables)

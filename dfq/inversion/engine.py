@@ -38,6 +38,18 @@ def thread_count(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Watch:
+    """Looks on while a unit is optimised, and changes nothing; this one looks away."""
+
+    def iterated(self, loss: Tensor, positions: Tensor) -> None:
+        """After an iteration with patches at ``positions`` ``[B, L]``; ``loss`` is the sum
+        over the unit's trajectories, without the prior."""
+
+    def selected(self, importance: Tensor, positions: Tensor, leaving: Tensor) -> None:
+        """Patches have been ranked: ``importance`` ``[B, L]`` of those at ``positions``, and
+        the indices ``[B, count]`` into them that leave."""
+
+
 class Engine:
     """Inverts a model into sparse images, one unit of work at a time.
 
@@ -67,16 +79,21 @@ class Engine:
         std = channel_values(preprocessing.std, self.grid)
         self.low, self.high = (-mean / std).to(self.device), ((1 - mean) / std).to(self.device)
 
-    def run(self, unit: Unit, advance: Callable[[int], None] | None = None) -> list[SparseImages]:
+    def run(
+        self,
+        unit: Unit,
+        advance: Callable[[int], None] | None = None,
+        watch: Watch | None = None,
+    ) -> list[SparseImages]:
         """Optimise one unit; returns its images in the order in which stages finished.
 
-        ``advance`` is called with 1 after every iteration.
+        ``advance`` is called with 1 after every iteration, ``watch`` is told what happens.
         """
         threads = thread_count(self.settings.threads or torch.get_num_threads())
         with threads, torch.inference_mode(False), torch.enable_grad():
-            return self._run(unit, advance or (lambda _: None))
+            return self._run(unit, advance or (lambda _: None), watch or Watch())
 
-    def _run(self, unit: Unit, advance: Callable[[int], None]) -> list[SparseImages]:
+    def _run(self, unit: Unit, advance: Callable[[int], None], watch: Watch) -> list[SparseImages]:
         seed, first = self.settings.seed, unit.first_trajectory
         generator = seeded(seed, "unit", unit.index)
         classes = self.settings.classes
@@ -85,12 +102,13 @@ class Engine:
         found: list[SparseImages] = []
         done = 0
         for event in self.events:
-            self._stage(state, event.iteration - done, objective, generator, advance)
+            self._stage(state, event.iteration - done, objective, generator, advance, watch)
             done = event.iteration
-            leaving = self._leaving(state, event, objective, generator)
+            leaving = self._leaving(state, event, objective, generator, watch)
             if event.kept:
                 found.append(self._images(state, leaving, objective.labels, unit, len(found)))
-            state.remove(leaving)
+            if not event.stays:
+                state.remove(leaving)
         return [images for images in found if len(images)]
 
     def _stage(
@@ -100,11 +118,13 @@ class Engine:
         objective: Objective,
         generator: torch.Generator,
         advance: Callable[[int], None],
+        watch: Watch,
     ) -> None:
         prior = TotalVariation(state.positions, self.grid)
         plateau = Plateau(self.settings.plateau)
         for iteration in range(1, iterations + 1):
             loss = self._step(state, prior, objective, generator)
+            watch.iterated(loss, state.positions)
             advance(1)
             if self.settings.plateau and plateau.reached(float(loss)):
                 advance(iterations - iteration)
@@ -130,7 +150,12 @@ class Engine:
         return loss.detach()
 
     def _leaving(
-        self, state: _State, event: Event, objective: Objective, generator: torch.Generator
+        self,
+        state: _State,
+        event: Event,
+        objective: Objective,
+        generator: torch.Generator,
+        watch: Watch,
     ) -> Tensor:
         """Indices ``[B, count]`` into the live patches, in ascending order."""
         live = state.positions.shape[1]
@@ -144,8 +169,11 @@ class Engine:
             objective,
             generator,
         )
-        order = importance.argsort(dim=1, descending=event.kept, stable=True)
-        return order[:, : event.count].sort(dim=1).values
+        descending = event.kept and self.settings.leave_first == "most"
+        order = importance.argsort(dim=1, descending=descending, stable=True)
+        leaving = order[:, : event.count].sort(dim=1).values
+        watch.selected(importance, state.positions, leaving)
+        return leaving
 
     def _images(
         self, state: _State, leaving: Tensor, labels: Tensor, unit: Unit, stage: int

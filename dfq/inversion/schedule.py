@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dfq.errors import SettingError
 from dfq.recipe import InversionSettings
@@ -13,13 +14,14 @@ from dfq.recipe import InversionSettings
 class Event:
     """After ``iteration`` steps ``count`` patches of each trajectory leave.
 
-    ``kept`` events take the most important patches and make an image of them; the
-    others drop the least important ones.
+    ``kept`` events make an image of them; the others drop them.  With ``stays`` the image
+    is a copy, and its patches go on.
     """
 
     iteration: int
     count: int
     kept: bool
+    stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,20 @@ def events(settings: InversionSettings, patches: int) -> tuple[Event, ...]:
 
     PRI (arXiv 2509.23235): at each of ``v`` uniform iterations the N/v most important
     patches leave as one image.  SMI (arXiv 2510.27186): at four early iterations 30 % of
-    the live patches are dropped.  DMI (arXiv 1912.08795): all patches stay to the end.
+    the live patches are dropped.  DMI (arXiv 1912.08795): all patches stay to the end; with
+    ``snapshots`` an image of all is saved on the way as often as that.
 
     Raises:
-        SettingError: more stages than patches or iterations, or nothing left to keep.
+        SettingError: more stages than patches or iterations, ``leave_at`` does not fit them,
+            or nothing is left to keep.
     """
     total = settings.iterations
     if settings.method == "noise":
         return (Event(0, patches, True),)
     if settings.method == "pri":
-        return _pri(settings.stages, total, patches)
+        return _pri(settings, patches)
+    if settings.method == "dmi":
+        return _dmi(settings.snapshots, total, patches)
     found: list[Event] = []
     if settings.method == "smi":
         for share in sorted(settings.prune_at):
@@ -76,7 +82,17 @@ def events(settings: InversionSettings, patches: int) -> tuple[Event, ...]:
     return (*found, Event(total, patches, True))
 
 
-def _pri(stages: int, total: int, patches: int) -> tuple[Event, ...]:
+def _dmi(snapshots: int, total: int, patches: int) -> tuple[Event, ...]:
+    if snapshots > total:
+        raise SettingError(f"snapshots is {snapshots}, but there are only {total} iterations.")
+    return tuple(
+        Event(round(k * total / snapshots), patches, True, stays=k < snapshots)
+        for k in range(1, snapshots + 1)
+    )
+
+
+def _pri(settings: InversionSettings, patches: int) -> tuple[Event, ...]:
+    stages, total = settings.stages, settings.iterations
     for limit, what in ((patches, "patches"), (total, "iterations")):
         if stages > limit:
             raise SettingError(
@@ -84,13 +100,24 @@ def _pri(stages: int, total: int, patches: int) -> tuple[Event, ...]:
                 f"at most one stage for each of the {what}."
             )
     return tuple(
-        Event(
-            round(k * total / stages),
-            round(k * patches / stages) - round((k - 1) * patches / stages),
-            True,
-        )
-        for k in range(1, stages + 1)
+        Event(at, round(k * patches / stages) - round((k - 1) * patches / stages), True)
+        for k, at in enumerate(_detachments(settings), 1)
     )
+
+
+def _detachments(settings: InversionSettings) -> list[int]:
+    """After how many iterations each image of a PRI trajectory leaves."""
+    stages, total = settings.stages, settings.iterations
+    if not settings.leave_at:
+        return [round(k * total / stages) for k in range(1, stages + 1)]
+    found = [*(round(share * total) for share in settings.leave_at), total]
+    if len(found) != stages or any(a >= b for a, b in pairwise([0, *found])):
+        raise SettingError(
+            f"leave_at is {list(settings.leave_at)}, which is after {found[:-1]} of {total} "
+            f"iterations; for stages = {stages} it takes {stages - 1} shares of T, each at least "
+            "an iteration after the one before, and the last before the end."
+        )
+    return found
 
 
 def plan_units(settings: InversionSettings, patches: int) -> tuple[Unit, ...]:

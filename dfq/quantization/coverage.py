@@ -8,13 +8,13 @@ without data: noise with the spectrum of natural images, and both kinds at lower
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfq.dataset import SparseImageDataset
-from dfq.recipe import QuantizationSettings
 from dfq.sparse import Grid, SparseImages, patchify, unpatchify
 
 SPREAD = 64.0
@@ -23,10 +23,20 @@ SPREAD = 64.0
 MIDDLE = 127.5
 
 
+class Additions(Protocol):
+    """Settings that say what is added: divisors of the resolution, images of noise."""
+
+    @property
+    def smooth(self) -> tuple[float, ...]: ...
+
+    @property
+    def fractal(self) -> int: ...
+
+
 class Coverage:
     """An inverted dataset with what is added to it, as batches of sparse images."""
 
-    def __init__(self, dataset: SparseImageDataset, settings: QuantizationSettings) -> None:
+    def __init__(self, dataset: SparseImageDataset, settings: Additions) -> None:
         self.dataset, self.settings = dataset, settings
 
     def __len__(self) -> int:
@@ -57,14 +67,18 @@ class Coverage:
 def recompose(unit: list[SparseImages]) -> list[SparseImages]:
     """The images of each trajectory laid together into one, grouped by number of patches.
 
-    ``unit`` holds all images of some trajectories.  Labels are kept, ``stage`` is 0.
+    ``unit`` holds all images of some trajectories.  Where they overlap, the later stage
+    covers the earlier.  Labels are kept, ``stage`` is 0.
     """
     found: dict[int, list[SparseImages]] = {}
     for trajectory in _trajectories(unit):
         parts = [batch[batch.trajectory == trajectory] for batch in unit]
         positions = torch.cat([p.positions.flatten() for p in parts])
         patches = torch.cat([p.patches.flatten(0, 1) for p in parts])
-        order = positions.argsort()
+        stage = torch.cat([p.stage[:, None].expand_as(p.positions).flatten() for p in parts])
+        in_turn = stage.argsort(stable=True)
+        latest = dict(zip(positions[in_turn].tolist(), in_turn.tolist(), strict=True))
+        order = torch.tensor([latest[position] for position in sorted(latest)])
         image = SparseImages(
             patches=patches[order][None],
             positions=positions[order][None],
@@ -72,7 +86,7 @@ def recompose(unit: list[SparseImages]) -> list[SparseImages]:
             stage=torch.zeros(1, dtype=torch.int64),
             trajectory=torch.tensor([trajectory]),
         )
-        found.setdefault(len(positions), []).append(image)
+        found.setdefault(len(order), []).append(image)
     return [_join(images) for images in found.values()]
 
 

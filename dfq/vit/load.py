@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ from dfq.vit.architecture import Preprocessing, to_json
 from dfq.vit.convert import convert
 from dfq.vit.describe import SUPPORTED, describe
 from dfq.vit.modules import ViT
+from dfq.vit.saved import is_saved, read_saved
 from dfq.vit.weights import classes_in, load_into, read_weights
 
 ALIASES = {
@@ -89,7 +91,8 @@ def load_model(
 
     Args:
         model: ``"demo"``, an alias (``vit_base``), a timm name with or without a
-            pretrained tag, a ``hf-hub:`` address, or a timm module.
+            pretrained tag, a ``hf-hub:`` address, a directory that :func:`dfq.distill` wrote, or
+            a timm module.
         weights: a safetensors or torch file to load instead of pretrained weights.
         num_classes: classes of the head, 0 for none; told from ``weights`` where left out.
         img_size: side of the square input in pixels; wins over timm's data config.
@@ -111,6 +114,8 @@ def load_model(
                 f"module in memory has {arch.num_classes} classes at {arch.image_size} pixels."
             )
         return loaded
+    if is_saved(model):
+        return _from_directory(Path(model), weights, num_classes, img_size, mean, std)
     name = ALIASES.get(model, model)
     if name == "demo":
         return _demo(weights, num_classes, img_size, mean, std)
@@ -136,6 +141,31 @@ def _from_module(
     name = module_name(model)
     vit = convert(model, name)
     return LoadedModel(name, name, vit, _preprocessing(model, mean, std))
+
+
+def _from_directory(
+    path: Path,
+    weights: str | Path | None,
+    num_classes: int | None,
+    img_size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> LoadedModel:
+    model, timm_name, prepared = read_saved(path)
+    vit = convert(model, str(path))
+    size, classes = vit.arch.image_size, vit.arch.num_classes
+    if weights is not None or img_size not in (None, *size) or num_classes not in (None, classes):
+        raise SettingError(
+            f"{str(path)!r} is a model with weights, {classes} classes and {size} pixels of its "
+            "own; leave --weights, --num-classes and --img-size out."
+        )
+    prepared = dataclasses.replace(
+        prepared,
+        mean=tuple(map(float, mean or prepared.mean)),
+        std=tuple(map(float, std or prepared.std)),
+    )
+    _check_channels(model, prepared)
+    return LoadedModel(path.name, timm_name, vit, prepared)
 
 
 def module_name(model: nn.Module) -> str:

@@ -1,0 +1,1 @@
+"""A student trained on a teacher's inverted images."""

@@ -1,0 +1,171 @@
+"""``dfq.distill``: a student ViT trained on a teacher's inverted images."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dfq.comparison import Comparison, compare, dense_batches
+from dfq.device import resolve_device
+from dfq.distillation.student import create, student_arguments
+from dfq.distillation.training import Images, train
+from dfq.errors import SettingError, UnsupportedModelError
+from dfq.files import check_writable, write_json
+from dfq.images import ImageSource, load_batches, open_images
+from dfq.pipeline import EVALUATION_BATCH, METHODS, calibration_set, covered, given, make_recipe
+from dfq.progress import Progress, Silent
+from dfq.recipe import DistillationSettings, Recipe, to_dict
+from dfq.results import DistillResult, TeacherStudent, to_json
+from dfq.vit import ViT
+from dfq.vit.convert import convert
+from dfq.vit.load import ALIASES, LoadedModel, load_model, module_name
+from dfq.vit.saved import REPORT, check_output, save_model
+
+READ = 64
+"""Images that are read at once."""
+
+IMAGES = 512
+"""Images that are made unless the caller or a recipe says otherwise."""
+
+
+def distill(
+    teacher: str | nn.Module,
+    *,
+    student: str | None = None,
+    depth: int | None = None,
+    width: int | None = None,
+    heads: int | None = None,
+    data: str | Path | None = None,
+    images: int | None = None,
+    steps: int | None = None,
+    out: str | Path | None = None,
+    eval: str | Path | None = None,
+    recipe: str | Path | Recipe | None = None,
+    seed: int | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> DistillResult:
+    """Train a student ViT with random weights on images inverted from a teacher.
+
+    Both see the same patches at the same places; the student learns the teacher's
+    prediction (arXiv 2509.23235, section 4.3).  The images are made before and stay the same.
+
+    Args:
+        teacher, weights, num_classes, img_size, mean, std: see :func:`dfq.load_model`.
+        student: timm's name of the student; the teacher's own model by default.
+        depth, width, heads: blocks, embedding width and attention heads, where they differ
+            from the named model's.
+        data: ``pri``, ``smi``, ``dmi``, ``noise``, or the path of a sparse-image dataset, an
+            image folder or an ``.npz``; ``pri`` by default.
+        images: how many to make, or to take of a folder; 512 by default.
+        steps: of training.
+        out: directory of the student; ``./TEACHER-student`` by default.
+        eval: labelled data on which teacher and student are measured.
+        recipe: a TOML file or a :class:`dfq.Recipe`, of which ``inversion`` and
+            ``distillation`` are read; the arguments override it.
+        seed: of the student's weights, the batches and the images.
+        settings: further fields, as ``{"inversion": {...}, "distillation": {...}}``.
+
+    The directory can be given as MODEL to every other verb.
+
+    Raises:
+        RunError: the loss did not stay finite.
+        DfqError: one of its other subclasses says what is wrong.
+    """
+    started, progress = time.perf_counter(), progress or Silent()
+    extra = settings or {}
+    if set(extra) - {"inversion", "distillation"}:
+        raise SettingError(f"settings has {sorted(extra)}; known: inversion, distillation.")
+    method = data if isinstance(data, str) and data in METHODS else None
+    images = IMAGES if images is None and recipe is None else images
+    chosen = make_recipe(
+        recipe,
+        inversion=given(extra.get("inversion"), method=method, images=images, seed=seed),
+        distillation=given(extra.get("distillation"), steps=steps, seed=seed),
+    )
+    plan = chosen.distillation or DistillationSettings()
+    name = teacher if isinstance(teacher, str) else module_name(teacher)
+    place = Path(out) if out is not None else Path(f"{Path(name).name.replace(':', '-')}-student")
+    check_output(place)
+    check_writable(place.parent)
+    target = resolve_device(device)
+    loaded = load_model(
+        teacher, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
+    )
+    arch = loaded.vit.arch
+    if not arch.num_classes:
+        raise UnsupportedModelError(
+            f"{name!r} has no classifier; distillation needs the teacher's predictions."
+        )
+    shape = {"depth": depth, "embed_dim": width, "num_heads": heads}
+    named = None if student is None else ALIASES.get(student, student)
+    arguments = student_arguments(named, arch, loaded.timm_name, **shape)
+    model = create(arguments, arch, plan.seed).to(target)
+    tested = None if eval is None else open_images(eval, arch, loaded.preprocessing, labelled=True)
+    loaded.vit.to(target)
+    source, origin = calibration_set(
+        loaded, chosen, None if method else data, target, cache, progress
+    )
+    gathered = Images.gather(covered(source, plan).batches(READ))
+    before = time.perf_counter()
+    with progress.task("Training", plan.steps) as advance:
+        losses = train(loaded.vit, model, gathered, loaded.preprocessing, plan, advance)
+    result = DistillResult(
+        teacher=name,
+        student=str(arguments["model_name"]),
+        parameters=sum(p.numel() for p in model.parameters()),
+        data=origin,
+        path=str(place),
+        losses=losses,
+        accuracy=None,
+        agreement=None,
+        images=None,
+        seconds=time.perf_counter() - started,
+        training_seconds=time.perf_counter() - before,
+    )
+    about = {"timm_name": loaded.timm_name, "fingerprint": loaded.fingerprint}
+    facts = {"teacher": about, "recipe": to_dict(dataclasses.replace(chosen, distillation=plan))}
+    save_model(place, model, arguments, loaded.preprocessing, {**facts, **to_json(result)})
+    if tested is None:
+        return result
+    measured = _measure(loaded, convert(model.cpu(), name).to(target), tested, target, progress)
+    result = dataclasses.replace(
+        result,
+        accuracy=_pair(measured),
+        agreement=measured.agreement,
+        images=measured.images,
+        seconds=time.perf_counter() - started,
+    )
+    write_json(place / REPORT, {**facts, **to_json(result)})
+    return result
+
+
+def _pair(measured: Comparison) -> TeacherStudent | None:
+    if measured.float is None or measured.quantized is None:
+        return None
+    return TeacherStudent(measured.float.top1, measured.quantized.top1)
+
+
+def _measure(
+    loaded: LoadedModel,
+    student: ViT,
+    source: ImageSource,
+    device: torch.device,
+    progress: Progress,
+) -> Comparison:
+    images = load_batches(source, loaded.preprocessing, EVALUATION_BATCH)
+    with progress.task("Evaluating", len(source)) as advance:
+        return compare(student, loaded.vit, dense_batches(images, device), advance)

@@ -1,0 +1,95 @@
+"""Students: fresh timm models with a token-sparse forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfq import demo
+from dfq.errors import SettingError, UnknownModelError
+from dfq.vit import Architecture
+from dfq.vit.describe import describe
+
+SHAPE = ("depth", "embed_dim", "num_heads")
+
+
+def student_arguments(
+    name: str | None, teacher: Architecture, timm_name: str, **shape: int | None
+) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` for a student that reads the teacher's images.
+
+    Without a name it is the teacher's model; ``depth``, ``embed_dim`` and ``num_heads``
+    change its size.
+
+    Raises:
+        UnknownModelError: timm has no model of that name.
+    """
+    base: dict[str, Any] = {"model_name": name or timm_name.partition(".")[0]}
+    if (name or timm_name) == "demo":
+        base = dict(demo.MODEL_ARGS)
+    if not timm.is_model(base["model_name"]):
+        raise UnknownModelError(
+            f"The student {base['model_name']!r} is no model of timm's; `dfq models` lists names. "
+            "A teacher that was given as a module needs a named student."
+        )
+    height, width = teacher.image_size
+    return {
+        **base,
+        "img_size": height if height == width else (height, width),
+        "in_chans": teacher.in_channels,
+        "num_classes": teacher.num_classes,
+        **{key: shape[key] for key in SHAPE if shape.get(key) is not None},
+    }
+
+
+def create(arguments: dict[str, Any], teacher: Architecture, seed: int) -> nn.Module:
+    """A student with random weights of that seed.
+
+    Raises:
+        SettingError: it cannot be built, or does not read the teacher's patches.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = timm.create_model(**arguments, pretrained=False)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise SettingError(f"timm cannot build the student {arguments}: {error}.") from error
+    arch = describe(model, arguments["model_name"])
+    if arch.grid != teacher.grid:
+        raise SettingError(
+            f"The student cuts images into patches of {arch.patch_size} pixels, the teacher into "
+            f"{teacher.patch_size}; sparse images are made of the teacher's patches. Choose a "
+            "student of that patch size, or leave --student out and set --depth, --width, --heads."
+        )
+    if arch.rope or arch.relative_bias or arch.pool == "distilled":
+        raise SettingError(
+            f"{arguments['model_name']!r} cannot be a student: only models with learnt position "
+            "embeddings and one head can be trained on sparse images."
+        )
+    return model
+
+
+def forward_sparse(model: Any, patches: Tensor, positions: Tensor) -> Tensor:
+    """Logits of a timm ViT for patches ``[B, L, D]`` at ``positions`` ``[B, L]``.
+
+    Trains timm's own parameters; equal to :meth:`dfq.vit.ViT.forward_sparse` of the
+    converted model.
+    """
+    embed = model.patch_embed
+    x = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+    prefix = [t for t in (model.cls_token, getattr(model, "reg_token", None)) if t is not None]
+    tokens = torch.cat(prefix, dim=1) if prefix else x.new_zeros(1, 0, x.shape[-1])
+    if model.pos_embed is not None:
+        table = model.pos_embed[0]
+        if not model.no_embed_class:
+            tokens = tokens + table[: tokens.shape[1]]
+            table = table[tokens.shape[1] :]
+        x = x + F.embedding(positions, table)
+    x = torch.cat([tokens.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+    x = model.norm(model.blocks(model.norm_pre(x)))
+    logits: Tensor = model.forward_head(x)
+    return logits

@@ -1,0 +1,102 @@
+"""Images from elsewhere as a sparse-image dataset, to calibrate on like inverted ones."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from dfq.dataset import (
+    SETTINGS,
+    DatasetWriter,
+    SparseImageDataset,
+    decode_shard,
+    encode_shard,
+)
+from dfq.errors import DamagedError, DataError, OutputError, SettingError
+from dfq.recipe import Method
+from dfq.sparse import Grid, SparseImages
+from dfq.synthesis import dataset_facts
+from dfq.vit.load import LoadedModel
+
+ORIGIN = re.compile(r"[a-z][a-z0-9-]{0,31}")
+
+
+def write_dataset(
+    out: str | Path,
+    units: Iterable[Sequence[SparseImages]],
+    model: LoadedModel,
+    *,
+    origin: str,
+    settings: dict[str, Any] | None = None,
+) -> SparseImageDataset:
+    """Write images that dfq did not invert as a sparse-image dataset of a model.
+
+    Calibration treats them as inverted images: what ``smooth`` and ``fractal`` of
+    :class:`dfq.QuantizationSettings` say is put beside them.
+
+    Args:
+        out: the dataset's directory; it must not hold a dataset yet.
+        units: units of work as :meth:`dfq.SparseImageDataset.units` gives them: images of the
+            model's grid, in each unit all images of its trajectories.
+        model: the model that they are for, as :func:`dfq.load_model` gives it.
+        origin: a word for where they come from, recorded as their method.
+        settings: JSON values that are recorded beside it.
+
+    Raises:
+        DataError: there are no images, or they do not fit the model.
+        OutputError: the place cannot be written or holds something else.
+        SettingError: ``origin`` is no word of lower-case letters, digits and hyphens, or the
+            name of one of dfq's methods.
+    """
+    path, methods = Path(out), get_args(Method)
+    if not ORIGIN.fullmatch(origin) or origin in methods:
+        raise SettingError(
+            f"origin is {origin!r}; allowed: up to 32 lower-case letters, digits and hyphens, but "
+            f"none of dfq's own methods ({', '.join(methods)})."
+        )
+    if (path / SETTINGS).exists():
+        raise OutputError(f"{str(path)!r} holds a dataset already. Choose another directory.")
+    facts = dataset_facts(model, {"method": origin, **(settings or {})}, torch.get_num_threads())
+    grid, seen = model.vit.arch.grid, set[int]()
+    writer: DatasetWriter | None = None
+    sizes: list[dict[int, int]] = []
+    for unit in map(list, units):
+        _check(unit, grid, seen)
+        writer = writer or DatasetWriter(path, facts)
+        writer.write(len(sizes), unit)
+        counts: Counter[int] = Counter()
+        for batch in unit:
+            counts[batch.patches.shape[1]] += len(batch)
+        sizes.append(dict(sorted(counts.items())))
+    if writer is None:
+        raise DataError("There are no images to write.")
+    writer.finish(sizes)
+    return SparseImageDataset(path)
+
+
+def _check(unit: list[SparseImages], grid: Grid, seen: set[int]) -> None:
+    """Raise DataError unless a reader will take the unit; adds its trajectories to ``seen``."""
+    pairs: list[tuple[int, int]] = []
+    for batch in unit:
+        if batch.patches.dtype != torch.uint8 or not batch.patches.numel():
+            raise DataError(
+                f"patches are {batch.patches.dtype} {list(batch.patches.shape)}; they must be "
+                "pixels, uint8 [images, patches, values], and at least one."
+            )
+        try:
+            decode_shard(encode_shard(batch), grid, "The images")
+        except DamagedError as error:
+            raise DataError(f"{error} The model's grid is {grid}.") from error
+        pairs += zip(batch.trajectory.tolist(), batch.stage.tolist(), strict=True)
+    trajectories = {trajectory for trajectory, _ in pairs}
+    if not pairs or len(set(pairs)) < len(pairs) or trajectories & seen:
+        raise DataError(
+            "A unit is empty, a pair of trajectory and stage occurs twice, or a trajectory in two "
+            "units; number trajectories through, and put each into one unit whole."
+        )
+    seen |= trajectories

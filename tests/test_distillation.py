@@ -1,0 +1,199 @@
+"""Students: their sparse forward, their training, their directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import make_vit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+
+import dfq
+from dfq.distillation.student import forward_sparse
+from dfq.distillation.training import RECORDS, divergence, rate
+from dfq.errors import DfqError, OutputError, RunError, SettingError, WeightsError
+from dfq.recipe import DistillationSettings
+from dfq.sparse import patchify
+from dfq.vit.load import load_model
+
+INVERSION = {"iterations": 4, "precision": "float32", "threads": 1, "unit_size": 4}
+TRAINING = {"batch": 8, "precision": "float32", "fractal": 4, "smooth": (1.0, 2.0)}
+STUDENT = "vit_tiny_patch16_224"
+
+
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Students of timm's name as small as the tests' teacher."""
+    create = timm.create_model
+
+    def made(**arguments: Any) -> Any:
+        shape = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+        return create(**{**shape, **arguments})
+
+    monkeypatch.setattr(timm, "create_model", made)
+
+
+def distill(teacher: Any, out: Path, **changes: Any) -> dfq.DistillResult:
+    given = {
+        "student": STUDENT,
+        "images": 16,
+        "steps": 12,
+        "settings": {"inversion": INVERSION, "distillation": TRAINING},
+        "out": out,
+    }
+    return dfq.distill(teacher, **{**given, **changes})
+
+
+@pytest.fixture
+def teacher(monkeypatch: pytest.MonkeyPatch) -> VisionTransformer:
+    small(monkeypatch)
+    return make_vit()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reg_tokens": 3},
+        {"no_embed_class": True, "init_values": 0.1},
+        {"class_token": False, "global_pool": "avg"},
+        {"pre_norm": True},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_student_sees_what_its_converted_form_sees(changes: dict[str, Any]) -> None:
+    model = make_vit(**changes)
+    vit = load_model(model, mean=(0.5,) * 3, std=(0.5,) * 3).vit
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[3, 0, 7, 12], [1, 2, 15, 5]])
+    patches = patchify(images, vit.arch.grid)
+    some = patches.gather(1, positions[..., None].expand(-1, -1, patches.shape[2]))
+    expected = vit.forward_sparse(some, positions)
+    torch.testing.assert_close(
+        forward_sparse(model, some, positions), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_loss_falls(teacher: VisionTransformer, tmp_path: Path) -> None:
+    result = distill(teacher, tmp_path / "s", steps=300)
+    assert len(result.losses) == RECORDS
+    assert sum(result.losses[-10:]) < 0.7 * sum(result.losses[:10])
+
+
+def test_the_same_seed_gives_the_same_bytes(teacher: VisionTransformer, tmp_path: Path) -> None:
+    files = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        distill(teacher, tmp_path / name, seed=seed)
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_a_student_is_a_model_for_every_verb(teacher: VisionTransformer, tmp_path: Path) -> None:
+    g = np.random.default_rng(0)
+    data = tmp_path / "d.npz"
+    np.savez(data, x=g.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8), y=np.arange(12) % 5)
+    result = distill(teacher, tmp_path / "s", eval=data)
+    assert result.images == 12
+    assert result.accuracy is not None
+    assert 0 <= result.accuracy.student <= 1
+    loaded = load_model(str(tmp_path / "s"))
+    assert loaded.vit.arch.num_classes == 5
+    assert loaded.preprocessing.mean == load_model(teacher).preprocessing.mean
+    made = dfq.quantize(
+        str(tmp_path / "s"),
+        bits=8,
+        images=8,
+        out=tmp_path / "c",
+        eval=data,
+        settings={"inversion": INVERSION},
+    )
+    assert made.accuracy is not None
+    assert made.accuracy.float == result.accuracy.student
+    report = json.loads((tmp_path / "s" / "report.json").read_text())
+    assert report["agreement"] == result.agreement
+    assert report["recipe"]["distillation"]["steps"] == 12
+
+
+def test_a_student_is_replaced_and_nothing_else(teacher: VisionTransformer, tmp_path: Path) -> None:
+    distill(teacher, tmp_path / "s", steps=1)
+    distill(teacher, tmp_path / "s", steps=2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("x")
+    with pytest.raises(OutputError, match="Nothing there was touched"):
+        distill(teacher, tmp_path / "other")
+    with pytest.raises(OutputError, match="is a file"):
+        distill(teacher, tmp_path / "other" / "precious")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": "vit_tiny_patch61_224"}, "no model of timm's"),
+        ({"student": "resnet18"}, "resnet18"),
+        ({"student": "beit_base_patch16_224"}, "cannot be a student|timm cannot build"),
+        ({"width": 31}, "timm cannot build"),
+        ({"student": None}, "named student"),
+        ({"settings": {"quantization": {}}}, "known: inversion, distillation"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(
+    teacher: VisionTransformer, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DfqError, match=message):
+        distill(teacher, tmp_path / "s", **changes)
+    assert not (tmp_path / "s").exists()
+
+
+def test_another_patch_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="the teacher into"):
+        distill(make_vit(), tmp_path / "s", student="vit_tiny_patch16_224")
+
+
+def test_a_teacher_without_a_classifier_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DfqError, match="no classifier"):
+        distill(make_vit(num_classes=0), tmp_path / "s")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(model: Any, *given: torch.Tensor) -> torch.Tensor:
+        return forward_sparse(model, *given) * torch.inf
+
+    monkeypatch.setattr("dfq.distillation.training.forward_sparse", diverged)
+    with pytest.raises(RunError, match=r"step 0\. Lower lr"):
+        distill(teacher, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_damaged_student_is_named(teacher: VisionTransformer, tmp_path: Path) -> None:
+    distill(teacher, tmp_path / "s", steps=1)
+    (tmp_path / "s" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_model(str(tmp_path / "s"))
+
+
+def test_equal_predictions_have_no_divergence() -> None:
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    assert float(divergence(logits, logits + 3, 2.0)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(logits, logits.flip(1), 2.0)) > 0.1
+
+
+@given(steps=st.integers(1, 500), warmup=st.floats(0, 1))
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_the_step_size_rises_and_falls_within_its_bound(steps: int, warmup: float) -> None:
+    plan = DistillationSettings(steps=steps, warmup=warmup)
+    rates = [rate(step, plan) for step in range(steps)]
+    top = rates.index(max(rates))
+    assert all(0 <= r <= 1 for r in rates)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
