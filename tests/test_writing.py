@@ -49,11 +49,11 @@ def test_units_of_several_sizes_are_written_as_they_are_read(
 
 @pytest.mark.parametrize("smooth", [(), (4.0,)], ids=["alone", "covered"])
 def test_a_model_is_calibrated_on_them(tmp_path: Path, loaded: LoadedModel, smooth: Any) -> None:
-    from dfq.pipeline import _covered
+    from dfq.pipeline import covered
 
     written = dfq.write_dataset(tmp_path / "set", [[images(loaded)]], loaded, origin="real")
     settings = dfq.QuantizationSettings(smooth=smooth, fractal=0)
-    assert len(_covered(written, settings)) == 5 + 5 * len(smooth)
+    assert len(covered(written, settings)) == 5 + 5 * len(smooth)
 
 
 def wrong(loaded: LoadedModel) -> dict[str, list[list[SparseImages]]]:
