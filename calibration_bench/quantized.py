@@ -109,6 +109,7 @@ def invert_settings(options: Subject, settings: InversionSettings, out: Path) ->
 def inversion(method: Method, key: Key, *, iterations: int, seed: int) -> InversionSettings:
     """The settings of a method; noise has no iterations."""
     given = {name: key[name] for name in ("images", "precision", "threads")}
+    given["classes"] = tuple(key.get("classes", ()))
     effort = {} if method.name == "noise" else {"iterations": iterations}
     return method.settings(**given, **effort, seed=seed)
 

@@ -161,6 +161,11 @@ ENTRIES = (
         "nothing",
     ),
     Entry(
+        "knowledge-transfer",
+        "What students learn from images of each method: by count, by time, from one class",
+        "a model with weights and labelled images; the demo has both",
+    ),
+    Entry(
         "quantization-accuracy",
         "Accuracy by calibration source, and what each ingredient of quantization is worth",
         "a model with weights and labelled images; the demo has both",

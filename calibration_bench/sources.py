@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,21 +59,31 @@ class Source:
 
 
 class RealImages:
-    """Images of the user's: those of ``real``, or those of ``data`` that a test leaves out."""
+    """Images of the user's: those of ``real``, or those of ``data`` that a test leaves out.
+
+    ``classes`` takes those of some classes alone, for which ``real`` must have labels.
+    """
 
     def __init__(
-        self, loaded: LoadedModel, real: str | None, data: str, tested: int | None
+        self,
+        loaded: LoadedModel,
+        real: str | None,
+        data: str,
+        tested: int | None,
+        classes: Sequence[int] = (),
     ) -> None:
         arch, preprocessing = loaded.vit.arch, loaded.preprocessing
         self.name = real or data
         self.grid = arch.grid
         self._images: ImageSource = open_images(
-            self.name, arch, preprocessing, labelled=real is None
+            self.name, arch, preprocessing, labelled=real is None or bool(classes)
         )
-        self._first = 0 if real else min(tested or len(self._images), len(self._images))
+        first = 0 if real else min(tested or len(self._images), len(self._images))
+        indices = range(first, len(self._images))
+        self._indices = [i for i in indices if not classes or self._images.label(i) in classes]
 
     def __len__(self) -> int:
-        return len(self._images) - self._first
+        return len(self._indices)
 
     def about(self, count: int) -> str:
         """What they are called and how many there are; DataError if fewer than ``count``."""
@@ -85,14 +95,15 @@ class RealImages:
         if len(self) < count:
             raise DataError(
                 f"{count} real images are asked for, and {self.name!r} has {len(self)} that are "
-                "not tested on. Give others with --real, or test on fewer with --limit."
+                "not tested on and of the classes asked for. Give others with --real, or test on "
+                "fewer with --limit."
             )
 
     def sample(self, count: int, seed: int) -> SparseImages:
         """So many of them at random."""
         self.need(count)
         order = torch.randperm(len(self), generator=seeded(seed, "real", 0))[:count]
-        pixels = [self._images.pixels(self._first + i) for i in order.tolist()]
+        pixels = [self._images.pixels(self._indices[i]) for i in order.tolist()]
         whole = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
         return dense(patchify(whole, self.grid), self.grid)
 
