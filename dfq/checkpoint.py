@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dfq.errors import CheckpointError, OutputError, UsageError
-from dfq.files import explain, replaced_directory, write_bytes, write_json
+from dfq.errors import CheckpointError, UsageError
+from dfq.files import check_replaceable, replaced_directory, write_bytes, write_json
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.rounding import GROUP_LEVELS
@@ -52,30 +52,7 @@ class CheckpointInfo:
 
 def check_output(path: Path) -> None:
     """Raise :class:`OutputError` unless ``path`` is free, empty or a dfq checkpoint."""
-    try:
-        if not path.exists():
-            return
-    except OSError as error:
-        raise explain(error, path) from error
-    if not path.is_dir():
-        raise OutputError(f"{str(path)!r} is a file; --out takes a directory.")
-    if path.resolve() == Path.cwd():
-        raise OutputError(
-            "--out is the working directory, which cannot be replaced; name a new one."
-        )
-    if not any(path.iterdir()):
-        return
-    config = path / CONFIG
-    if config.is_file():
-        try:
-            if json.loads(config.read_text(encoding="utf-8")).get("format") == FORMAT:
-                return
-        except (OSError, ValueError, AttributeError, RecursionError):
-            pass
-    raise OutputError(
-        f"{str(path)!r} holds something other than a dfq checkpoint. Nothing there was touched; "
-        "choose another --out or remove it."
-    )
+    check_replaceable(path, CONFIG, FORMAT, "a dfq checkpoint")
 
 
 def save_checkpoint(

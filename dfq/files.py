@@ -104,6 +104,38 @@ def check_writable(directory: Path) -> None:
         raise explain(error, directory) from error
 
 
+def check_replaceable(path: Path, config: str, format_name: str, what: str) -> None:
+    """Raise :class:`OutputError` unless ``path`` is free, empty or a directory of that format.
+
+    Its file ``config`` is JSON with a field ``format``; ``what`` names the format to people.
+    """
+    try:
+        if not path.exists():
+            return
+    except OSError as error:
+        raise explain(error, path) from error
+    if not path.is_dir():
+        raise OutputError(f"{str(path)!r} is a file; --out takes a directory.")
+    if path.resolve() == Path.cwd():
+        raise OutputError(
+            "--out is the working directory, which cannot be replaced; name a new one."
+        )
+    if any(path.iterdir()) and not has_format(path / config, format_name):
+        raise OutputError(
+            f"{str(path)!r} holds something other than {what}. Nothing there was touched; "
+            "choose another --out or remove it."
+        )
+
+
+def has_format(config: Path, format_name: str) -> bool:
+    """Whether a file is JSON whose field ``format`` is that."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == format_name
+
+
 @contextlib.contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
     """A new directory that takes the place of ``path`` when the block ends well.

@@ -217,6 +217,7 @@ def quantize(
         inversion=given(extra.get("inversion"), method=method, images=images, seed=seed),
         quantization=given(extra.get("quantization"), bits=bits, attention=attention),
     )
+    chosen = dataclasses.replace(chosen, distillation=None)
     target = resolve_device(device)
     name = model if isinstance(model, str) else module_name(model)
     scheme = scheme_name(chosen.quantization)

@@ -197,3 +197,32 @@ def test_the_step_size_rises_and_falls_within_its_bound(steps: int, warmup: floa
     assert all(0 <= r <= 1 for r in rates)
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_places_that_cannot_be_replaced_are_refused_before_training(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, message in ((Path("."), "the working directory"), (Path("x" * 300), "too long")):
+        with pytest.raises(OutputError, match=message):
+            distill(teacher, place, settings={"inversion": {}}, images=10_000_000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_teaches_one_like_itself(tmp_path: Path) -> None:
+    train = {"inversion": INVERSION, "distillation": TRAINING}
+    shape = {"depth": 2, "width": 32, "heads": 2}
+    given: dict[str, Any] = {"images": 4, "steps": 1, "settings": train}
+    first = dfq.distill("demo", **given, **shape, out=tmp_path / "first")
+    second = dfq.distill(first.path, **given, depth=1, out=tmp_path / "second")
+    arch = load_model(second.path).vit.arch
+    assert (arch.depth, arch.embed_dim, arch.num_heads) == (1, 32, 2)
+    assert arch.grid == load_model("demo").vit.arch.grid
+
+
+def test_quantizing_with_a_recipe_for_distillation_keeps_none_of_it(tmp_path: Path) -> None:
+    recipe = dfq.Recipe(distillation=DistillationSettings())
+    settings = {"inversion": {**INVERSION, "images": 4}}
+    made = dfq.quantize("demo", recipe=recipe, settings=settings, out=tmp_path / "c")
+    assert "distillation" not in (Path(made.checkpoint) / "recipe.toml").read_text()
+    assert "distillation" not in json.loads((Path(made.checkpoint) / "config.json").read_text())

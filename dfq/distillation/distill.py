@@ -25,7 +25,7 @@ from dfq.results import DistillResult, TeacherStudent, to_json
 from dfq.vit import ViT
 from dfq.vit.convert import convert
 from dfq.vit.load import ALIASES, LoadedModel, load_model, module_name
-from dfq.vit.saved import REPORT, check_output, save_model
+from dfq.vit.saved import REPORT, check_output, is_saved, save_model
 
 READ = 64
 """Images that are read at once."""
@@ -112,7 +112,8 @@ def distill(
         )
     shape = {"depth": depth, "embed_dim": width, "num_heads": heads}
     named = None if student is None else ALIASES.get(student, student)
-    arguments = student_arguments(named, arch, loaded.timm_name, **shape)
+    written = Path(teacher) if isinstance(teacher, str) and is_saved(teacher) else None
+    arguments = student_arguments(named, arch, loaded.timm_name, written, **shape)
     model = create(arguments, arch, plan.seed).to(target)
     tested = None if eval is None else open_images(eval, arch, loaded.preprocessing, labelled=True)
     loaded.vit.to(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,17 +14,22 @@ from dfq import demo
 from dfq.errors import SettingError, UnknownModelError
 from dfq.vit import Architecture
 from dfq.vit.describe import describe
+from dfq.vit.saved import building_arguments
 
 SHAPE = ("depth", "embed_dim", "num_heads")
 
 
 def student_arguments(
-    name: str | None, teacher: Architecture, timm_name: str, **shape: int | None
+    name: str | None,
+    teacher: Architecture,
+    timm_name: str,
+    saved: Path | None = None,
+    **shape: int | None,
 ) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` for a student that reads the teacher's images.
 
-    Without a name it is the teacher's model; ``depth``, ``embed_dim`` and ``num_heads``
-    change its size.
+    Without a name it is the teacher's model, which is in the directory ``saved`` where dfq
+    wrote it; ``depth``, ``embed_dim`` and ``num_heads`` change its size.
 
     Raises:
         UnknownModelError: timm has no model of that name.
@@ -31,6 +37,8 @@ def student_arguments(
     base: dict[str, Any] = {"model_name": name or timm_name.partition(".")[0]}
     if (name or timm_name) == "demo":
         base = dict(demo.MODEL_ARGS)
+    elif name is None and saved is not None:
+        base = building_arguments(saved)
     if not timm.is_model(base["model_name"]):
         raise UnknownModelError(
             f"The student {base['model_name']!r} is no model of timm's; `dfq models` lists names. "

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from dfq.errors import OutputError, WeightsError
-from dfq.files import replaced_directory, write_bytes, write_json
+from dfq.errors import WeightsError
+from dfq.files import check_replaceable, has_format, replaced_directory, write_bytes, write_json
 from dfq.vit.architecture import Preprocessing, from_json, to_json
 
 FORMAT, FORMAT_VERSION = "dfq-model", 1
@@ -25,22 +25,12 @@ CONFIG, WEIGHTS, REPORT = "model.json", "model.safetensors", "report.json"
 
 def check_output(path: Path) -> None:
     """Raise :class:`OutputError` unless ``path`` is free, empty or a model that dfq wrote."""
-    if path.is_dir() and any(path.iterdir()) and not is_saved(path):
-        raise OutputError(
-            f"{str(path)!r} holds something other than a model that dfq wrote. Nothing there was "
-            "touched; choose another --out or remove it."
-        )
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{str(path)!r} is a file; --out takes a directory.")
+    check_replaceable(path, CONFIG, FORMAT, "a model that dfq wrote")
 
 
 def is_saved(path: str | Path) -> bool:
     """Whether a directory was written by :func:`save_model`."""
-    try:
-        content = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return has_format(Path(path) / CONFIG, FORMAT)
 
 
 def save_model(
@@ -63,6 +53,18 @@ def save_model(
         write_bytes(directory / WEIGHTS, save(state))
         write_json(directory / CONFIG, config)
         write_json(directory / REPORT, report)
+
+
+def building_arguments(path: Path) -> dict[str, Any]:
+    """The keywords of ``timm.create_model`` that build a saved model.
+
+    Raises:
+        WeightsError: the directory is damaged.
+    """
+    try:
+        return dict(json.loads((path / CONFIG).read_text(encoding="utf-8"))["timm"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"The model {str(path)!r} cannot be read: {error!r:.200}.") from error
 
 
 def read_saved(path: Path) -> tuple[nn.Module, str, Preprocessing]:
