@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -209,22 +210,24 @@ class AttentionProduct(nn.Module):
         b, h, t, d = q.shape
         mixed = torch.empty(b, t, h, d, device=q.device)
         step = max(1, CACHED_SCORES // max(1, h * t * k.shape[2]))
+        mix = self._integer_mix(q) if self.integer else attend
         for start in range(0, b, step):
             part = slice(start, start + step)
             own = bias if bias is None or len(bias) == 1 else bias[part]
-            mixed[part] = self._mix(q[part], k[part], v[part], own).transpose(1, 2)
+            mixed[part] = mix(q[part], k[part], v[part], own).transpose(1, 2)
         return mixed.flatten(2)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.integer:
-            return attend(q, k, v, bias)
-        kernels = runtime.select(q.device, self.backend)
-        scales = self.scales.tolist()
-        if q.is_floating_point():
-            pairs = zip((q, k, v), scales, strict=True)
-            q, k, v = (kernels.quantize_signed(x, scale) for x, scale in pairs)
-        mixed = kernels.attention(q, k, v, scales[0] * scales[1] * q.shape[-1] ** -0.5, bias)
-        return mixed * scales[2]
+    def _integer_mix(self, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+        kernels, scales = runtime.select(q.device, self.backend), self.scales.tolist()
+        of_scores = scales[0] * scales[1] * q.shape[-1] ** -0.5
+
+        def mix(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            if q.is_floating_point():
+                pairs = zip((q, k, v), scales, strict=True)
+                q, k, v = (kernels.quantize_signed(x, scale) for x, scale in pairs)
+            return kernels.attention(q, k, v, of_scores, bias) * scales[2]
+
+        return mix
 
     def output_format(self, width: int) -> OutputFormat:
         """Of a layer that writes q, k and v of ``width`` channels each as int8."""
