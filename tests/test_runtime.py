@@ -177,8 +177,8 @@ def test_quantized_norms_agree_within_one_level(
     norm.weight.copy_(torch.randn(width, generator=g))
     norm.bias.copy_(torch.randn(width, generator=g))
     x = torch.randn(2, rows, width, generator=g) * size
-    fast = onednn.quantize_norm(x, norm, 0.013, zero_point)
-    exact = reference.quantize_norm(x, norm, 0.013, zero_point)
+    fast = onednn.quantize_norm(x, onednn.fold_norm(norm, 0.013, zero_point))
+    exact = reference.quantize_norm(x, reference.fold_norm(norm, 0.013, zero_point))
     assert fast.dtype == torch.uint8
     assert int((fast.int() - exact.int()).abs().max()) <= 1
 
@@ -197,6 +197,19 @@ def test_quantizing_agrees_within_one_level(x: list[float], scale: float, zero_p
 
 
 @needs_vnni
+@given(seed=st.integers(0, 999), zero_point=st.integers(0, 255))
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_quantizing_an_affine_agrees_within_one_level(seed: int, zero_point: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, factor, summand = (torch.randn(n, generator=g) for n in ((3, 5, 7), (7,), (7,)))
+    affine = (factor, summand)
+    fast = onednn.quantize(x, 0.013, zero_point, affine).int()
+    exact = reference.quantize(x, 0.013, zero_point, affine).int()
+    assert torch.equal(exact, reference.quantize(x * factor + summand, 0.013, zero_point).int())
+    assert int((fast - exact).abs().max()) <= 1
+
+
+@needs_vnni
 @pytest.mark.parametrize("shape", [(1, 24), (2, 3, 24), (0, 3, 24)], ids=str)
 def test_residuals_are_added_last(shape: tuple[int, ...]) -> None:
     _, params = make(1, 24, 10, 0, "random")
@@ -205,6 +218,21 @@ def test_residuals_are_added_last(shape: tuple[int, ...]) -> None:
     exact = reference.linear(x, params, reference.prepack(params), OutputFormat(), residual.clone())
     fast = onednn.linear(x, params, onednn.prepack(params), OutputFormat(), residual)
     torch.testing.assert_close(fast, exact, rtol=1e-5, atol=1e-5)
+
+
+@needs_vnni
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float_outputs_are_written_in_units_of_the_scale(each: bool, dtype: torch.dtype) -> None:
+    x, params = make(5, 24, 10, 0, "random")
+    scale = torch.rand(10, generator=torch.Generator().manual_seed(1)) + 0.1 if each else 0.25
+    fast, exact = both(x, params, OutputFormat(dtype, scale))
+    _, plain = both(x, params, OutputFormat())
+    torch.testing.assert_close(exact, (plain / scale).to(dtype))
+    assert fast.dtype == dtype
+    torch.testing.assert_close(
+        fast, exact, rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-5
+    )
 
 
 @needs_vnni

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class IntegerLinear(nn.Module):
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
         self._prepared: tuple[Any, ...] | None = None
+        self._folded: tuple[nn.LayerNorm, object] | None = None
 
     def assign(
         self, integers: Tensor, scales: WeightScales, bias: Tensor, quantizer: Quantizer
@@ -88,8 +90,8 @@ class IntegerLinear(nn.Module):
         return Quantizer(float(self.input_scale), int(self.input_zero_point), signed=False)
 
     def reset(self) -> None:
-        """Forget the backend's copy of the weight; it is built again when needed."""
-        self._prepared = None
+        """Forget the backend's copies of weight and norm; they are built again when needed."""
+        self._prepared = self._folded = None
 
     def prepare(self) -> tuple[Any, LinearParams, object]:
         """(backend, parameters, the backend's copy of the weight)."""
@@ -106,19 +108,24 @@ class IntegerLinear(nn.Module):
             self._prepared = (kernels, params, kernels.prepack(params))
         return self._prepared
 
+    @property
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """Factor and summand ``[in]`` that turn the float model's input into the values that
+        are quantized; None where these are the input."""
+        return None
+
     def to_domain(self, x: Tensor) -> Tensor:
         """The float model's input ``[..., in]`` as the values that are quantized."""
-        return x
+        return x if self.affine is None else x.float() * self.affine[0] + self.affine[1]
 
     def from_domain(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`to_domain`."""
-        return x
+        return x if self.affine is None else (x - self.affine[1]) / self.affine[0]
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The float model's input ``[..., in]`` to uint8."""
         kernels, params, _ = self.prepare()
-        domain = self.to_domain(x)
-        y: Tensor = kernels.quantize(domain, params.input_scale, params.input_zero_point)
+        y: Tensor = kernels.quantize(x, params.input_scale, params.input_zero_point, self.affine)
         return y
 
     def quantize_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
@@ -126,7 +133,10 @@ class IntegerLinear(nn.Module):
         if not isinstance(norm, nn.LayerNorm):
             return self.quantize_input(norm(x))
         kernels, params, _ = self.prepare()
-        y: Tensor = kernels.quantize_norm(x, norm, params.input_scale, params.input_zero_point)
+        if self._folded is None or self._folded[0] is not norm:
+            quantizer = params.input_scale, params.input_zero_point
+            self._folded = norm, kernels.fold_norm(norm, *quantizer)
+        y: Tensor = kernels.quantize_norm(x, self._folded[1])
         return y
 
     def round_input(self, x: Tensor) -> Tensor:
@@ -153,7 +163,7 @@ class IntegerLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_prepared": None, "_folded": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.reset()
@@ -181,11 +191,9 @@ class IntegerPatchEmbed(IntegerLinear):
         self.register_buffer("mean", mean.to(self.weight.device), persistent=False)
         self.register_buffer("std", std.to(self.weight.device), persistent=False)
 
-    def to_domain(self, x: Tensor) -> Tensor:
-        return x.float() * self.std + self.mean
-
-    def from_domain(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
+    @property
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.std, self.mean
 
 
 class AttentionProduct(nn.Module):
@@ -201,25 +209,36 @@ class AttentionProduct(nn.Module):
         if integer:
             self.register_buffer("scales", torch.ones(3))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``[B, H, T, D]`` each to float32 ``[B, T, H * D]``; ``bias`` is that of the scores.
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """``[B, H, T, D]`` each to float32 ``[B, T, H * D]``.
 
-        With ``integer`` they are int8, or float and quantized here.  A few images at a time,
-        so that their scores stay in the processor's cache.
+        Scores are scaled by ``scale`` or ``D ** -0.5``, then ``bias`` is added.  With
+        ``integer`` q, k and v are int8, or float and quantized here.  A few images at a
+        time, so that their scores stay in the processor's cache.
         """
         b, h, t, d = q.shape
         mixed = torch.empty(b, t, h, d, device=q.device)
         step = max(1, CACHED_SCORES // max(1, h * t * k.shape[2]))
-        mix = self._integer_mix(q) if self.integer else attend
+        scale = d**-0.5 if scale is None else scale
+        mix = self._integer_mix(q, scale) if self.integer else partial(attend, scale=scale)
         for start in range(0, b, step):
             part = slice(start, start + step)
             own = bias if bias is None or len(bias) == 1 else bias[part]
             mixed[part] = mix(q[part], k[part], v[part], own).transpose(1, 2)
         return mixed.flatten(2)
 
-    def _integer_mix(self, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    def _integer_mix(
+        self, q: Tensor, scale: float
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
         kernels, scales = runtime.select(q.device, self.backend), self.scales.tolist()
-        of_scores = scales[0] * scales[1] * q.shape[-1] ** -0.5
+        of_scores = scales[0] * scales[1] * scale
 
         def mix(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             if q.is_floating_point():

@@ -41,6 +41,7 @@ class QuantizedAttention(Attention):
         self.qkv = _linear(arch.embed_dim, 3 * width, settings)
         self.proj = _linear(width, arch.embed_dim, settings)
         self.product = AttentionProduct(settings.attention == "int8")
+        self._cached_units: Tensor | None = None
 
     def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
         return self.integer_forward(self.qkv.quantize_input(x), at, rows)
@@ -49,20 +50,31 @@ class QuantizedAttention(Attention):
         self, x: Tensor, at: Relations, rows: int | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """uint8 ``[B, T, embed_dim]`` to float32; see :meth:`IntegerLinear.integer_forward`."""
-        q, k, v = self.split(self.qkv.integer_forward(x, self._format(at)), at)
-        mixed = self.product.forward(q[:, :, :rows], k, v, self.bias(at, rows))
+        out = self._format(at)
+        q, k, v = self.split(self.qkv.integer_forward(x, out), at)
+        scale = 1.0 if out.dtype == torch.bfloat16 else None
+        mixed = self.product.forward(q[:, :, :rows], k, v, self.bias(at, rows), scale)
         return self.proj.integer_forward(
             self.proj.quantize_normed(self.norm, mixed), residual=residual
         )
 
     def _format(self, at: Relations) -> OutputFormat:
-        """Of q, k and v: as integers unless they are normed or rotated first."""
+        """Of q, k and v: as integers unless they are normed or rotated first; as bfloat16
+        with the scale of the scores in q."""
         normed = isinstance(self.q_norm, nn.LayerNorm)
         if self.product.integer and not (normed or at.rotates):
             return self.product.output_format(self.num_heads * self.head_dim)
-        exact = self.product.integer or normed
         device = self.qkv.weight.device
-        return OutputFormat(torch.float32 if exact else attention_dtype(device))
+        if self.product.integer or normed or attention_dtype(device) == torch.float32:
+            return OutputFormat(torch.float32)
+        return OutputFormat(torch.bfloat16, self._units(device))
+
+    def _units(self, device: torch.device) -> Tensor:
+        if self._cached_units is None or self._cached_units.device != device:
+            units = torch.ones(3, self.num_heads * self.head_dim, device=device)
+            units[0] = self.head_dim**0.5
+            self._cached_units = units.flatten()
+        return self._cached_units
 
 
 class QuantizedMlp(Mlp):

@@ -37,13 +37,18 @@ class Kernels(Protocol):
         ``residual`` is added to float32 output and may be overwritten.
         """
 
-    def quantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
-        """Float to uint8."""
+    def quantize(
+        self, x: Tensor, scale: float, zero_point: int, affine: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Float ``[..., in]``, or ``x * affine[0] + affine[1]``, to uint8."""
 
     def quantize_signed(self, x: Tensor, scale: float) -> Tensor:
         """Float to int8."""
 
-    def quantize_norm(self, x: Tensor, norm: nn.LayerNorm, scale: float, zero_point: int) -> Tensor:
+    def fold_norm(self, norm: nn.LayerNorm, scale: float, zero_point: int) -> object:
+        """A norm and the quantizer of its output in the backend's own form, built once."""
+
+    def quantize_norm(self, x: Tensor, folded: object) -> Tensor:
         """Layer norm of float ``[..., C]``, quantized to uint8."""
 
     def attention(

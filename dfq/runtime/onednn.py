@@ -50,21 +50,27 @@ def linear(
         )
         return total
     out_scale = out.scale
-    if isinstance(out_scale, Tensor):
-        scale, bias, out_scale = scale / out_scale, bias / out_scale, 1.0
-    integer = not out.dtype.is_floating_point
+    if isinstance(out_scale, Tensor) or out.dtype.is_floating_point:
+        if isinstance(out_scale, Tensor) or out_scale != 1:
+            scale, bias = scale / out_scale, bias / out_scale
+        out_scale = 1.0
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         *(*source, scale, zero_points, bias),
-        *(out_scale if integer else 1.0, out.zero_point if integer else 0, out.dtype),
+        *(out_scale, out.zero_point, out.dtype),
         *("none" if out.gelu is None else "gelu", []),
         "none" if out.gelu is None else out.gelu,
     )
     return y
 
 
-def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+def quantize(
+    x: Tensor, scale: float, zero_point: int, affine: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """As :func:`dfq.runtime.reference.quantize`, in passes that PyTorch has vectorised."""
-    return _to_bytes(torch.mul(x.float(), 1 / scale).add_(zero_point - 128))
+    x, middle = x.float(), x.new_tensor(zero_point - 128, dtype=torch.float32)
+    if affine is None:
+        return _to_bytes(torch.add(middle, x, alpha=1 / scale))
+    return _to_bytes(torch.addcmul(affine[1] / scale + middle, x, affine[0] / scale))
 
 
 def quantize_signed(x: Tensor, scale: float) -> Tensor:
@@ -72,10 +78,16 @@ def quantize_signed(x: Tensor, scale: float) -> Tensor:
     return reference.quantize_signed(x, scale)
 
 
-def quantize_norm(x: Tensor, norm: nn.LayerNorm, scale: float, zero_point: int) -> Tensor:
-    """As :func:`dfq.runtime.reference.quantize_norm`; the norm's affine writes integers."""
+def fold_norm(norm: nn.LayerNorm, scale: float, zero_point: int) -> object:
+    """The arguments of a norm whose affine writes integers, in -128..127."""
     weight, bias = norm.weight / scale, norm.bias / scale + (zero_point - 128)
-    return _to_bytes(F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps))
+    return norm.normalized_shape, weight, bias, norm.eps
+
+
+def quantize_norm(x: Tensor, folded: object) -> Tensor:
+    """As :func:`dfq.runtime.reference.quantize_norm`."""
+    assert isinstance(folded, tuple)
+    return _to_bytes(F.layer_norm(x, *folded))
 
 
 def _to_bytes(x: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ class LinearParams:
 class OutputFormat:
     """How a linear layer's result is written.
 
-    ``dtype`` is float32 or bfloat16; or uint8 with ``scale`` and ``zero_point``; or int8,
-    symmetric, with a ``scale`` for all or one for each output, float32 ``[out]``.  ``gelu``
-    is applied before (``none`` is the exact form, ``tanh`` its approximation).
+    In units of ``scale``, one for all or one for each output, float32 ``[out]``.  ``dtype`` is
+    float32 or bfloat16; or uint8, with a ``zero_point`` and one scale; or int8, symmetric.
+    ``gelu`` is applied before (``none`` is the exact form, ``tanh`` its approximation), and
+    then there is one scale.
     """
 
     dtype: torch.dtype = torch.float32

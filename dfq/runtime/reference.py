@@ -42,12 +42,21 @@ def linear(
         return quantize_signed(y, out.scale)
     if out.dtype == torch.uint8:
         return quantize(y, out.scale, out.zero_point)
-    return y.to(out.dtype)
+    return (y / out.scale).to(out.dtype)
 
 
-def quantize(x: Tensor, scale: float | Tensor, zero_point: int) -> Tensor:
-    """Float to uint8: ``round(x / scale) + zero_point``, ties to even, clipped to 0..255."""
-    return (x.float() / scale).round_().add_(zero_point).clamp_(0, 255).to(torch.uint8)
+def quantize(
+    x: Tensor,
+    scale: float | Tensor,
+    zero_point: int,
+    affine: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Float to uint8: ``round(x / scale) + zero_point``, ties to even, clipped to 0..255.
+
+    ``affine`` is a factor and a summand that are applied first.
+    """
+    x = x.float() if affine is None else x.float() * affine[0] + affine[1]
+    return (x / scale).round_().add_(zero_point).clamp_(0, 255).to(torch.uint8)
 
 
 def quantize_signed(x: Tensor, scale: float | Tensor) -> Tensor:
@@ -55,8 +64,15 @@ def quantize_signed(x: Tensor, scale: float | Tensor) -> Tensor:
     return (x.float() / scale).round_().clamp_(-127, 127).to(torch.int8)
 
 
-def quantize_norm(x: Tensor, norm: nn.LayerNorm, scale: float, zero_point: int) -> Tensor:
+def fold_norm(norm: nn.LayerNorm, scale: float, zero_point: int) -> object:
+    """The norm and the quantizer of its output."""
+    return norm, scale, zero_point
+
+
+def quantize_norm(x: Tensor, folded: object) -> Tensor:
     """Layer norm of float ``[..., C]``, quantized to uint8."""
+    assert isinstance(folded, tuple)
+    norm, scale, zero_point = folded
     return quantize(norm(x), scale, zero_point)
 
 

@@ -78,17 +78,21 @@ class Product(nn.Module):
         return attend(q, k, v, bias)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention ``[B, H, T, D]``, scaled by ``D ** -0.5``.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Softmax attention ``[B, H, T, D]``, its scores scaled by ``scale`` or ``D ** -0.5``.
 
     Fused, except in bfloat16 on a CPU: there PyTorch's fused kernel takes three times as
     long forward and backward as the two matrix products written out (2.14, AVX-512).
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scores = (q if scale == 1 else q * scale) @ k.transpose(-2, -1)
         scores = scores if bias is None else scores + bias.to(scores.dtype)
         return scores.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+    mask = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
 def merge_heads(x: Tensor) -> Tensor:
