@@ -166,14 +166,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> QuantizedViT:
+def load(
+    path: str | Path, *, device: torch.device | str = "cpu", compiled: bool = False
+) -> QuantizedViT:
     """Load a checkpoint: an ordinary module that takes normalised images ``[B, C, H, W]``.
 
     Nothing is unpickled or downloaded.  Names, types and shapes of all tensors are
     compared with what the architecture asks for before any of them is read.
 
+    Args:
+        compiled: run what lies between the integer products through ``torch.compile``: see
+            :meth:`QuantizedViT.compile`.
+
     Raises:
         CheckpointError: the directory is no checkpoint, or its files are damaged.
+        SettingError: ``compiled`` without a C++ compiler.
     """
     path = Path(path)
     info = read_info(path)
@@ -186,7 +193,10 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> QuantizedVi
     model.load_state_dict(state, assign=True)
     model.set_normalisation()
     _check_ranges(model, _read_config(path).get("activation_ranges"))
-    return model.to(device)
+    model.to(device)
+    if compiled:
+        model.compile()
+    return model
 
 
 def _read_state(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

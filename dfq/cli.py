@@ -496,7 +496,8 @@ def benchmark(
         int | None, typer.Option(help="Of every runtime.", show_default="torch's")
     ] = None,
     runtimes: Annotated[
-        str | None, typer.Option(help="Some of them, with commas.", show_default="all")
+        str | None,
+        typer.Option(help="Some of them, with commas.", show_default="all but dfq-compiled"),
     ] = None,
     cold: Annotated[
         bool, typer.Option("--cold", help="Also processes that have loaded nothing.")

@@ -19,6 +19,7 @@ from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.pipeline import versions
 from dfq.quantization.scheme import scheme_name
 from dfq.recipe import to_dict
+from dfq.runtime import opaque
 from dfq.vit.architecture import to_json
 
 
@@ -80,6 +81,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "scheme": scheme_name(info.recipe.quantization),
         "attention": info.recipe.quantization.attention,
         "backend": model.backend,
+        "compiler": opaque.compiler(),
         "architecture": to_json(info.arch),
         "preprocessing": to_json(info.preprocessing),
         "recipe": to_dict(info.recipe),
@@ -131,7 +133,11 @@ def models(pattern: str | None = None) -> list[ModelEntry]:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What this machine offers; ``problems`` is empty where all is well."""
+    """What this machine offers; ``problems`` is empty where all is well.
+
+    ``backend`` names the kernels that checkpoints run on, ``compiler`` the C++ compiler that
+    ``dfq.load(..., compiled=True)`` would use, None where there is none.
+    """
 
     versions: dict[str, str]
     processor: str
@@ -139,6 +145,7 @@ class DoctorReport:
     threads: int
     devices: tuple[str, ...]
     backend: str
+    compiler: str | None
     precision: str
     cache: str
     problems: tuple[str, ...]
@@ -165,6 +172,7 @@ def doctor(cache: str | Path | None = None) -> DoctorReport:
         threads=torch.get_num_threads(),
         devices=("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))),
         backend=backend,
+        compiler=opaque.compiler(),
         precision=resolve_precision("auto", cpu),
         cache=str(root),
         problems=tuple(problems),

@@ -43,8 +43,10 @@ def benchmark(
 ) -> BenchmarkResult:
     """Measure a checkpoint's speed on the CPU beside the same model on other runtimes.
 
-    ``dfq`` is the checkpoint as loaded.  ``torch-fp32`` and ``torch-bf16`` are its
-    dequantized weights in PyTorch with fused attention where that is faster.
+    ``dfq`` is the checkpoint as loaded, ``dfq-compiled`` what ``compile`` makes of it, which
+    takes a minute and so is measured only where it is named.  ``torch-fp32`` and
+    ``torch-bf16`` are its dequantized weights in PyTorch with fused attention where that is
+    faster.
     ``onnxruntime-int8`` and ``openvino-int8`` are that float model quantized by the runtime's
     own tools on random images (their speed is comparable, their accuracy is not);
     ``onnxruntime-dfq`` and ``openvino-dfq`` run what :func:`dfq.export` writes.  All have the
@@ -54,8 +56,8 @@ def benchmark(
         batch: numbers of images at once, each measured.
         seconds: how long each runtime is timed for each batch.
         threads: of every runtime; torch's by default.
-        runtimes: some of them; all by default.  Those that are not installed or cannot run
-            the model are listed as absent.
+        runtimes: some of them; all but ``dfq-compiled`` by default.  Those that are not
+            installed or cannot run the model are listed as absent.
         cold: also measure processes that have loaded nothing, with timm's model beside.
 
     Raises:
@@ -102,7 +104,8 @@ def _cold(
 
 
 def _names(runtimes: Sequence[str] | None) -> list[str]:
-    names = list(RUNTIMES) if runtimes is None else list(dict.fromkeys(runtimes))
+    usual = [name for name, runtime in RUNTIMES.items() if not runtime.asked]
+    names = usual if runtimes is None else list(dict.fromkeys(runtimes))
     for name in names:
         if name not in RUNTIMES:
             raise SettingError(

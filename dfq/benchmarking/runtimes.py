@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +75,12 @@ Predict = Callable[[Tensor], Any]
 
 def _dfq(given: Contestants) -> Predict:
     return given.model
+
+
+def _dfq_compiled(given: Contestants) -> Predict:
+    model = copy.deepcopy(given.model)
+    model.compile()
+    return model
 
 
 def _torch_fp32(given: Contestants) -> Predict:
@@ -195,15 +202,17 @@ def _openvino_int8(given: Contestants) -> Predict:
 
 @dataclass(frozen=True)
 class Runtime:
-    """``packages`` have to be installed, which ``extra`` does."""
+    """``packages`` have to be installed, which ``extra`` does; only if ``asked`` for by name."""
 
     build: Callable[[Contestants], Predict]
     packages: tuple[str, ...] = ()
     extra: str = ""
+    asked: bool = False
 
 
 RUNTIMES: dict[str, Runtime] = {
     "dfq": Runtime(_dfq),
+    "dfq-compiled": Runtime(_dfq_compiled, asked=True),
     "torch-fp32": Runtime(_torch_fp32),
     "torch-bf16": Runtime(_torch_bf16),
     "onnxruntime-int8": Runtime(_onnxruntime_int8, ("onnx", "onnxruntime"), "onnx"),

@@ -13,14 +13,15 @@ from dfq import runtime
 from dfq.quantization.packing import pack_int4, unpack_int4
 from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.rounding import WeightScales
+from dfq.runtime import opaque, reference
 from dfq.runtime.params import LinearParams, OutputFormat
-from dfq.vit.modules import attend
+from dfq.vit.modules import attend, merge_heads
 
 CACHED_SCORES = 1 << 20
 """Attention scores computed at once; in bfloat16 2 MB, a processor's second-level cache."""
 
 
-class IntegerLinear(nn.Module):
+class IntegerLinear(opaque.Part):
     """A linear layer with integer weights and 8-bit input.
 
     State: ``weight`` int8 ``[out, in]``, or uint8 ``[out, ceil(in / 2)]`` with two 4-bit
@@ -87,6 +88,9 @@ class IntegerLinear(nn.Module):
 
     @property
     def input_quantizer(self) -> Quantizer:
+        if self._prepared is not None:
+            params = self._prepared[1]
+            return Quantizer(params.input_scale, params.input_zero_point, signed=False)
         return Quantizer(float(self.input_scale), int(self.input_zero_point), signed=False)
 
     def reset(self) -> None:
@@ -125,12 +129,13 @@ class IntegerLinear(nn.Module):
     def quantize_input(self, x: Tensor) -> Tensor:
         """The float model's input ``[..., in]`` to uint8."""
         kernels, params, _ = self.prepare()
+        kernels = reference if opaque.compiling() else kernels
         y: Tensor = kernels.quantize(x, params.input_scale, params.input_zero_point, self.affine)
         return y
 
     def quantize_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """The output of a norm to uint8, for float ``[..., in]`` before it."""
-        if not isinstance(norm, nn.LayerNorm):
+        if not isinstance(norm, nn.LayerNorm) or opaque.compiling():
             return self.quantize_input(norm(x))
         kernels, params, _ = self.prepare()
         if self._folded is None or self._folded[0] is not norm:
@@ -151,9 +156,13 @@ class IntegerLinear(nn.Module):
 
         A ``residual`` is added to float32 output; its memory may be overwritten.
         """
+        out = out or OutputFormat()
+        if opaque.compiling():
+            y = opaque.linear(self, x, out)
+            return y if residual is None else y + residual
         kernels, params, packed = self.prepare()
-        y: Tensor = kernels.linear(x, params, packed, out or OutputFormat(), residual)
-        return y
+        found: Tensor = kernels.linear(x, params, packed, out, residual)
+        return found
 
     def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Float ``[..., in]`` to ``[..., out]`` of ``dtype``."""
@@ -196,7 +205,7 @@ class IntegerPatchEmbed(IntegerLinear):
         return self.std, self.mean
 
 
-class AttentionProduct(nn.Module):
+class AttentionProduct(opaque.Part):
     """The two products of attention, on 8-bit integers or in floating point."""
 
     scales: Tensor
@@ -224,8 +233,12 @@ class AttentionProduct(nn.Module):
         time, so that their scores stay in the processor's cache.
         """
         b, h, t, d = q.shape
-        mixed = torch.empty(b, t, h, d, device=q.device)
         step = max(1, CACHED_SCORES // max(1, h * t * k.shape[2]))
+        if opaque.compiling():
+            if self.integer or b > step:
+                return opaque.attention(self, q, k, v, bias, scale)
+            return merge_heads(attend(q, k, v, bias, scale)).float()
+        mixed = torch.empty(b, t, h, d, device=q.device)
         scale = d**-0.5 if scale is None else scale
         mix = self._integer_mix(q, scale) if self.integer else partial(attend, scale=scale)
         for start in range(0, b, step):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from dfq import runtime
 from dfq.device import resolve_precision
+from dfq.errors import SettingError
 from dfq.quantization import rounding
 from dfq.quantization.layers import AttentionProduct, IntegerLinear, IntegerPatchEmbed
 from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES, layers
 from dfq.recipe import QuantizationSettings
+from dfq.runtime import opaque
 from dfq.runtime.params import OutputFormat
 from dfq.sparse import channel_values
 from dfq.vit import Architecture, Attention, Block, Mlp, Preprocessing, ViT
@@ -41,7 +43,7 @@ class QuantizedAttention(Attention):
         self.qkv = _linear(arch.embed_dim, 3 * width, settings)
         self.proj = _linear(width, arch.embed_dim, settings)
         self.product = AttentionProduct(settings.attention == "int8")
-        self._cached_units: Tensor | None = None
+        self._float_format: tuple[torch.device, OutputFormat] | None = None
 
     def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
         return self.integer_forward(self.qkv.quantize_input(x), at, rows)
@@ -64,17 +66,19 @@ class QuantizedAttention(Attention):
         normed = isinstance(self.q_norm, nn.LayerNorm)
         if self.product.integer and not (normed or at.rotates):
             return self.product.output_format(self.num_heads * self.head_dim)
-        device = self.qkv.weight.device
-        if self.product.integer or normed or attention_dtype(device) == torch.float32:
+        if self.product.integer or normed:
             return OutputFormat(torch.float32)
-        return OutputFormat(torch.bfloat16, self._units(device))
+        device = self.qkv.weight.device
+        if self._float_format is None or self._float_format[0] != device:
+            self._float_format = device, self._make_float_format(device)
+        return self._float_format[1]
 
-    def _units(self, device: torch.device) -> Tensor:
-        if self._cached_units is None or self._cached_units.device != device:
-            units = torch.ones(3, self.num_heads * self.head_dim, device=device)
-            units[0] = self.head_dim**0.5
-            self._cached_units = units.flatten()
-        return self._cached_units
+    def _make_float_format(self, device: torch.device) -> OutputFormat:
+        if attention_dtype(device) == torch.float32:
+            return OutputFormat(torch.float32)
+        units = torch.ones(3, self.num_heads * self.head_dim, device=device)
+        units[0] = self.head_dim**0.5
+        return OutputFormat(torch.bfloat16, units.flatten())
 
 
 class QuantizedMlp(Mlp):
@@ -199,6 +203,29 @@ class QuantizedViT(ViT):
         for product in self.products():
             product.backend = name
         return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what lies between the integer products by ``torch.compile``; the first
+        image of a shape then takes tens of seconds.  Arguments are those of
+        ``torch.compile``.
+
+        Raises:
+            SettingError: there is no C++ compiler.
+        """
+        if self.prefix.device.type == "cpu" and opaque.compiler() is None:
+            raise SettingError(
+                f"Compiling takes a C++ compiler ({', '.join(opaque.COMPILERS)}), and none is on "
+                f"the PATH. Install one, or run the model as it is."
+            )
+        self(
+            torch.zeros(1, self.arch.in_channels, *self.arch.image_size, device=self.prefix.device)
+        )
+        super().compile(*args, **{"fullgraph": True, **kwargs})
+
+    @property
+    def compiled(self) -> bool:
+        """Whether :meth:`compile` has been called."""
+        return self._compiled_call_impl is not None
 
     def _linears(self) -> list[IntegerLinear]:
         return [m for m in self.modules() if isinstance(m, IntegerLinear)]
