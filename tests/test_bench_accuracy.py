@@ -62,9 +62,11 @@ def test_real_images_must_be_named(tmp_path: Path, small_weights: Path, labelled
 
 
 def test_variants_differ_and_the_last_ingredient_is_the_one_missing() -> None:
-    key = {"bits": 4, "attention": "float"}
+    key = {"bits": 4, "attention": "float", "source": "pri4"}
     last = [name for name in VARIANTS if name.startswith("plain+")][-1]
     assert _settings({**key, "variant": last}) == QuantizationSettings(bits=4, fractal=0)
     assert _settings({**key, "variant": "plain"}).rounding == "nearest"
     changed = [_settings({**key, "variant": name}) for name in VARIANTS]
     assert len(set(changed)) == len(VARIANTS) - 1
+    real = _settings({**key, "source": "real", "variant": "default"})
+    assert real == QuantizationSettings(bits=4, smooth=(), fractal=0)

@@ -19,6 +19,7 @@ from calibration_bench.options import at_least, numbers, option, words
 from calibration_bench.quantized import Made, Tested, about, invert, load, quantize_each
 from calibration_bench.registry import Bench, Experiment, Key, Measured
 from calibration_bench.source_tables import accuracy_tables
+from calibration_bench.sources import RealImages, make
 from dfq import InversionSettings, QuantizationSettings
 from dfq.errors import SettingError
 
@@ -63,6 +64,9 @@ def _variants() -> dict[str, dict[str, Any]]:
 
 
 VARIANTS = _variants()
+
+UNCOVERED: dict[str, Any] = {"smooth": (), "fractal": 0}
+"""Real images are calibrated on as they are."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,9 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
 def _images(options: Options, key: Key, out: Path) -> Made:
     """Where the images of a key are, and how long they took to make."""
     if key["source"] == REAL:
-        return Made(str(options.real), 0.0)
+        loaded = load(options)[0]
+        real = RealImages(loaded, options.real, options.data, None)
+        return make(options, loaded, real, key, out)
     made = invert(
         options, key["source"], key, iterations=key["iterations"], seed=key["seed"], out=out
     )
@@ -137,7 +143,8 @@ def _images(options: Options, key: Key, out: Path) -> Made:
 def _settings(key: Key) -> QuantizationSettings:
     changed = VARIANTS[key["variant"]]
     base = QuantizationSettings(bits=key["bits"], attention=key["attention"])
-    return dataclasses.replace(base, **changed)
+    alone = UNCOVERED if key["source"] == REAL else {}
+    return dataclasses.replace(base, **{**changed, **alone})
 
 
 EXPERIMENT = Experiment(Options, plan, measure, accuracy_tables)
