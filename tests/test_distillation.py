@@ -139,6 +139,8 @@ def test_a_student_is_replaced_and_nothing_else(teacher: VisionTransformer, tmp_
         ({"student": "resnet18"}, "resnet18"),
         ({"student": "beit_base_patch16_224"}, "cannot be a student|timm cannot build"),
         ({"width": 31}, "timm cannot build"),
+        ({"depth": 0}, "depth has 0; a student has at least 1"),
+        ({"width": 30, "heads": 4}, "multiple of 4"),
         ({"student": None}, "named student"),
         ({"settings": {"quantization": {}}}, "known: inversion, distillation"),
         ({"steps": 0}, "steps is 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from dfq.vit import Architecture
 from dfq.vit.describe import describe
 from dfq.vit.saved import building_arguments
 
-SHAPE = ("depth", "embed_dim", "num_heads")
+SHAPE = {"depth": "depth", "embed_dim": "width", "num_heads": "heads"}
+"""timm's names of what can be changed about a student, and dfq's."""
 
 
 def student_arguments(
@@ -33,7 +35,9 @@ def student_arguments(
 
     Raises:
         UnknownModelError: timm has no model of that name.
+        SettingError: the shape has a number that no model can have.
     """
+    _check(shape)
     base: dict[str, Any] = {"model_name": name or timm_name.partition(".")[0]}
     if (name or timm_name) == "demo":
         base = dict(demo.MODEL_ARGS)
@@ -52,6 +56,18 @@ def student_arguments(
         "num_classes": teacher.num_classes,
         **{key: shape[key] for key in SHAPE if shape.get(key) is not None},
     }
+
+
+def _check(shape: Mapping[str, int | None]) -> None:
+    for key, value in shape.items():
+        if value is not None and value < 1:
+            raise SettingError(f"{SHAPE[key]} has {value}; a student has at least 1.")
+    width, heads = shape.get("embed_dim"), shape.get("num_heads")
+    if width is not None and heads is not None and width % heads:
+        raise SettingError(
+            f"width has {width}, heads {heads}; the heads share the width evenly, so it must be "
+            f"a multiple of {heads}."
+        )
 
 
 def create(arguments: dict[str, Any], teacher: Architecture, seed: int) -> nn.Module:
