@@ -10,8 +10,8 @@ from calibration_bench.tables import groups
 
 ABOUT = (
     "comparison", "model", "fingerprint", "data", "data_digest", "test_images", "float_accuracy",
-    "student", "depth", "width", "heads", "parameters", "steps", "batch", "images", "budget",
-    "one_class", "precision", "threads",
+    "student", "depth", "width", "heads", "start", "began_with", "parameters", "steps", "batch",
+    "images", "budget", "one_class", "precision", "threads",
 )  # fmt: skip
 
 COLUMNS = {
@@ -85,7 +85,9 @@ def _table(about: dict[str, Any], rows: list[Row]) -> Table:
 def _student(about: dict[str, Any]) -> str:
     changed = [f"{n} {about[n]}" for n in ("depth", "width", "heads") if about[n] is not None]
     size = f"{about['parameters'] / 1e6:.2f} M parameters"
-    return ", ".join([about["student"] or "a student like its teacher", *changed, size])
+    begun = "blocks of the teacher's" if about["began_with"] == "teacher" else "random weights"
+    name = about["student"] or "a student like its teacher"
+    return ", ".join([name, *changed, size, f"begun with {begun}"])
 
 
 def _mean(rows: list[Row]) -> Row:

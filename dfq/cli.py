@@ -414,6 +414,13 @@ def distill(
         int | None, typer.Option(help="Images to make or to train on.", show_default="512")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of training.", show_default="2000")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose weights it begins with: teacher, random; auto: the teacher's if they fit.",
+            show_default="auto",
+        ),
+    ] = None,
     recipe: RecipeFile = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
@@ -444,6 +451,7 @@ def distill(
         data=data,
         images=images,
         steps=steps,
+        start=start,
         recipe=recipe,
         weights=weights,
         num_classes=num_classes,
@@ -713,6 +721,8 @@ def _distill_table(r: dict[str, Any]) -> Table:
     table = _two_columns()
     table.add_row("teacher", _escape(r["teacher"]))
     table.add_row("student", f"{_escape(r['student'])}, {r['parameters'] / 1e6:.2f} M parameters")
+    begun = "blocks of the teacher's" if r["start"] == "teacher" else "random weights"
+    table.add_row("began with", begun)
     table.add_row("images", f"{r['data']['images']}, {r['data']['method']}")
     table.add_row("loss", f"{r['losses'][0]:.3g} -> {r['losses'][-1]:.3g}")
     if r["accuracy"]:

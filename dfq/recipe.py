@@ -13,6 +13,7 @@ from dfq.errors import RecipeError, SettingError, nearest
 Method = Literal["pri", "smi", "dmi", "noise"]
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Start = Literal["auto", "teacher", "random"]
 LeaveFirst = Literal["most", "least"]
 Observer = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]
 Rounding = Literal["nearest", "gptq"]
@@ -164,7 +165,12 @@ class DistillationSettings:
 
     steps: int = _setting(2000, "steps of training", 1, 10_000_000)
     batch: int = _setting(64, "images of a step, at most", 1, 65536)
-    lr: float = _setting(1e-3, "largest step size of AdamW", 1e-9, 10.0)
+    start: Start = _setting(
+        "auto",
+        "weights the student begins with: random, or of as many of the teacher's blocks; auto: the "
+        "teacher's where they fit",
+    )
+    lr: float = _setting(5e-4, "largest step size of AdamW", 1e-9, 10.0)
     weight_decay: float = _setting(0.05, "of matrices, by AdamW", 0.0, 10.0)
     warmup: float = _setting(0.1, "share of the steps over which the step size grows", 0.0, 1.0)
     clip: float = _setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
@@ -175,6 +181,20 @@ class DistillationSettings:
         0.125, "largest random roll, as a share of the grid's side; whole patches", 0.0, 0.5
     )
     flip: bool = _setting(True, "flip half of the batches horizontally")
+    contrast: float = _setting(
+        4.0,
+        "each image's contrast is multiplied by up to so much, or divided, about a random level; "
+        "1: left as it is",
+        1.0,
+        64.0,
+    )
+    features: float = _setting(
+        1.0,
+        "weight of the distance of the last patch tokens from the teacher's, where both have the "
+        "same width",
+        0.0,
+        1e6,
+    )
     smooth: tuple[float, ...] = _setting(
         (1.0, 2.0, 4.0),
         "train on whole inverted images and fractal noise at these shares of their resolution too, "

@@ -153,12 +153,14 @@ class TeacherStudent:
 class DistillResult:
     """Result of :func:`dfq.distill`.
 
-    ``losses`` are means over equal stretches of the training.  ``accuracy`` (top-1) and
-    ``agreement`` with the teacher are None without evaluation data of ``images`` images.
+    ``start`` says whose weights the student began with, ``teacher`` or ``random``.  ``losses`` are
+    means over equal stretches of the training.  ``accuracy`` (top-1) and ``agreement`` with the
+    teacher are None without evaluation data of ``images`` images.
     """
 
     teacher: str
     student: str
+    start: str
     parameters: int
     data: CalibrationSource
     path: str

@@ -156,6 +156,7 @@ def test_tables_have_means_and_spreads_over_seeds() -> None:
     about = {
         "model": "m", "fingerprint": "f", "data": "d", "data_digest": "x", "test_images": 9,
         "float_accuracy": 0.9, "student": None, "depth": 2, "width": None, "heads": None,
+        "start": "auto", "began_with": "teacher",
         "parameters": 500_000, "steps": 100, "batch": 32, "images": 8, "budget": None,
         "precision": "float32", "threads": 1, "iterations": 4, "invert_seconds": 2.0,
         "train_seconds": 3.0, "made": 8, "kl": 1.0, "last_loss": 0.5, "real": None,

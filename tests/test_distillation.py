@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
 import dfq
-from dfq.distillation.student import forward_sparse
-from dfq.distillation.training import RECORDS, divergence, rate
+from dfq.distillation.inherit import begin, spaced
+from dfq.distillation.student import tokens
+from dfq.distillation.training import RECORDS, distance, divergence, rate, stretched
 from dfq.errors import DfqError, OutputError, RunError, SettingError, WeightsError
 from dfq.recipe import DistillationSettings
 from dfq.sparse import patchify
@@ -77,8 +79,79 @@ def test_a_student_sees_what_its_converted_form_sees(changes: dict[str, Any]) ->
     some = patches.gather(1, positions[..., None].expand(-1, -1, patches.shape[2]))
     expected = vit.forward_sparse(some, positions)
     torch.testing.assert_close(
-        forward_sparse(model, some, positions), expected, rtol=1e-4, atol=1e-4
+        model.forward_head(tokens(model, some, positions)), expected, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reg_tokens": 3},
+        {"no_embed_class": True, "init_values": 0.1},
+        {"class_token": False, "global_pool": "avg"},
+        {"pre_norm": True, "qk_norm": True},
+        {"qkv_bias": False},
+    ],
+    ids=str,
+)
+def test_a_student_of_the_teachers_depth_begins_as_the_teacher(changes: dict[str, Any]) -> None:
+    teacher, other = make_vit(**changes), make_vit(seed=1, **changes)
+    vit = load_model(teacher, mean=(0.5,) * 3, std=(0.5,) * 3).vit
+    assert begin(other, vit.arch, vit, "teacher") == "teacher"
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(images), teacher.eval()(images))
+
+
+def test_a_shallower_student_begins_with_blocks_of_the_teachers() -> None:
+    teacher, other = make_vit(depth=5), make_vit(seed=1, depth=3)
+    vit, arch = (load_model(m, mean=(0.5,) * 3, std=(0.5,) * 3).vit for m in (teacher, other))
+    assert begin(other, arch.arch, vit, "auto") == "teacher"
+    for mine, index in zip(other.blocks, (0, 2, 4), strict=True):
+        for name, value in teacher.blocks[index].state_dict().items():
+            assert torch.equal(mine.state_dict()[name], value)
+
+
+def test_what_does_not_fit_begins_with_random_weights() -> None:
+    vit = load_model(make_vit(), mean=(0.5,) * 3, std=(0.5,) * 3).vit
+    for changes in ({"embed_dim": 48}, {"depth": 9}, {"act_layer": "silu"}, {"qkv_bias": False}):
+        other = make_vit(seed=1, **changes)
+        arch = load_model(other, mean=(0.5,) * 3, std=(0.5,) * 3).vit.arch
+        before = {k: v.clone() for k, v in other.state_dict().items()}
+        assert begin(other, arch, vit, "auto") == "random"
+        assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
+        with pytest.raises(SettingError, match="cannot start with its teacher's weights"):
+            begin(other, arch, vit, "teacher")
+
+
+@given(count=st.integers(1, 40), more=st.integers(0, 40))
+def test_blocks_are_spaced_evenly(count: int, more: int) -> None:
+    found = spaced(count, count + more)
+    steps = [b - a for a, b in pairwise(found)]
+    assert len(found) == count
+    assert found[-1] == count + more - 1
+    assert not steps or (found[0] == 0 and min(steps) >= 1 and max(steps) - min(steps) <= 1)
+
+
+@given(seed=st.integers(0, 1000), contrast=st.floats(1, 64))
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_contrast_keeps_the_order_of_pixels(seed: int, contrast: float) -> None:
+    images = dfq.fractal_noise(3, load_model("demo").vit.arch.grid, first=seed)
+    found = stretched(images, contrast, torch.Generator().manual_seed(seed))
+    assert torch.equal(found.positions, images.positions)
+    for before, after in zip(images.patches.flatten(1), found.patches.flatten(1), strict=True):
+        order = before.argsort(stable=True)
+        assert bool((after[order].int().diff() >= 0).all())
+    if contrast == 1:
+        assert torch.equal(found.patches, images.patches)
+
+
+def test_tokens_that_differ_in_scale_alone_have_no_distance() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 4, 64, generator=g), torch.randn(2, 4, 64, generator=g)
+    assert float(distance(x, 3 * x + 1)) == pytest.approx(0, abs=1e-4)
+    assert 1 < float(distance(x, y)) < 3
 
 
 def test_the_loss_falls(teacher: VisionTransformer, tmp_path: Path) -> None:
@@ -141,6 +214,8 @@ def test_a_student_is_replaced_and_nothing_else(teacher: VisionTransformer, tmp_
         ({"width": 31}, "timm cannot build"),
         ({"depth": 0}, "depth has 0; a student has at least 1"),
         ({"width": 30, "heads": 4}, "multiple of 4"),
+        ({"start": "scratch"}, "start is 'scratch'; allowed: auto, teacher, random"),
+        ({"start": "teacher", "width": 48}, "its embed_dim is 48, the teacher's 64"),
         ({"student": None}, "named student"),
         ({"settings": {"quantization": {}}}, "known: inversion, distillation"),
         ({"steps": 0}, "steps is 0"),
@@ -169,9 +244,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverged(model: Any, *given: torch.Tensor) -> torch.Tensor:
-        return forward_sparse(model, *given) * torch.inf
+        return tokens(model, *given) * torch.inf
 
-    monkeypatch.setattr("dfq.distillation.training.forward_sparse", diverged)
+    monkeypatch.setattr("dfq.distillation.training.tokens", diverged)
     with pytest.raises(RunError, match=r"step 0\. Lower lr"):
         distill(teacher, tmp_path / "s")
     assert not (tmp_path / "s").exists()

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -59,6 +59,9 @@ class Options(Subject):
     depth: int | None = option(2, "Its blocks.")
     width: int | None = option(None, "Its embedding width.")
     heads: int | None = option(None, "Its attention heads.")
+    start: str = option(
+        "auto", "Weights it begins with: teacher, random; auto: teacher's if they fit."
+    )
     steps: int = option(100, "Of training.")
     batch: int = option(32, "Images of a step.")
 
@@ -83,8 +86,9 @@ def plan(options: Options, bench: Bench) -> list[Key]:
 
 def _student(options: Options) -> Key:
     """What every student of a run is, and how it is trained."""
-    plan = DistillationSettings(steps=options.steps, batch=options.batch)
-    names = ("student", "depth", "width", "heads")
+    start = cast(Any, options.start)
+    plan = DistillationSettings(steps=options.steps, batch=options.batch, start=start)
+    names = ("student", "depth", "width", "heads", "start")
     return {**{n: getattr(options, n) for n in names}, "steps": plan.steps, "batch": plan.batch}
 
 
@@ -150,6 +154,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
             "made": count,
             "train_seconds": result.training_seconds,
             "parameters": result.parameters,
+            "began_with": result.start,
             "first_loss": result.losses[0],
             "last_loss": result.losses[-1],
         }
@@ -200,6 +205,7 @@ def _distill(options: Options, key: Key, data: str, count: int, place: Path) -> 
         depth=key["depth"],
         width=key["width"],
         heads=key["heads"],
+        start=key["start"],
         data=data,
         images=count,
         out=place / "student",

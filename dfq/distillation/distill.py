@@ -13,6 +13,7 @@ from torch import nn
 
 from dfq.comparison import Comparison, compare, dense_batches
 from dfq.device import resolve_device
+from dfq.distillation.inherit import begin
 from dfq.distillation.student import create, student_arguments
 from dfq.distillation.training import Images, train
 from dfq.errors import SettingError, UnsupportedModelError
@@ -44,6 +45,7 @@ def distill(
     data: str | Path | None = None,
     images: int | None = None,
     steps: int | None = None,
+    start: str | None = None,
     out: str | Path | None = None,
     eval: str | Path | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -58,10 +60,11 @@ def distill(
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> DistillResult:
-    """Train a student ViT with random weights on images inverted from a teacher.
+    """Train a student ViT on images inverted from a teacher.
 
     Both see the same patches at the same places; the student learns the teacher's
     prediction (arXiv 2509.23235, section 4.3).  The images are made before and stay the same.
+    The student begins with blocks of the teacher's where they fit, else with random weights.
 
     Args:
         teacher, weights, num_classes, img_size, mean, std: see :func:`dfq.load_model`.
@@ -72,6 +75,7 @@ def distill(
             image folder or an ``.npz``; ``pri`` by default.
         images: how many to make, or to take of a folder; 512 by default.
         steps: of training.
+        start: ``teacher``, ``random``, or ``auto``: whose weights the student begins with.
         out: directory of the student; ``./TEACHER-student`` by default.
         eval: labelled data on which teacher and student are measured.
         recipe: a TOML file or a :class:`dfq.Recipe`, of which ``inversion`` and
@@ -94,7 +98,7 @@ def distill(
     chosen = make_recipe(
         recipe,
         inversion=given(extra.get("inversion"), method=method, images=images, seed=seed),
-        distillation=given(extra.get("distillation"), steps=steps, seed=seed),
+        distillation=given(extra.get("distillation"), steps=steps, start=start, seed=seed),
     )
     plan = chosen.distillation or DistillationSettings()
     name = teacher if isinstance(teacher, str) else module_name(teacher)
@@ -114,7 +118,9 @@ def distill(
     named = None if student is None else ALIASES.get(student, student)
     written = Path(teacher) if isinstance(teacher, str) and is_saved(teacher) else None
     arguments = student_arguments(named, arch, loaded.timm_name, written, **shape)
-    model = create(arguments, arch, plan.seed).to(target)
+    model, student_arch = create(arguments, arch, plan.seed)
+    begun = begin(model, student_arch, loaded.vit, plan.start)
+    model.to(target)
     tested = None if eval is None else open_images(eval, arch, loaded.preprocessing, labelled=True)
     loaded.vit.to(target)
     source, origin = calibration_set(
@@ -127,6 +133,7 @@ def distill(
     result = DistillResult(
         teacher=name,
         student=str(arguments["model_name"]),
+        start=begun,
         parameters=sum(p.numel() for p in model.parameters()),
         data=origin,
         path=str(place),

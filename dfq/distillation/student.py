@@ -70,8 +70,10 @@ def _check(shape: Mapping[str, int | None]) -> None:
         )
 
 
-def create(arguments: dict[str, Any], teacher: Architecture, seed: int) -> nn.Module:
-    """A student with random weights of that seed.
+def create(
+    arguments: dict[str, Any], teacher: Architecture, seed: int
+) -> tuple[nn.Module, Architecture]:
+    """A student with random weights of that seed, and its architecture.
 
     Raises:
         SettingError: it cannot be built, or does not read the teacher's patches.
@@ -94,26 +96,26 @@ def create(arguments: dict[str, Any], teacher: Architecture, seed: int) -> nn.Mo
             f"{arguments['model_name']!r} cannot be a student: only models with learnt position "
             "embeddings and one head can be trained on sparse images."
         )
-    return model
+    return model, arch
 
 
-def forward_sparse(model: Any, patches: Tensor, positions: Tensor) -> Tensor:
-    """Logits of a timm ViT for patches ``[B, L, D]`` at ``positions`` ``[B, L]``.
+def tokens(model: Any, patches: Tensor, positions: Tensor) -> Tensor:
+    """Tokens ``[B, prefix + L, width]`` of a timm ViT after its last norm, for patches
+    ``[B, L, D]`` at ``positions`` ``[B, L]``.
 
-    Trains timm's own parameters; equal to :meth:`dfq.vit.ViT.forward_sparse` of the
-    converted model.
+    Trains timm's own parameters; with timm's ``forward_head`` equal to
+    :meth:`dfq.vit.ViT.forward_sparse` of the converted model.
     """
     embed = model.patch_embed
     x = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
     prefix = [t for t in (model.cls_token, getattr(model, "reg_token", None)) if t is not None]
-    tokens = torch.cat(prefix, dim=1) if prefix else x.new_zeros(1, 0, x.shape[-1])
+    first = torch.cat(prefix, dim=1) if prefix else x.new_zeros(1, 0, x.shape[-1])
     if model.pos_embed is not None:
         table = model.pos_embed[0]
         if not model.no_embed_class:
-            tokens = tokens + table[: tokens.shape[1]]
-            table = table[tokens.shape[1] :]
+            first = first + table[: first.shape[1]]
+            table = table[first.shape[1] :]
         x = x + F.embedding(positions, table)
-    x = torch.cat([tokens.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-    x = model.norm(model.blocks(model.norm_pre(x)))
-    logits: Tensor = model.forward_head(x)
-    return logits
+    x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+    found: Tensor = model.norm(model.blocks(model.norm_pre(x)))
+    return found

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfq.device import resolve_precision
-from dfq.distillation.student import forward_sparse
+from dfq.distillation.student import tokens
 from dfq.errors import RunError
 from dfq.inversion.jitter import draw, mirror, move_table
 from dfq.inversion.objective import seeded
@@ -66,19 +68,34 @@ def moved(
     )
 
 
+def stretched(images: SparseImages, contrast: float, g: torch.Generator) -> SparseImages:
+    """The images with each one's contrast multiplied by a random factor between ``1 / contrast``
+    and ``contrast`` about a random level, and clipped to what pixels can be.
+
+    Inverted images are textured everywhere; photographs have flat, dark and bright areas.
+    """
+    shape = (len(images), 1, 1)
+    exponent = torch.empty(shape).uniform_(-1, 1, generator=g)
+    level = torch.empty(shape).uniform_(0, 255, generator=g).to(images.patches.device)
+    gain = torch.pow(contrast, exponent).to(images.patches.device)
+    pixels = level + gain * (images.patches - level)
+    return dataclasses.replace(images, patches=pixels.round_().clamp_(0, 255).to(torch.uint8))
+
+
 def train(
     teacher: ViT,
-    student: nn.Module,
+    student: Any,
     images: Images,
     preprocessing: Preprocessing,
     settings: DistillationSettings,
     advance: Callable[[int], None],
 ) -> list[float]:
-    """Train the student in place; returns the mean loss of each of :data:`RECORDS` stretches.
+    """Train a timm student in place; returns the mean loss of each of :data:`RECORDS` stretches.
 
     The loss is the Kullback-Leibler divergence of the student's from the teacher's
     prediction at ``temperature``, times its square (arXiv 1503.02531, section 2), on the same
-    patches at the same places.
+    patches at the same places; and ``features`` times the distance of their last patch tokens
+    (arXiv 1412.6550, section 2.1) where they are of one width.
 
     Raises:
         RunError: the loss is no longer finite.
@@ -87,6 +104,7 @@ def train(
     precision = resolve_precision(settings.precision, device)
     generator = seeded(settings.seed, "distillation", 0)
     optimizer = torch.optim.AdamW(_decayed(student, settings.weight_decay), lr=settings.lr)
+    weight = settings.features if student.embed_dim == teacher.arch.embed_dim else 0.0
     student.train()
     losses: list[float] = []
     for step in range(settings.steps):
@@ -94,12 +112,18 @@ def train(
             group["lr"] = settings.lr * rate(step, settings)
         batch = images.draw(settings.batch, generator).to(device)
         batch = moved(batch, grid, settings.jitter, settings.flip, generator)
+        batch = stretched(batch, settings.contrast, generator)
         x = pixels_to_input(batch.patches, preprocessing.mean, preprocessing.std, grid)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             with torch.no_grad():
-                target = teacher.forward_sparse(x, batch.positions)
-            found = forward_sparse(student, x, batch.positions)
+                aim = teacher.tokens(x, batch.positions)
+                target, aim = teacher.classify(aim), teacher.norm(aim)
+            features = tokens(student, x, batch.positions)
+            found = student.forward_head(features)
         loss = divergence(found, target, settings.temperature)
+        if weight:
+            kept = x.shape[1]
+            loss = loss + weight * distance(features[:, -kept:], aim[:, -kept:])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
@@ -120,6 +144,13 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     p = (teacher.float() / temperature).log_softmax(-1)
     q = (student.float() / temperature).log_softmax(-1)
     return F.kl_div(q, p, log_target=True, reduction="batchmean") * temperature**2
+
+
+def distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean square of the difference of tokens ``[B, L, width]``, each scaled to mean 0 and
+    variance 1: from 0 to 4, about 2 where they have nothing to do with each other."""
+    width = student.shape[-1:]
+    return F.mse_loss(F.layer_norm(student.float(), width), F.layer_norm(teacher.float(), width))
 
 
 def rate(step: int, settings: DistillationSettings) -> float:
