@@ -15,6 +15,8 @@ from dfq.files import check_writable, write_json
 
 FORMAT = "dfq-bench"
 FORMAT_VERSION = 1
+ENTRY = {"key", "row", "complete", "session", "measured"}
+"""What is stored of a row."""
 
 
 def now() -> str:
@@ -46,6 +48,11 @@ class Store:
             (content.get("format"), content.get("format_version")) != known
         ):
             raise DataError(f"{str(self.path)!r} holds no results of format {known}.")
+        if not _whole(content):
+            raise DataError(
+                f"{str(self.path)!r} holds rows or sessions that this bench did not write. Move it "
+                "away, or choose another --results."
+            )
         return content
 
     def rows(self) -> list[Row]:
@@ -81,6 +88,25 @@ class Store:
         else:
             content["rows"].append(entry)
         write_json(self.path, content)
+
+
+def _whole(content: dict[str, Any]) -> bool:
+    """Every row has its parts, and a session of this file."""
+    rows, sessions = content.get("rows"), content.get("sessions")
+    return (
+        isinstance(rows, list)
+        and isinstance(sessions, dict)
+        and all(name.isdecimal() and isinstance(s, dict) for name, s in sessions.items())
+        and all(
+            isinstance(row, dict)
+            and set(row) >= ENTRY
+            and isinstance(row["key"], dict)
+            and isinstance(row["row"], dict)
+            and isinstance(row["session"], str)
+            and row["session"] in sessions
+            for row in rows
+        )
+    )
 
 
 def flat(entry: dict[str, Any]) -> Row:

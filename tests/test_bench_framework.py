@@ -132,7 +132,23 @@ def test_a_failed_write_leaves_the_rows_before_it(
     assert [p.name for p in tmp_path.iterdir()] == ["fake.json"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}'])
+HEAD = '{"format": "dfq-bench", "format_version": 1, "experiment": "fake", '
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"format": "other"}',
+        HEAD + '"rows": [], "sessions": {"first": {}}}',
+        HEAD + '"rows": {}, "sessions": {}}',
+        HEAD + '"rows": [{"key": {}, "row": {}}], "sessions": {}}',
+        HEAD
+        + '"rows": [{"key": {}, "row": {}, "complete": true, "measured": "", "session": "1"}], '
+        '"sessions": {}}',
+    ],
+)
 def test_damaged_results_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "fake.json").write_text(content)
     with pytest.raises(DataError, match=r"fake\.json"):

@@ -129,6 +129,8 @@ def test_a_budget_of_time_is_spent_in_whole_units(
         ({"one_class": 5}, "--one-class is 5; the model's are 0 to 4"),
         ({"budget": 0.0}, "--budget is 0.0"),
         ({"steps": 0}, "steps is 0"),
+        ({"start": "scratch"}, "start is 'scratch'; allowed: auto, teacher, random"),
+        ({"depth": 0}, "--depth is 0"),
     ],
     ids=str,
 )

@@ -51,10 +51,10 @@ class Options(Subject):
     real: str | None = option(
         None, "Labelled training images, a folder or an .npz, as a further source."
     )
-    images: int = option(128, "Images of the comparisons count and class.")
+    images: int = option(64, "Images of the comparisons count and class.")
     budget: float = option(4.0, "Seconds of inversion of the comparison time.")
     one_class: int = option(0, "The class of the comparison class.")
-    iterations: int = option(48, "Of inversion.")
+    iterations: int = option(24, "Of inversion.")
     student: str | None = option(None, "timm's name of the student; left out: the teacher's.")
     depth: int | None = option(2, "Its blocks.")
     width: int | None = option(None, "Its embedding width.")
@@ -71,6 +71,9 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     for value, flag in ((options.images, "--images"), (options.iterations, "--iterations")):
         at_least(value, 1, flag)
     at_least(options.limit, 1, "--limit")
+    for name in ("depth", "width", "heads"):
+        if getattr(options, name) is not None:
+            at_least(getattr(options, name), 1, f"--{name}")
     if not options.budget > 0:
         raise SettingError(f"--budget is {options.budget}; it must be above 0.")
     comparisons = words(options.comparisons, "--comparisons", COMPARISONS)
