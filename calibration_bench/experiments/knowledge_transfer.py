@@ -64,6 +64,7 @@ class Options(Subject):
     )
     steps: int = option(100, "Of training.")
     batch: int = option(32, "Images of a step.")
+    limit: int | None = option(500, "Test on the first so many images only.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
