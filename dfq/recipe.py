@@ -168,7 +168,7 @@ class DistillationSettings:
     start: Start = _setting(
         "auto",
         "weights the student begins with: random, or of as many of the teacher's blocks; auto: the "
-        "teacher's where they fit",
+        "teacher's where they fit and are fewer",
     )
     lr: float = _setting(5e-4, "largest step size of AdamW", 1e-9, 10.0)
     weight_decay: float = _setting(0.05, "of matrices, by AdamW", 0.0, 10.0)

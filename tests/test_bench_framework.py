@@ -296,3 +296,14 @@ def test_unknown_methods_are_refused(name: str) -> None:
 def test_unknown_models_are_refused() -> None:
     with pytest.raises(SettingError, match="timm has no model"):
         random_module("vit_huge_thing", 0)
+
+
+BENCH = Path(__file__).parents[1] / "calibration_bench"
+
+
+def test_the_committed_tables_are_those_of_the_committed_results() -> None:
+    rendered = report(BENCH / "results")
+    assert (BENCH / "results" / "TABLES.md").read_text() == rendered
+    shown = [x for x in (BENCH / "README.md").read_text().splitlines() if x.startswith("| ")]
+    assert shown
+    assert set(shown) <= set(rendered.splitlines())

@@ -115,8 +115,9 @@ def test_a_shallower_student_begins_with_blocks_of_the_teachers() -> None:
 
 def test_what_does_not_fit_begins_with_random_weights() -> None:
     vit = load_model(make_vit(), mean=(0.5,) * 3, std=(0.5,) * 3).vit
+    assert begin(make_vit(seed=1), vit.arch, vit, "auto") == "random"
     for changes in ({"embed_dim": 48}, {"depth": 9}, {"act_layer": "silu"}, {"qkv_bias": False}):
-        other = make_vit(seed=1, **changes)
+        other = make_vit(seed=1, **{"depth": 1, **changes})
         arch = load_model(other, mean=(0.5,) * 3, std=(0.5,) * 3).vit.arch
         before = {k: v.clone() for k, v in other.state_dict().items()}
         assert begin(other, arch, vit, "auto") == "random"

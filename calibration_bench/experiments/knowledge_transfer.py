@@ -60,7 +60,7 @@ class Options(Subject):
     width: int | None = option(None, "Its embedding width.")
     heads: int | None = option(None, "Its attention heads.")
     start: str = option(
-        "auto", "Weights it begins with: teacher, random; auto: teacher's if they fit."
+        "auto", "Weights it begins with: teacher, random, auto."
     )
     steps: int = option(100, "Of training.")
     batch: int = option(32, "Images of a step.")

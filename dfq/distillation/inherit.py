@@ -31,13 +31,13 @@ def begin(model: nn.Module, arch: Architecture, teacher: ViT, start: Start) -> S
 
     ``teacher``: the teacher's own, of as many of its blocks, evenly spaced (DistilBERT,
     arXiv 1910.01108, section 3).  ``random``: those it has.  ``auto``: the teacher's where they
-    fit.
+    fit and are fewer, for with all of them there is nothing left to learn.
 
     Raises:
         SettingError: the teacher's are asked for and do not fit.
     """
-    if start == "random":
-        return start
+    if start == "random" or (start == "auto" and arch.depth == teacher.arch.depth):
+        return "random"
     reason = _misfit(arch, teacher.arch)
     if reason is None and not _has_biases(model, teacher):
         reason = "it has no biases where the teacher has"
