@@ -417,7 +417,7 @@ def distill(
     start: Annotated[
         str | None,
         typer.Option(
-            help="Weights it begins with: teacher, random; auto: the teacher's if fewer blocks fit.",
+            help="Weights it begins with: teacher, random; auto: the teacher's if they fit.",
             show_default="auto",
         ),
     ] = None,

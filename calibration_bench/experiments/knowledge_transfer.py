@@ -59,9 +59,7 @@ class Options(Subject):
     depth: int | None = option(2, "Its blocks.")
     width: int | None = option(None, "Its embedding width.")
     heads: int | None = option(None, "Its attention heads.")
-    start: str = option(
-        "auto", "Weights it begins with: teacher, random, auto."
-    )
+    start: str = option("auto", "Weights it begins with: teacher, random, auto.")
     steps: int = option(100, "Of training.")
     batch: int = option(32, "Images of a step.")
     limit: int | None = option(500, "Test on the first so many images only.")
