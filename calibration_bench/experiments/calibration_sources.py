@@ -34,7 +34,7 @@ class Options(Subject):
         None,
         "Images for real: a folder or an .npz; left out: those of --data beyond the first --limit.",
     )
-    counts: str = option("8,32,64", "Numbers of images to calibrate on.")
+    counts: str = option("8,32", "Numbers of images to calibrate on.")
     bits: str = option("8,4", "Of the weights.")
     iterations: int = option(24, "Of inversion.")
     limit: int | None = option(256, "Test on the first so many images only.")

@@ -28,8 +28,8 @@ from dfq.errors import SettingError
 class Options(Tested):
     """What ``run inversion-quality`` takes."""
 
-    methods: str = option("dmi,smi,pri2,pri4,pri7", "Methods; noise is one too.")
-    iterations: str = option("8,24,64", "Iterations of a trajectory to try.")
+    methods: str = option("dmi,smi,pri4", "Methods: also pri2, pri7, ..., and noise.")
+    iterations: str = option("8,24,48", "Iterations of a trajectory to try.")
     bits: int = option(4, "Of the weights: 4 or 8.")
     limit: int | None = option(256, "Test on the first so many images only.")
 

@@ -45,14 +45,14 @@ class Options(Subject):
 
     comparisons: str = option(",".join(COMPARISONS), "count, time, class.")
     sources: str = option(
-        "dmi,smi,pri2,pri4,pri7,noise", "Images to train on; each also with +coverage."
+        "dmi,smi,pri4,noise", "Images to train on: also pri2, ...; each also with +coverage."
     )
     class_sources: str = option("dmi,pri4", "Those of the comparison class; real joins them.")
     real: str | None = option(
         None, "Labelled training images, a folder or an .npz, as a further source."
     )
-    images: int = option(64, "Images of the comparisons count and class.")
-    budget: float = option(4.0, "Seconds of inversion of the comparison time.")
+    images: int = option(32, "Images of the comparisons count and class.")
+    budget: float = option(2.0, "Seconds of inversion of the comparison time.")
     one_class: int = option(0, "The class of the comparison class.")
     iterations: int = option(24, "Of inversion.")
     student: str | None = option(None, "timm's name of the student; left out: the teacher's.")
@@ -60,9 +60,9 @@ class Options(Subject):
     width: int | None = option(None, "Its embedding width.")
     heads: int | None = option(None, "Its attention heads.")
     start: str = option("auto", "Weights it begins with: teacher, random, auto.")
-    steps: int = option(100, "Of training.")
+    steps: int = option(50, "Of training.")
     batch: int = option(32, "Images of a step.")
-    limit: int | None = option(500, "Test on the first so many images only.")
+    limit: int | None = option(256, "Test on the first so many images only.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,8 @@ def train(
     precision = resolve_precision(settings.precision, device)
     generator = seeded(settings.seed, "distillation", 0)
     optimizer = torch.optim.AdamW(_decayed(student, settings.weight_decay), lr=settings.lr)
+    if device.type == "cpu":
+        _unfuse(student)
     weight = settings.features if student.embed_dim == teacher.arch.embed_dim else 0.0
     student.train()
     losses: list[float] = []
@@ -159,6 +161,13 @@ def rate(step: int, settings: DistillationSettings) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, settings.steps - warm)))
+
+
+def _unfuse(model: nn.Module) -> None:
+    """Attention of timm's modules as two products: PyTorch's fused one takes longer on CPUs."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            cast(Any, module).fused_attn = False
 
 
 def _decayed(model: nn.Module, decay: float) -> list[dict[str, object]]:
