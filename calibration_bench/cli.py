@@ -1,4 +1,4 @@
-"""The command line: ``list``, ``run NAME``, ``report``."""
+"""The command line: ``list``, ``run NAME``, ``report``, ``rescale``."""
 
 from __future__ import annotations
 
@@ -116,6 +116,18 @@ def list_(json_: Json = False) -> None:
 def report_(results: Results = DEFAULT_RESULTS, plots: Plots = None) -> None:
     """Render the stored results as Markdown tables, and as plots where a place is named."""
     sys.stdout.write(report(results, plots))
+
+
+@app.command("rescale")
+def rescale_(
+    weights: Annotated[Path, typer.Argument(help="A timm ViT's weights, safetensors.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    seed: Annotated[int, typer.Option(help="Of the factors.")] = 0,
+) -> None:
+    """Write weights of the same function whose channels differ in size up to 100 times."""
+    from calibration_bench.rescale import rescale_file
+
+    rescale_file(weights, out, seed)
 
 
 class _Lines:

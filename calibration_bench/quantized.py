@@ -42,7 +42,7 @@ class Subject:
     data: str = option("demo", "Labelled image folder, .npz, or 'demo'.")
     limit: int | None = option(None, "Test on the first so many images only.")
     seeds: str = option("0,1,2", "Seeds of noise, targets and jitter.")
-    precision: str = option("auto", "Of inversion: auto, float32 or bfloat16.")
+    precision: str = option("auto", "Of inversion: auto, float32, bfloat16, int8.")
     threads: int | None = option(None, "Threads; left out: torch's.")
 
 

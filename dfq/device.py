@@ -35,8 +35,25 @@ def cpu_has(feature: str) -> bool:
     return probe is not None and bool(probe())
 
 
+def multiplies_bytes(device: torch.device) -> bool:
+    """Whether products of uint8 and int8 are fast and exact here, which takes x86's VNNI.
+
+    Without it oneDNN adds pairs of products in 16 bits, which saturate.
+    """
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and cpu_has("vnni")
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` becomes ``bfloat16`` where the processor multiplies it natively."""
+    """``auto`` becomes ``bfloat16`` where the processor multiplies it natively.
+
+    Raises:
+        DeviceError: ``int8`` is asked for where 8-bit products are not exact.
+    """
+    if precision == "int8" and not multiplies_bytes(device):
+        raise DeviceError(
+            f"precision is 'int8', which takes an x86 processor with 8-bit dot products (VNNI), "
+            f"not {device.type!r} here. Use 'auto'."
+        )
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -44,3 +61,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     else:
         native = cpu_has("avx512_bf16") or cpu_has("amx_tile")
     return "bfloat16" if native else "float32"
+
+
+def carrier(precision: str, device: torch.device) -> torch.dtype:
+    """The floating-point type of what a resolved precision leaves to floating point."""
+    name = resolve_precision("auto", device) if precision == "int8" else precision
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -13,6 +13,7 @@ from dfq.errors import RecipeError, SettingError, nearest
 Method = Literal["pri", "smi", "dmi", "noise"]
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Products = Literal["auto", "float32", "bfloat16", "int8"]
 Start = Literal["auto", "teacher", "random"]
 LeaveFirst = Literal["most", "least"]
 Observer = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]
@@ -83,8 +84,10 @@ class InversionSettings:
     )
     unit_size: int = _setting(4, "trajectories of a unit of work", 1, 4096)
     seed: int = _setting(0, "seed of noise, targets and jitter", 0, 2**31 - 1)
-    precision: Precision = _setting(
-        "auto", "of the forward and backward pass; auto: bfloat16 where the processor is faster"
+    precision: Products = _setting(
+        "auto",
+        "of the forward and backward pass; auto: bfloat16 where the processor is faster; int8: "
+        "linear layers on 8-bit integers, the rest as auto",
     )
     threads: int | None = _setting(None, "threads of a unit; left out: torch's", 1, 4096)
 

@@ -24,6 +24,7 @@ from calibration_bench.registry import Bench, Experiment, Key, Measured, Row
 from calibration_bench.tables import floor_tables
 from dfq import InversionSettings, LoadedModel
 from dfq.device import resolve_precision
+from dfq.errors import SettingError
 
 MODELS = "vit_small_patch16_224,vit_base_patch16_224,vit_small_patch14_dinov2@224"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,6 +48,8 @@ class Options:
 def plan(options: Options, bench: Bench) -> list[Key]:  # noqa: ARG001
     """One key for each model, method and stage."""
     at_least(options.iterations_per_stage, options.warmup + 1, "--iterations-per-stage")
+    if options.precision == "int8":
+        raise SettingError("--precision is int8; the floor is known for float32 and bfloat16.")
     return [
         {
             "model": model,

@@ -42,7 +42,7 @@ class Options:
     official: Path | None = option(None, "Checkout of Egg-Hu/SMI; without it only dfq runs.")
     official_batch: int = option(8, "Images at once of the official code.")
     unit_size: int = option(InversionSettings().unit_size, "Trajectories at once of dfq.")
-    precision: str = option("auto", "Of dfq: auto, float32 or bfloat16; official is float32.")
+    precision: str = option("auto", "Of dfq: auto, float32, bfloat16, int8; official is float32.")
     iterations: int = option(4000, "Iterations of a trajectory that is extrapolated to.")
     iterations_per_stage: int = option(12, "Timed in every round, with the warm-up.")
     warmup: int = option(2, "First iterations of each stage that do not count.")

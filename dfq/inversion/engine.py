@@ -10,8 +10,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dfq.device import carrier
 from dfq.inversion.frozen import can_pack, pack_linears
 from dfq.inversion.importance import importance_of, resolve_importance
+from dfq.inversion.integer import multiply_integers
 from dfq.inversion.jitter import draw, mirror, move_table
 from dfq.inversion.objective import Objective, make_objective, seeded
 from dfq.inversion.plateau import Plateau
@@ -68,8 +70,11 @@ class Engine:
         """``settings.precision`` and ``settings.threads`` must be resolved."""
         self.settings, self.preprocessing = settings, preprocessing
         self.device = torch.device(device)
-        self.dtype = getattr(torch, settings.precision)
-        self.vit = copy.deepcopy(vit).to(self.device, self.dtype).requires_grad_(False)
+        self.dtype = carrier(settings.precision, self.device)
+        self.vit = copy.deepcopy(vit).to(self.device).requires_grad_(False)
+        if settings.precision == "int8":
+            multiply_integers(self.vit)
+        self.vit.to(self.dtype)
         self.grid = vit.arch.grid
         if can_pack(self.device, self.dtype):
             pack_linears(self.vit, settings.unit_size * self.grid.patches)

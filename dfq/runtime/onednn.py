@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfq.device import cpu_has, resolve_precision
+from dfq.device import multiplies_bytes, resolve_precision
 from dfq.runtime import reference
 from dfq.runtime.params import LinearParams, OutputFormat
 
@@ -15,11 +15,8 @@ NAME = "onednn"
 
 
 def available(device: torch.device) -> bool:
-    """Whether products of uint8 and int8 are exact here, which takes VNNI.
-
-    Without it oneDNN adds pairs of products in 16 bits, which saturate.
-    """
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and cpu_has("vnni")
+    """Whether these kernels are exact here."""
+    return multiplies_bytes(device)
 
 
 def prepack(params: LinearParams) -> object:

@@ -1,0 +1,101 @@
+"""Frozen linear layers that multiply 8-bit integers in both directions."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dfq.vit import ViT
+
+TINY = 1e-30
+"""Rows are divided by at least this, so that a gradient of zero stays zero."""
+
+
+class IntegerProduct(nn.Module):
+    """A frozen linear layer whose product, and that of its gradient, is one of integers.
+
+    Weights have a scale for each output, forward and backward alike.  Inputs and gradients
+    have one for each row, found as they come: the class token's gradient is far larger
+    than those of the patches, which one scale for all would round away.  Results are in
+    the input's type.
+    """
+
+    bias: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        self.register_buffer("bias", linear.bias.detach())
+        self.forward_weight, self.backward_weight = _pack(weight), _pack(weight.t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        y: Tensor = _Product.apply(x, self.forward_weight, self.backward_weight, self.bias)
+        return y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, transposed: Any, bias: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        y, scale = _multiply(x, weight)
+        return torch.addcmul(bias, y, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        y, scale = _multiply(gradients[0], ctx.transposed)
+        return y.mul_(scale), None, None, None
+
+
+def _pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """oneDNN's blocked int8 copy of ``[out, in]``, scales and zero points ``[out]``."""
+    scale = weight.abs().amax(1).clamp_min(TINY) / 127
+    integers = (weight / scale[:, None]).round_().to(torch.int8).contiguous()
+    packed = torch.ops.onednn.qlinear_prepack(integers, None)
+    return packed, scale, torch.zeros(len(scale), dtype=torch.int32)
+
+
+def _multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The product in units of each row's scale, and these ``[..., 1]``."""
+    rows = x.to(torch.float32, copy=True)
+    largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
+    largest.clamp_min_(TINY)
+    signed = rows.mul_(127 / largest).round_().to(torch.int8)
+    unsigned = signed.view(torch.uint8).bitwise_xor_(128)
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        *(unsigned, 1.0, 128, *weight, None, 1.0, 0, x.dtype, "none", [], "")
+    )
+    return y, (largest / 127).to(x.dtype)
+
+
+@torch.no_grad()
+def multiply_integers(vit: ViT) -> None:
+    """Have the linear layers of a ViT's blocks multiply integers; the function stays.
+
+    Layer norms' affine goes into the layers that read it, so that their inputs have channels
+    of one size, however wide those of a trained model are.
+    """
+    for index in range(vit.arch.depth):
+        block = vit.block(index)
+        _fold(block.norm1, cast(nn.Linear, block.attn.qkv))
+        _fold(block.norm2, cast(nn.Linear, block.mlp.fc1))
+        _replace(block)
+
+
+def _fold(norm: nn.Module, linear: nn.Linear) -> None:
+    assert isinstance(norm, nn.LayerNorm)
+    weight, shift = linear.weight.float(), norm.bias.float()
+    linear.bias.copy_(linear.bias.float() + weight @ shift)
+    linear.weight.copy_(weight * norm.weight.float())
+    norm.weight.fill_(1)
+    norm.bias.zero_()
+
+
+def _replace(model: nn.Module) -> None:
+    for name, child in model.named_children():
+        if type(child) is nn.Linear:
+            setattr(model, name, IntegerProduct(child))
+        else:
+            _replace(child)
