@@ -78,7 +78,15 @@ def test_speed_of_a_tiny_vit(tmp_path: Path) -> None:
         assert sum(s["length"] for s in row["stages"]) == 40
     # contenders take turns
     rounds = [line for line in notes.lines if line.startswith("round")]
-    assert [line.split()[-1] for line in rounds] == ["dmi", "pri2", "dmi", "pri2"]
+    assert [line.split()[-2] for line in rounds] == ["dmi", "pri2", "dmi", "pri2"]
+
+
+def test_precisions_race_beside_each_other(tmp_path: Path) -> None:
+    options = small(methods="pri2", precision="bfloat16,float32,bfloat16", rounds=1)
+    rows = run(SPEED, options, tmp_path, Heard())["rows"]
+    assert [row["precision"] for row in rows] == ["bfloat16", "float32"]
+    with pytest.raises(SettingError, match="--precision names 'int9'"):
+        run(SPEED, small(precision="int9"), tmp_path, Heard())
 
 
 def test_images_of_a_trajectory_share_its_time(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -25,6 +26,7 @@ from calibration_bench.tables import speed_tables
 from dfq import InversionSettings, LoadedModel
 from dfq.device import resolve_device, resolve_precision
 from dfq.errors import RunError, SettingError
+from dfq.recipe import Products
 
 IMAGES = 32
 IMPLEMENTATIONS = ("dfq", "official", "official-frozen")
@@ -42,7 +44,9 @@ class Options:
     official: Path | None = option(None, "Checkout of Egg-Hu/SMI; without it only dfq runs.")
     official_batch: int = option(8, "Images at once of the official code.")
     unit_size: int = option(InversionSettings().unit_size, "Trajectories at once of dfq.")
-    precision: str = option("auto", "Of dfq: auto, float32, bfloat16, int8; official is float32.")
+    precision: str = option(
+        "auto", "Of dfq: auto, float32, bfloat16, int8, or several; official is float32."
+    )
     iterations: int = option(4000, "Iterations of a trajectory that is extrapolated to.")
     iterations_per_stage: int = option(12, "Timed in every round, with the warm-up.")
     warmup: int = option(2, "First iterations of each stage that do not count.")
@@ -71,27 +75,50 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     if options.check_extrapolation:
         return _check_keys(options, implementations)
     return [
-        _key(options, model, implementation, method, options.iterations)
+        _key(options, model, implementation, precision, method, options.iterations)
         for model in words(options.models, "--models")
         for implementation in implementations
+        for precision in _precisions(options, implementation)
         for method in methods
         if implementation == "dfq" or method.name in OFFICIAL_METHODS
     ]
 
 
+def _precisions(options: Options, implementation: str) -> list[str]:
+    """Those of an implementation, resolved; the official code has one."""
+    if implementation != "dfq":
+        return ["float32"]
+    device = resolve_device(options.device)
+    given = words(options.precision, "--precision", get_args(Products))
+    return list(dict.fromkeys(resolve_precision(name, device) for name in given))
+
+
 def _check_keys(options: Options, implementations: list[str]) -> list[Key]:
     return [
-        {**_key(options, model, name, Method("pri4" if name == "dfq" else "smi"), total), **CHECK}
+        {
+            **_key(
+                options, model, name, precision, Method("pri4" if name == "dfq" else "smi"), total
+            ),
+            **CHECK,
+        }
         for total in numbers(options.check_iterations, "--check-iterations", 8)
         for model in words(options.check_models, "--check-models")
         for name in implementations
+        for precision in _precisions(options, name)
     ]
 
 
 CHECK = {"kind": "check", "memory": False}
 
 
-def _key(options: Options, model: str, implementation: str, method: Method, iterations: int) -> Key:
+def _key(
+    options: Options,
+    model: str,
+    implementation: str,
+    precision: str,
+    method: Method,
+    iterations: int,
+) -> Key:
     device = resolve_device(options.device)
     own = implementation == "dfq"
     return {
@@ -101,7 +128,7 @@ def _key(options: Options, model: str, implementation: str, method: Method, iter
         "method": method.name,
         "iterations": iterations,
         "batch": options.unit_size if own else options.official_batch,
-        "precision": resolve_precision(options.precision, device) if own else "float32",
+        "precision": precision,
         "threads": options.threads or torch.get_num_threads(),
         "device": str(device),
         "seed": options.seed,
@@ -131,7 +158,8 @@ class Contender:
 
     @property
     def name(self) -> str:
-        return f"{self.key['model']} {self.key['implementation']} {self.key['method']}"
+        names = ("model", "implementation", "method", "precision")
+        return " ".join(self.key[name] for name in names)
 
     @property
     def images(self) -> int:
