@@ -178,7 +178,7 @@ Images = Annotated[
     int | None, typer.Option(help="Images to make or to calibrate on.", show_default="32")
 ]
 Iterations = Annotated[
-    int | None, typer.Option(help="Iterations of a trajectory.", show_default=False)
+    int | None, typer.Option(help="Iterations of a trajectory.", show_default="48")
 ]
 Stages = Annotated[
     int | None, typer.Option(help="PRI: images a trajectory yields.", show_default="4")
@@ -186,6 +186,10 @@ Stages = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Same seed, same bytes.", show_default="0")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads of inversion; recorded.", show_default="torch's")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="Of inversion: auto, float32, bfloat16 or int8.", show_default="auto"),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Cache = Annotated[
@@ -256,6 +260,7 @@ def quantize(
     ] = None,
     seed: Seed = None,
     threads: Threads = None,
+    precision: Precision = None,
     device: Device = "cpu",
     cache: Cache = None,
     min_agreement: MinAgreement = None,
@@ -264,7 +269,12 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Quantize a ViT without data and write a checkpoint."""
-    inversion = {"iterations": iterations, "stages": stages, "threads": threads}
+    inversion = {
+        "iterations": iterations,
+        "stages": stages,
+        "threads": threads,
+        "precision": precision,
+    }
     try:
         result = dfq.quantize(
             model,
@@ -315,6 +325,7 @@ def invert(
     std: Std = None,
     seed: Seed = None,
     threads: Threads = None,
+    precision: Precision = None,
     device: Device = "cpu",
     cache: Cache = None,
     json_: Json = False,
@@ -327,7 +338,12 @@ def invert(
         images=images,
         out=out,
         recipe=recipe,
-        settings={"iterations": iterations, "stages": stages, "threads": threads},
+        settings={
+            "iterations": iterations,
+            "stages": stages,
+            "threads": threads,
+            "precision": precision,
+        },
         weights=weights,
         num_classes=num_classes,
         img_size=img_size,
