@@ -2,9 +2,9 @@
 
 An iteration needs the token-sparse forward and the gradient with respect to the patches:
 each linear layer is multiplied with once forward and once backward (no gradient of its
-weights), each of attention's two products once forward and twice backward.  Where the
-class token alone is classified, the last block needs keys and values of all tokens and
-everything else of the class token only.  Not subtracted: what the first block's prefix
+weights), each of attention's two products once forward and twice backward.  Where only
+prefix tokens are classified, the last block needs keys and values of all tokens and
+everything else of those only.  Not subtracted: what the first block's prefix
 tokens cost, which are the same in every iteration (below 1 %).
 """
 
@@ -56,19 +56,34 @@ def products(
     ``whole_last_block`` counts the last block as all others, needed or not.
     """
     tokens, dim = arch.num_prefix_tokens + live, arch.embed_dim
-    sparse_end = _one_token(arch) and not whole_last_block
-    full = arch.depth - sparse_end
+    rows = None if whole_last_block else arch.pooled_tokens
+    full = arch.depth - (rows is not None)
     found = [*_linear("embed", batch * live, arch.grid.patch_values, dim)]
     found += _block(arch, tokens, tokens, batch, full)
-    if sparse_end:
-        found += _block(arch, tokens, 1, batch, 1)
-    found += _linear("head", batch, dim, arch.num_classes)
+    if rows is not None:
+        found += _block(arch, tokens, rows, batch, 1)
+    if arch.pool == "map":
+        found += _pool(arch, tokens if arch.pool_includes_prefix else live, batch)
+    found += _linear("head", batch, arch.head_inputs, arch.num_classes)
     return found
 
 
-def _one_token(arch: Architecture) -> bool:
-    """Whether the classifier reads a single token."""
-    return arch.pool == "token"
+def _pool(arch: Architecture, tokens: int, batch: int) -> Iterator[Product]:
+    """Attention of one learnt query, which has no gradient, and its MLP."""
+    dim, heads = arch.embed_dim, batch * arch.pool_heads
+    width = dim // arch.pool_heads
+    yield from _linear("pool kv", batch * tokens, dim, 2 * dim)
+    for name, m, k, n, backward in (
+        ("scores", 1, width, tokens, False),
+        ("mix", 1, tokens, width, False),
+        ("d scores", 1, width, tokens, True),
+        ("d values", tokens, 1, width, True),
+        ("d keys", tokens, 1, width, True),
+    ):
+        yield Product(name, m, k, n, heads, 1, backward, weight=False)
+    yield from _linear("pool proj", batch, dim, dim)
+    yield from _linear("pool fc1", batch, dim, arch.pool_hidden)
+    yield from _linear("pool fc2", batch, arch.pool_hidden, dim)
 
 
 def _linear(name: str, rows: int, width: int, out: int, count: int = 1) -> Iterator[Product]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dfq.errors import DataError
-from dfq.files import check_writable
+from dfq.files import check_writable, write_bytes
 
 PAIRS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))
 """Of timm's names in a block: a layer norm, and the only layer that reads it."""
@@ -63,4 +63,4 @@ def rescale_file(source: Path, target: Path, seed: int) -> None:
         state = load_file(source)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{str(source)!r} cannot be read as safetensors: {error}.") from error
-    save_file(rescale(state, seed), target)
+    write_bytes(target, save(rescale(state, seed)))

@@ -5,6 +5,7 @@ The format is specified in ``docs/checkpoint-format.md``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from dfq.device import resolve_device
 from dfq.errors import CheckpointError, UsageError
 from dfq.files import check_replaceable, replaced_directory, write_bytes, write_json
 from dfq.quantization.model import QuantizedViT
@@ -24,7 +26,7 @@ from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
 from dfq.vit.architecture import Architecture, Preprocessing, from_json, to_json
 
 FORMAT = "dfq-checkpoint"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG, MODEL, REPORT, RECIPE = "config.json", "model.safetensors", "report.json", "recipe.toml"
 
 _SAFETENSORS_NAMES = {
@@ -83,6 +85,7 @@ def save_checkpoint(
         "source": source,
     }
     content = save(state)
+    config["sha256"] = hashlib.sha256(content).hexdigest()
     with replaced_directory(path) as directory:
         write_bytes(directory / MODEL, content)
         write_bytes(directory / RECIPE, to_toml(recipe).encode())
@@ -180,9 +183,10 @@ def load(
 
     Raises:
         CheckpointError: the directory is no checkpoint, or its files are damaged.
+        DeviceError: the device is not there.
         SettingError: ``compiled`` without a C++ compiler.
     """
-    path = Path(path)
+    path, target = Path(path), resolve_device(device)
     info = read_info(path)
     try:
         with torch.device("meta"):
@@ -192,8 +196,10 @@ def load(
     state = _read_state(path / MODEL, model.state_dict())
     model.load_state_dict(state, assign=True)
     model.set_normalisation()
-    _check_ranges(model, _read_config(path).get("activation_ranges"))
-    model.to(device)
+    config = _read_config(path)
+    _check_ranges(model, config.get("activation_ranges"))
+    _check_bytes(path / MODEL, config.get("sha256"))
+    model.to(target)
     if compiled:
         model.compile()
     return model
@@ -227,6 +233,16 @@ def _read_state(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torc
     for name, tensor in state.items():
         _check_values(name, tensor, path)
     return state
+
+
+def _check_bytes(path: Path, expected: Any) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: its SHA-256 is not the one in {CONFIG}. Quantize again, or "
+            "copy the checkpoint again."
+        )
 
 
 def _check_values(name: str, tensor: torch.Tensor, path: Path) -> None:

@@ -44,7 +44,7 @@ class _Group(TyperGroup):
         except GateError as error:
             _fail(error)
         except DfqError as error:
-            if _wants_json():
+            if _wants_json() and _is_first():
                 kind = type(error).__name__
                 _print_json({"error": {"type": kind, "message": str(error)}})
             _fail(error)
@@ -637,7 +637,8 @@ def _show_entries(entries: list[Any], as_json: bool, title: str | None = None) -
         table.add_column(column, overflow="fold")
     for e in entries:
         state = e.problem or "whole"
-        table.add_row(e.name, e.model, e.method, str(e.images), _size(e.bytes), _escape(state))
+        named = (_escape(text) for text in (e.name, e.model, e.method))
+        table.add_row(*named, str(e.images), _size(e.bytes), _escape(state))
     out_console.print(table)
 
 
@@ -652,7 +653,7 @@ def _field_table(values: dict[str, Any]) -> Table:
     table = _two_columns()
     for key, value in values.items():
         if value is not None and value != () and value != {}:
-            table.add_row(key.replace("_", " "), _text(key, value))
+            table.add_row(_escape(key.replace("_", " ")), _text(key, value))
     return table
 
 
@@ -694,7 +695,7 @@ def _facts_table(values: dict[str, Any]) -> Table:
 
 def _text(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_text(k, v)}" for k, v in value.items() if v is not None)
+        return ", ".join(f"{_escape(k)} {_text(k, v)}" for k, v in value.items() if v is not None)
     if isinstance(value, list | tuple):
         return ", ".join(_text(key, v) for v in value)
     if key == "bytes" and isinstance(value, int):
@@ -709,9 +710,11 @@ def _quantize_table(r: dict[str, Any]) -> Table:
     source, size, on = r["calibration"], r["bytes"], r["agreement_on"]
     origin = "from the cache" if source["cached"] else "made now"
     if source["method"] == "images":
-        origin = source["path"]
+        origin = _escape(source["path"])
     table.add_row("model", f"{_escape(r['model'])}, {r['scheme']}, attention {r['attention']}")
-    table.add_row("calibration", f"{source['images']} images, {source['method']}, {origin}")
+    table.add_row(
+        "calibration", f"{source['images']} images, {_escape(source['method'])}, {origin}"
+    )
     ratio = size["float"] / max(1, size["quantized"])
     table.add_row(
         "size", f"{_size(size['float'])} -> {_size(size['quantized'])} ({ratio:.1f} times smaller)"
@@ -739,7 +742,7 @@ def _distill_table(r: dict[str, Any]) -> Table:
     table.add_row("student", f"{_escape(r['student'])}, {r['parameters'] / 1e6:.2f} M parameters")
     begun = "blocks of the teacher's" if r["start"] == "teacher" else "random weights"
     table.add_row("began with", begun)
-    table.add_row("images", f"{r['data']['images']}, {r['data']['method']}")
+    table.add_row("images", f"{r['data']['images']}, {_escape(r['data']['method'])}")
     table.add_row("loss", f"{r['losses'][0]:.3g} -> {r['losses'][-1]:.3g}")
     if r["accuracy"]:
         accuracy = r["accuracy"]

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dfq.errors import DamagedError, DatasetError, OutputError
-from dfq.files import explain, make_directory, write_bytes, write_json
+from dfq.files import explain, make_directory, remove_abandoned, write_bytes, write_json
 from dfq.sparse import Grid, SparseImages
 
 FORMAT = "dfq-sparse-images"
@@ -41,10 +41,11 @@ _DTYPES = {
 def cache_key(settings: dict[str, Any]) -> str:
     """32 hex digits over everything in ``settings.json`` that decides the images.
 
-    Threads and library versions are recorded but do not count: a dataset made with
-    others is as good.
+    Threads, the machine and library versions are recorded but do not count: a dataset made
+    with others is as good.
     """
-    facts = {k: v for k, v in settings.items() if k not in ("threads", "versions")}
+    recorded = ("threads", "machine", "versions")
+    facts = {k: v for k, v in settings.items() if k not in recorded}
     return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
 
 
@@ -201,8 +202,7 @@ class DatasetWriter:
             "images": sum(sum(sizes.values()) for sizes in units),
             "shards": shards,
         }
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        remove_abandoned(self.path)
         write_json(self.path / MANIFEST, manifest)
 
 

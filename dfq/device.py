@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from dfq.errors import DeviceError
@@ -12,6 +14,8 @@ TYPES = ("cpu", "cuda")
 def resolve_device(name: str | torch.device) -> torch.device:
     """The device of that name (``cpu``, ``cuda``, ``cuda:1``, ...).
 
+    Workers that ``torchrun`` started share a machine's GPUs out where ``cuda`` has no number.
+
     Raises:
         DeviceError: the name is unknown or the device is not there.
     """
@@ -19,6 +23,9 @@ def resolve_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         if device.type not in TYPES:
             raise RuntimeError(f"dfq runs on {', '.join(TYPES)}")
+        if device.type == "cuda" and device.index is None and "TORCHELASTIC_RUN_ID" in os.environ:
+            rank = int(os.environ.get("LOCAL_RANK", "0"))
+            device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dfq.errors import OutputError
+
+WRITER = re.compile(r"\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>[0-9]+)\.[^.]*\.tmp$")
 
 
 def explain(error: OSError, path: Path) -> OutputError:
@@ -26,6 +30,33 @@ def explain(error: OSError, path: Path) -> OutputError:
     return OutputError(f"Cannot write {str(path)!r}: {reason}. Choose a place that can be written.")
 
 
+def temporary_prefix(name: str) -> str:
+    """How names of unfinished files begin: with the finished one's, and who is writing."""
+    return f".{name}.{_host()}-{os.getpid()}."
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove unfinished files whose writers are gone; those of other machines stay."""
+    for path in directory.glob(".*.tmp"):
+        found = WRITER.search(path.name)
+        if found is None or (found["host"] == _host() and not _runs(int(found["pid"]))):
+            path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32] or "host"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write beside the place, flush to disk, then rename.
 
@@ -33,7 +64,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         OutputError: the place cannot be written or the disk is full.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=temporary_prefix(path.name), suffix=".tmp", dir=path.parent
+        )
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)

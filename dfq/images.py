@@ -273,6 +273,5 @@ class DenseImages:
             pixels, labels = _read(self._source, indices)
             patches = patchify(pixels, self.grid)
             positions = torch.arange(self.grid.patches).expand(len(indices), -1)
-            yield SparseImages(
-                patches, positions, labels, torch.zeros_like(labels), torch.tensor(indices)
-            )
+            numbers = torch.arange(start, start + len(indices))
+            yield SparseImages(patches, positions, labels, torch.zeros_like(labels), numbers)

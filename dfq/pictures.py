@@ -37,10 +37,12 @@ def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
         raise SettingError(f"rows is {rows}; it must be at least 1.")
     source = SparseImageDataset(dataset)
     cells: dict[tuple[int, int], np.ndarray] = {}
+    drawn: set[int] = set()
     for batch in source.batches(64):
         for i in range(len(batch)):
             key = int(batch.trajectory[i]), int(batch.stage[i])
-            if key[0] < rows:
+            if key[0] in drawn or len(drawn) < rows:
+                drawn.add(key[0])
                 cells[key] = _draw(batch[i : i + 1], source)
     if not cells:
         raise DatasetError(f"{str(dataset)!r} has no images to draw.")

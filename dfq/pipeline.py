@@ -552,7 +552,7 @@ def _gate(
         ("Agreement with the float model", result.agreement, min_agreement),
         ("Top-1 accuracy", accuracy, min_accuracy),
     ):
-        if bound is not None and (value is None or value < bound):
+        if bound is not None and (value is None or not value >= bound):
             shown = "not measured" if value is None else f"{value:.4f}"
             raise GateError(f"{what} is {shown}, below the bound of {bound}.", result)
 

@@ -90,7 +90,8 @@ def make_dataset(
         threads=settings.threads or torch.get_num_threads(),
         importance=resolve_importance(settings.importance, loaded.vit.arch),
     )
-    facts = _dataset_settings(loaded, resolved)
+    units = plan_units(resolved, loaded.vit.arch.grid.patches)
+    facts = _dataset_settings(loaded, resolved, device)
     path = out or _cached_path(loaded, resolved, facts, cache)
     workers = Workers()
     before = _finished(path, facts)
@@ -103,12 +104,11 @@ def make_dataset(
     workers.wait()
     facts, resolved = _resume(path, facts, resolved, in_cache=False)
     writer = DatasetWriter(path, facts)
-    units = plan_units(resolved, loaded.vit.arch.grid.patches)
-    missing = [unit for unit in units if not writer.has(unit.index, unit.shards)]
-    if len(missing) < len(units):
-        progress.note(f"Resuming: {len(units) - len(missing)} of {len(units)} units are done")
+    own = workers.share(units)
+    mine = [unit for unit in own if not writer.has(unit.index, unit.shards)]
+    if len(mine) < len(own):
+        progress.note(f"Resuming: {len(own) - len(mine)} of {len(own)} units are done")
     workers.wait()
-    mine = workers.share(missing)
     if mine:
         engine = Engine(loaded.vit, loaded.preprocessing, resolved, device)
         steps = len(mine) * engine.events[-1].iteration
@@ -122,17 +122,21 @@ def make_dataset(
     return SparseImageDataset(path), False
 
 
-def _dataset_settings(loaded: LoadedModel, settings: InversionSettings) -> dict[str, Any]:
+def _dataset_settings(
+    loaded: LoadedModel, settings: InversionSettings, device: torch.device
+) -> dict[str, Any]:
     """Content of ``settings.json``."""
     relevant = to_dict(settings)
     threads = relevant.pop("threads")
     unchanged = {n for n in _LATER if getattr(settings, n) == getattr(InversionSettings(), n)}
     for name in {*_UNUSED[settings.method], *unchanged}:
         relevant.pop(name)
-    return dataset_facts(loaded, relevant, threads)
+    return dataset_facts(loaded, relevant, threads, machine_of(device))
 
 
-def dataset_facts(loaded: LoadedModel, inversion: dict[str, Any], threads: int) -> dict[str, Any]:
+def dataset_facts(
+    loaded: LoadedModel, inversion: dict[str, Any], threads: int, machine: str
+) -> dict[str, Any]:
     """Content of ``settings.json`` of images that were made for a model as ``inversion`` says."""
     return {
         "format": FORMAT,
@@ -151,8 +155,16 @@ def dataset_facts(loaded: LoadedModel, inversion: dict[str, Any], threads: int) 
         "objective": objective_of(loaded.vit.arch),
         "inversion": inversion,
         "threads": threads,
+        "machine": machine,
         "versions": versions(),
     }
+
+
+def machine_of(device: torch.device) -> str:
+    """What decides how a device rounds, for people: its kind, and which of that."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def versions() -> dict[str, str]:
@@ -193,14 +205,14 @@ def _resume(
 ) -> tuple[dict[str, Any], InversionSettings]:
     """Take over the recorded threads of an unfinished run, so that its bytes are the same.
 
-    In the cache, an unfinished run of other library versions is begun anew.
+    In the cache, an unfinished run of another machine or other versions is begun anew.
     """
     if not (path / SETTINGS).is_file():
         return facts, settings
     before = read_settings(path)
     if cache_key(before) != cache_key(facts):
         return facts, settings
-    if before.get("versions") != facts["versions"]:
+    if any(before.get(name) != facts[name] for name in ("versions", "machine")):
         if in_cache:
             shutil.rmtree(path)
         return facts, settings

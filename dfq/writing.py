@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 
 from dfq.dataset import (
+    FORMAT,
     SETTINGS,
     DatasetWriter,
     SparseImageDataset,
@@ -18,9 +19,10 @@ from dfq.dataset import (
     encode_shard,
 )
 from dfq.errors import DamagedError, DataError, OutputError, SettingError
+from dfq.files import check_replaceable, replaced_directory
 from dfq.recipe import Method
 from dfq.sparse import Grid, SparseImages
-from dfq.synthesis import dataset_facts
+from dfq.synthesis import dataset_facts, machine_of
 from dfq.vit.load import LoadedModel
 
 ORIGIN = re.compile(r"[a-z][a-z0-9-]{0,31}")
@@ -61,8 +63,22 @@ def write_dataset(
         )
     if (path / SETTINGS).exists():
         raise OutputError(f"{str(path)!r} holds a dataset already. Choose another directory.")
-    facts = dataset_facts(model, {"method": origin, **(settings or {})}, torch.get_num_threads())
-    grid, seen = model.vit.arch.grid, set[int]()
+    check_replaceable(path, SETTINGS, FORMAT, "a dataset")
+    facts = dataset_facts(
+        model,
+        {**(settings or {}), "method": origin},
+        torch.get_num_threads(),
+        machine_of(torch.device("cpu")),
+    )
+    with replaced_directory(path) as directory:
+        _write(directory, units, model.vit.arch.grid, facts)
+    return SparseImageDataset(path)
+
+
+def _write(
+    path: Path, units: Iterable[Iterable[SparseImages]], grid: Grid, facts: dict[str, Any]
+) -> None:
+    seen = set[int]()
     writer: DatasetWriter | None = None
     sizes: list[dict[int, int]] = []
     for unit in map(list, units):
@@ -76,7 +92,6 @@ def write_dataset(
     if writer is None:
         raise DataError("There are no images to write.")
     writer.finish(sizes)
-    return SparseImageDataset(path)
 
 
 def _check(unit: list[SparseImages], grid: Grid, seen: set[int]) -> None:

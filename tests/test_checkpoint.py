@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import math
@@ -289,7 +290,9 @@ def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) ->
     file = path / "model.safetensors"
     state = load_tensors(file.read_bytes())
     change(state)
-    file.write_bytes(save_tensors(state))
+    content = save_tensors(state)
+    file.write_bytes(content)
+    change_config(path, lambda c: c.update(sha256=hashlib.sha256(content).hexdigest()))
 
 
 def test_rewritten_files_are_still_accepted(checkpoint: Path) -> None:
@@ -400,6 +403,22 @@ def test_every_byte_of_a_weight_is_a_weight(checkpoint: Path) -> None:
     change_tensors(checkpoint, change)
     model = load(checkpoint)
     assert bool(torch.isfinite(model(some_images(model))).all())
+
+
+def test_a_flipped_bit_of_a_weight_is_found(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("found", [None, 3, "", "0" * 64])
+def test_weights_of_another_checksum_are_refused(checkpoint: Path, found: object) -> None:
+    change_config(checkpoint, lambda c: c.update(sha256=found))
+    with pytest.raises(CheckpointError, match="SHA-256 is not the one"):
+        load(checkpoint)
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -1])

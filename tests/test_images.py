@@ -490,7 +490,9 @@ def test_calibration_takes_at_most_as_many_images(
 
 def test_calibration_images_are_spread_over_the_source(tmp_path: Path) -> None:
     (batch,) = dense(tmp_path, 10, 5).batches(8)
-    assert batch.trajectory.tolist() == [0, 2, 4, 6, 8]
+    images = unpatchify(batch.patches, batch.positions, ARCH.grid)
+    assert np.array_equal(images.permute(0, 2, 3, 1), noise(10, 16, 16, 3)[::2])
+    assert batch.trajectory.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_calibration_images_have_all_their_patches(tmp_path: Path) -> None:

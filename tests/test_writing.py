@@ -15,6 +15,8 @@ from dfq import InversionSettings, LoadedModel, SparseImageDataset, SparseImages
 from dfq.errors import DataError, OutputError, SettingError
 from dfq.synthesis import _dataset_settings
 
+CPU = torch.device("cpu")
+
 
 def images(loaded: LoadedModel, count: int = 5) -> SparseImages:
     return dfq.fractal_noise(count, loaded.vit.arch.grid, 7)
@@ -126,8 +128,16 @@ LATER = {"leave_first": "least", "leave_at": (0.1, 0.2, 0.3), "snapshots": 3}
 def test_newer_settings_are_recorded_where_they_change_images(
     loaded: LoadedModel, method: Any, counts: set[str]
 ) -> None:
-    plain = _dataset_settings(loaded, InversionSettings(method=method, threads=1))["inversion"]
+    plain = _dataset_settings(loaded, InversionSettings(method=method, threads=1), CPU)["inversion"]
     assert not set(LATER) & set(plain)
     changed = InversionSettings(method=method, threads=1, **LATER)  # type: ignore[arg-type]
-    recorded = _dataset_settings(loaded, changed)["inversion"]
+    recorded = _dataset_settings(loaded, changed, CPU)["inversion"]
     assert set(recorded) - set(plain) == counts
+
+
+def test_a_bad_unit_leaves_nothing(tmp_path: Path, loaded: LoadedModel) -> None:
+    given = images(loaded)
+    with pytest.raises(DataError):
+        dfq.write_dataset(tmp_path / "set", [[given[:3]], [given[:3]]], loaded, origin="fractal")
+    assert not list(tmp_path.iterdir())
+    dfq.write_dataset(tmp_path / "set", [[given]], loaded, origin="fractal")

@@ -49,7 +49,7 @@ class Options:
     iterations_per_stage: int = option(3, "Timed in every round, with the warm-up.")
     warmup: int = option(1, "First iterations of each stage that do not count.")
     rounds: int = option(1, "How often each is run.")
-    precision: str = option("auto", "auto, float32 or bfloat16.")
+    precision: str = option("auto", "auto, float32, bfloat16, int8.")
     threads: int | None = option(None, "Threads; left out: torch's.")
     device: str = option("cpu", "cpu, cuda, ...")
     seed: int = option(0, "Of weights, noise and jitter.")

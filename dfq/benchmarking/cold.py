@@ -21,6 +21,7 @@ from dfq import demo
 from dfq.checkpoint import CheckpointInfo
 from dfq.errors import RunError
 from dfq.results import Absent, ColdStart
+from dfq.vit.describe import describe
 
 REPEATS = 3
 
@@ -99,6 +100,8 @@ def _timm_weights(info: CheckpointInfo, directory: Path) -> tuple[dict[str, Any]
     if name == "demo":
         arguments = demo.MODEL_ARGS
     model: nn.Module = timm.create_model(**arguments)
+    if describe(model, name) != arch:
+        raise ValueError("it is of another architecture")
     path = directory / "timm.safetensors"
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return arguments, path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -191,4 +191,8 @@ def _measure(
 
 def _versions() -> dict[str, str]:
     packages = ("onnx", "onnxruntime", "openvino", "nncf")
-    return {name: metadata.version(name) for name in packages if installed(name)}
+    found = {}
+    for name in filter(installed, packages):
+        with suppress(metadata.PackageNotFoundError):  # the module of another distribution
+            found[name] = metadata.version(name)
+    return found

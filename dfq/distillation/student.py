@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dfq import demo
@@ -85,16 +86,16 @@ def create(
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         raise SettingError(f"timm cannot build the student {arguments}: {error}.") from error
     arch = describe(model, arguments["model_name"])
+    if type(model) is not VisionTransformer or arch.pool == "distilled":
+        raise SettingError(
+            f"{arguments['model_name']!r} cannot be a student: only timm's VisionTransformer with "
+            "learnt position embeddings and one head can be trained on sparse images."
+        )
     if arch.grid != teacher.grid:
         raise SettingError(
             f"The student cuts images into patches of {arch.patch_size} pixels, the teacher into "
             f"{teacher.patch_size}; sparse images are made of the teacher's patches. Choose a "
             "student of that patch size, or leave --student out and set --depth, --width, --heads."
-        )
-    if arch.rope or arch.relative_bias or arch.pool == "distilled":
-        raise SettingError(
-            f"{arguments['model_name']!r} cannot be a student: only models with learnt position "
-            "embeddings and one head can be trained on sparse images."
         )
     return model, arch
 

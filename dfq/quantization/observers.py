@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.ao.quantization.observer import (
     HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
-    PerChannelMinMaxObserver,
     UniformQuantizationObserverBase,
 )
 
@@ -23,23 +20,6 @@ OBSERVERS: dict[str, type[UniformQuantizationObserverBase]] = {
     "moving_average": MovingAverageMinMaxObserver,
     "histogram": HistogramObserver,
 }
-
-
-def channel_scale(weight: Tensor, high: int) -> Tensor:
-    """The scale of each output channel at which its largest magnitude becomes ``high``.
-
-    Takes float32 ``[out, in]`` and gives float32 ``[out]``, above 0.
-    """
-    observer = PerChannelMinMaxObserver(
-        ch_axis=0,
-        dtype=torch.int8,
-        qscheme=torch.per_channel_symmetric,
-        quant_min=-high,
-        quant_max=high,
-    ).to(weight.device)
-    observer(weight.detach())
-    scale, _ = observer.calculate_qparams()
-    return cast(Tensor, scale)
 
 
 class RangeObserver:

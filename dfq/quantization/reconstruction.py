@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfq.errors import SettingError
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.model import QuantizedViT
 from dfq.results import BlockLoss
@@ -89,6 +90,9 @@ def reconstruct(
     floating point.  Every fourth trajectory is held out; a block keeps what was best on
     those, and stays as it is if nothing was better, so none gets worse there.
 
+    Raises:
+        SettingError: there are too few trajectories to hold some out.
+
     ``vit`` is the float model that was quantized; ``quantized`` is changed.  Memory: two
     float32 copies of all tokens, ``8 * images * tokens * embed_dim`` bytes, and one block's
     gradients.
@@ -97,6 +101,11 @@ def reconstruct(
     square.  ``advance`` is called with 1 after every block.
     """
     tokens = _embed(vit, quantized, batches)
+    if len({t.held_out for t in tokens}) < 2:
+        raise SettingError(
+            f"reconstruct holds out every {HELD_OUT}th trajectory, and the calibration set has too "
+            "few for that. Make more images, or leave reconstruct out."
+        )
     generator = torch.Generator().manual_seed(seed)
     found = []
     for index in range(vit.arch.depth):
@@ -142,7 +151,7 @@ def _fit(
 ) -> BlockLoss:
     simulated = simulate(block, target)
     seen = [t for t in tokens if not t.held_out]
-    unseen = [t for t in tokens if t.held_out] or seen
+    unseen = [t for t in tokens if t.held_out]
     parameters = [p for p in simulated.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=RATE)
     before = best = _error(simulated, unseen, rows)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfq.errors import RunError
-from dfq.quantization.observers import channel_scale
 
 CLIP_STEPS = 40
 """Candidates of the clipping search, from the full range downwards."""
@@ -19,6 +18,9 @@ CLIP_LOWEST = {4: 0.5, 8: 0.9}
 
 GROUP_LEVELS = 16
 """Largest integer scale of a group: 4-bit integers times it still fit in 8 bits."""
+
+SMALLEST = 1e-30
+"""Least scale, so that a row of zeros has one."""
 
 COLUMNS = 128
 """Columns between two updates of the remaining weights (arXiv 2210.17323, 3.3)."""
@@ -100,7 +102,7 @@ def search_scale(weight: Tensor, bits: int, importance: Tensor | None = None) ->
         float32 ``[out]``, above 0.
     """
     low, high = integer_range(bits)
-    full = channel_scale(weight, high)
+    full = weight.abs().amax(1).clamp_min(SMALLEST) / high
     weights = torch.ones_like(weight[0]) if importance is None else importance.clamp_min(1e-12)
     best = full
     least = torch.full_like(best, torch.inf)

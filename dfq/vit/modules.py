@@ -286,8 +286,9 @@ class ViT(nn.Module):
         at, start = self.relations(positions), self.arch.num_prefix_tokens
         if isinstance(self.attn_pool, AttentionPool):
             x = self.norm(self.encode(self.embed(patches, positions), at))
-            q, k, _ = self.attn_pool.split(x)
-            return _attention(q, k, None)[:, :, start:].mean(1)
+            pooled = x if self.arch.pool_includes_prefix else x[:, start:]
+            q, k, _ = self.attn_pool.split(pooled)
+            return _attention(q, k, None)[:, :, -positions.shape[1] :].mean(1)
         x = self.encode(self.embed(patches, positions), at, stop=-1)
         block, rows = self.block(-1), self.arch.pooled_tokens
         q, k, _ = block.attn.split(block.attn.qkv(block.norm1(x)), at)

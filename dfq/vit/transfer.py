@@ -170,5 +170,6 @@ def _gamma(block: Any, module: str, parameter: str) -> Tensor | None:
 
 def _scale(linear: Any, gamma: Tensor | None) -> None:
     if gamma is not None:
-        linear.weight.mul_(gamma.float()[:, None])
-        linear.bias.mul_(gamma.float())
+        gamma = gamma.to(linear.weight)
+        linear.weight.mul_(gamma[:, None])
+        linear.bias.mul_(gamma)
