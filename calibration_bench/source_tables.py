@@ -9,6 +9,7 @@ from calibration_bench.tables import groups, mean_over_seeds
 
 COLUMNS = {
     "source": "calibrated on",
+    "precision": "inverted in",
     "variant": "variant",
     "bits": "weights",
     "attention": "attention",
@@ -33,7 +34,7 @@ def accuracy_tables(rows: list[Row]) -> list[Table]:
             f"{model}, {images} calibration images, tested on {test_images} of {data}, "
             f"float top-1 {100 * float(str(accuracy)):.2f} %"
         )
-        parts = groups(same, "source", "variant", "bits", "attention")
+        parts = groups(same, "source", "precision", "variant", "bits", "attention")
         means = [_row(part) for part in parts.values()]
         means.sort(key=lambda r: (r["bits"], r["attention"], r["variant"], r["kl"]))
         found.append(Table(title, COLUMNS, means))
@@ -44,7 +45,7 @@ def _row(rows: list[Row]) -> Row:
     means = mean_over_seeds(rows)
     return {
         **means,
-        **{name: rows[0][name] for name in ("variant", "bits", "attention")},
+        **{name: rows[0][name] for name in ("precision", "variant", "bits", "attention")},
         "drop": means["float_accuracy"] - means["accuracy"],
         "worst": 100 * min(float(row["accuracy"]) for row in rows),
     }
