@@ -20,18 +20,19 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import dfq
-from dfq.errors import DfqError, GateError, SettingError, UsageError
+from dfq.errors import DfqError, GateError, SettingError
+from dfq.tables import (
+    benchmark_table,
+    distill_table,
+    entries_table,
+    facts_table,
+    field_table,
+    layers_of,
+    layers_table,
+    quantize_table,
+)
 
 out_console = Console(highlight=False)
-LOUDEST = 1000
-"""No ratio in decibels is larger; a report that says so is not ours."""
-
-RATIOS = ("weights", "activations", "both")
-"""What is quantized in the three ratios of a layer."""
-
-MARKED = 3
-"""How many of the noisiest layers are shown in red."""
-
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -56,12 +57,8 @@ class _Group(TyperGroup):
 
 
 def _fail(error: DfqError) -> None:
-    err_console.print(f"[bold red]error:[/] {_escape(str(error))}")
+    err_console.print(f"[bold red]error:[/] {escape(str(error))}")
     raise typer.Exit(error.exit_code) from None
-
-
-def _escape(text: str) -> str:
-    return escape(text)
 
 
 def _wants_json() -> bool:
@@ -137,7 +134,7 @@ class _Shown:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            err_console.print(_escape(text))
+            err_console.print(escape(text))
 
 
 class _Tenths:
@@ -299,9 +296,9 @@ def quantize(
             progress=_Shown(quiet),
         )
     except GateError as error:
-        _show(error.result, json_, quiet, _quantize_table)
+        _show(error.result, json_, quiet, quantize_table)
         raise
-    _show(result, json_, quiet, _quantize_table)
+    _show(result, json_, quiet, quantize_table)
 
 
 @app.command(epilog="Example: [bold]dfq invert vit_base --images 64 --out images[/]")
@@ -355,7 +352,7 @@ def invert(
         progress=_Shown(quiet or not _is_first()),
     )
     if _is_first():
-        _show(result, json_, quiet, _field_table)
+        _show(result, json_, quiet, field_table)
 
 
 def _is_first() -> bool:
@@ -400,9 +397,9 @@ def evaluate(
             progress=_Shown(quiet),
         )
     except GateError as error:
-        _show(error.result, json_, quiet, _field_table)
+        _show(error.result, json_, quiet, field_table)
         raise
-    _show(result, json_, quiet, _field_table)
+    _show(result, json_, quiet, field_table)
 
 
 @app.command(epilog="Example: [bold]dfq distill demo --depth 3 --eval demo[/]")
@@ -481,7 +478,7 @@ def distill(
         cache=cache,
         progress=_Shown(quiet),
     )
-    _show(result, json_, quiet, _distill_table)
+    _show(result, json_, quiet, distill_table)
 
 
 @app.command(epilog="Example: [bold]dfq export demo-w4a8 --out demo.onnx[/]")
@@ -508,7 +505,7 @@ def export(
 ) -> None:
     """Write a checkpoint as ONNX, OpenVINO IR or a torch.export program."""
     result = dfq.export(checkpoint, format=format, out=out, weights=weights)
-    _show(result, json_, quiet, _field_table)
+    _show(result, json_, quiet, field_table)
 
 
 @app.command(epilog="Example: [bold]dfq benchmark demo-w4a8 --batch 1,16[/]")
@@ -539,7 +536,7 @@ def benchmark(
         cold=cold,
         progress=_Shown(quiet),
     )
-    _show(result, json_, quiet, _benchmark_table)
+    _show(result, json_, quiet, benchmark_table)
 
 
 @app.command(epilog="Example: [bold]dfq inspect demo-w4a8[/]")
@@ -558,11 +555,11 @@ def inspect(
     """Say what a dataset or a checkpoint holds; datasets are verified."""
     facts = dfq.inspect(path)
     if layers:
-        _show({"layers": _layers_of(facts, path)}, json_, False, _layers_table)
+        _show({"layers": layers_of(facts, path)}, json_, False, layers_table)
         return
     if preview is not None:
         facts["preview"] = str(dfq.preview(path, preview, rows=rows))
-    _show(facts, json_, False, _facts_table)
+    _show(facts, json_, False, facts_table)
 
 
 @app.command(epilog="Example: [bold]dfq models deit[/]")
@@ -585,7 +582,7 @@ def models(
 @app.command(epilog="Example: [bold]dfq doctor[/]")
 def doctor(cache: Cache = None, json_: Json = False) -> None:
     """Say what this machine offers and what is wrong with it."""
-    _show(dfq.doctor(cache), json_, False, _field_table)
+    _show(dfq.doctor(cache), json_, False, field_table)
 
 
 @cache_app.command("list", epilog="Example: [bold]dfq cache list[/]")
@@ -632,159 +629,4 @@ def _show_entries(entries: list[Any], as_json: bool, title: str | None = None) -
     if not entries:
         out_console.print("The cache holds no datasets.")
         return
-    table = Table(title=title)
-    for column in ("name", "model", "method", "images", "size", "state"):
-        table.add_column(column, overflow="fold")
-    for e in entries:
-        state = e.problem or "whole"
-        named = (_escape(text) for text in (e.name, e.model, e.method))
-        table.add_row(*named, str(e.images), _size(e.bytes), _escape(state))
-    out_console.print(table)
-
-
-def _two_columns() -> Table:
-    table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    return table
-
-
-def _field_table(values: dict[str, Any]) -> Table:
-    table = _two_columns()
-    for key, value in values.items():
-        if value is not None and value != () and value != {}:
-            table.add_row(_escape(key.replace("_", " ")), _text(key, value))
-    return table
-
-
-def _layers_of(facts: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    report = facts.get("report")
-    layers = report.get("layers") if isinstance(report, dict) else None
-    if not isinstance(layers, list) or not all(map(_is_layer, layers)):
-        raise UsageError(
-            f"{str(path)!r} has no measured layers; --layers takes a checkpoint with the "
-            "report.json that `dfq quantize` wrote."
-        )
-    return layers
-
-
-def _is_layer(row: Any) -> bool:
-    return (
-        isinstance(row, dict)
-        and all(type(row.get(key)) in (int, float) and abs(row[key]) <= LOUDEST for key in RATIOS)
-        and str(row.get("name")).isprintable()
-    )
-
-
-def _layers_table(values: dict[str, Any]) -> Table:
-    """Signal-to-quantization-noise ratios in decibels, the worst layers marked."""
-    table = Table(title="signal to quantization noise, dB")
-    table.add_column("layer")
-    for column in RATIOS:
-        table.add_column(column, justify="right")
-    worst = sorted(row["both"] for row in values["layers"])[:MARKED]
-    for row in values["layers"]:
-        style = "bold red" if row["both"] in worst else None
-        table.add_row(_escape(row["name"]), *(f"{row[k]:.1f}" for k in RATIOS), style=style)
-    return table
-
-
-def _facts_table(values: dict[str, Any]) -> Table:
-    return _field_table({k: v for k, v in values.items() if k != "report"})
-
-
-def _text(key: str, value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{_escape(k)} {_text(k, v)}" for k, v in value.items() if v is not None)
-    if isinstance(value, list | tuple):
-        return ", ".join(_text(key, v) for v in value)
-    if key == "bytes" and isinstance(value, int):
-        return _size(value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return _escape(str(value))
-
-
-def _quantize_table(r: dict[str, Any]) -> Table:
-    table = _two_columns()
-    source, size, on = r["calibration"], r["bytes"], r["agreement_on"]
-    origin = "from the cache" if source["cached"] else "made now"
-    if source["method"] == "images":
-        origin = _escape(source["path"])
-    table.add_row("model", f"{_escape(r['model'])}, {r['scheme']}, attention {r['attention']}")
-    table.add_row(
-        "calibration", f"{source['images']} images, {_escape(source['method'])}, {origin}"
-    )
-    ratio = size["float"] / max(1, size["quantized"])
-    table.add_row(
-        "size", f"{_size(size['float'])} -> {_size(size['quantized'])} ({ratio:.1f} times smaller)"
-    )
-    if r["accuracy"]:
-        accuracy = r["accuracy"]
-        table.add_row(
-            "top-1", f"float {accuracy['float']:.2%}, quantized {accuracy['quantized']:.2%}"
-        )
-    if on:
-        where = "freshly inverted images" if on["data"] == "inverted" else on["data"]
-        table.add_row(
-            "agreement" if on["metric"] == "top1" else "cosine of features",
-            f"{r['agreement']:.2%} on {on['images']} images of {_escape(where)}",
-        )
-    stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items())
-    table.add_row("seconds", stages)
-    table.add_row("checkpoint", _escape(r["checkpoint"]))
-    return table
-
-
-def _distill_table(r: dict[str, Any]) -> Table:
-    table = _two_columns()
-    table.add_row("teacher", _escape(r["teacher"]))
-    table.add_row("student", f"{_escape(r['student'])}, {r['parameters'] / 1e6:.2f} M parameters")
-    begun = "blocks of the teacher's" if r["start"] == "teacher" else "random weights"
-    table.add_row("began with", begun)
-    table.add_row("images", f"{r['data']['images']}, {_escape(r['data']['method'])}")
-    table.add_row("loss", f"{r['losses'][0]:.3g} -> {r['losses'][-1]:.3g}")
-    if r["accuracy"]:
-        accuracy = r["accuracy"]
-        table.add_row(
-            "top-1", f"teacher {accuracy['teacher']:.2%}, student {accuracy['student']:.2%}"
-        )
-        table.add_row("agreement", f"{r['agreement']:.2%} on {r['images']} images")
-    table.add_row("seconds", f"{r['seconds']:.1f}, of them training {r['training_seconds']:.1f}")
-    table.add_row("written to", _escape(r["path"]))
-    return table
-
-
-def _benchmark_table(r: dict[str, Any]) -> Table:
-    """Rows with their speed as a multiple of torch-fp32's at the same batch."""
-    threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
-    notes = [f"{a['runtime']} absent: {a['reason']}" for a in r["absent"]]
-    notes += [
-        f"{c['runtime']} from a cold process to its first prediction: {c['seconds']:.2f} s, at "
-        f"most {_size(c['peak_bytes'])}"
-        for c in r["cold"] or ()
-    ]
-    table = Table(
-        title=_escape(f"{r['model']}, {r['scheme']}, attention {r['attention']}, {threads}"),
-        caption=_escape("\n".join(notes)),
-        caption_justify="left",
-    )
-    table.add_column("runtime", no_wrap=True)
-    for column in ("batch", "images/s", "median ms", "p95 ms", "of fp32"):
-        table.add_column(column, justify="right")
-    base = {x["batch"]: x["images_per_second"] for x in r["rows"] if x["runtime"] == "torch-fp32"}
-    for row in r["rows"]:
-        speed, batch = row["images_per_second"], row["batch"]
-        ratio = f"{speed / base[batch]:.2f}" if batch in base else ""
-        times = (f"{row['median_ms']:.2f}", f"{row['p95_ms']:.2f}")
-        table.add_row(row["runtime"], str(batch), f"{speed:.1f}", *times, ratio)
-    return table
-
-
-def _size(count: int) -> str:
-    amount = float(count)
-    for unit in ("B", "kB", "MB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.2f} GB"
+    out_console.print(entries_table(entries, title))

@@ -16,7 +16,8 @@ from typing import Any
 
 from dfq.errors import OutputError
 
-WRITER = re.compile(r"\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>[0-9]+)\.[^.]*\.tmp$")
+_WRITER = re.compile(r"\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>[0-9]+)\.[^.]*\.tmp$")
+"""Who is writing, in the name of an unfinished file."""
 
 
 def explain(error: OSError, path: Path) -> OutputError:
@@ -30,15 +31,10 @@ def explain(error: OSError, path: Path) -> OutputError:
     return OutputError(f"Cannot write {str(path)!r}: {reason}. Choose a place that can be written.")
 
 
-def temporary_prefix(name: str) -> str:
-    """How names of unfinished files begin: with the finished one's, and who is writing."""
-    return f".{name}.{_host()}-{os.getpid()}."
-
-
 def remove_abandoned(directory: Path) -> None:
     """Remove unfinished files whose writers are gone; those of other machines stay."""
     for path in directory.glob(".*.tmp"):
-        found = WRITER.search(path.name)
+        found = _WRITER.search(path.name)
         if found is None or (found["host"] == _host() and not _runs(int(found["pid"]))):
             path.unlink(missing_ok=True)
 
@@ -52,8 +48,8 @@ def _runs(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
-        return True
+    except PermissionError:
+        pass  # another user's
     return True
 
 
@@ -64,8 +60,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         OutputError: the place cannot be written or the disk is full.
     """
     try:
+        writer = f"{_host()}-{os.getpid()}"
         handle, name = tempfile.mkstemp(
-            prefix=temporary_prefix(path.name), suffix=".tmp", dir=path.parent
+            prefix=f".{path.name}.{writer}.", suffix=".tmp", dir=path.parent
         )
         try:
             with os.fdopen(handle, "wb") as file:

@@ -24,7 +24,7 @@ from dfq.errors import DataError, DatasetError, GateError, SettingError, nearest
 from dfq.files import check_writable
 from dfq.images import DenseImages, ImageSource, load_batches, open_images
 from dfq.inversion import plan_units
-from dfq.inversion.workers import launched_together
+from dfq.inversion.workers import check_alone
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.coverage import Additions, Coverage
@@ -196,11 +196,7 @@ def quantize(
         DfqError: one of its other subclasses says what is wrong.
     """
     clock, progress = _Clock(), progress or Silent()
-    if launched_together():
-        raise SettingError(
-            "quantize runs in one process. Let torchrun share out `dfq invert MODEL --out DIR`, "
-            "then quantize with --calibration DIR."
-        )
+    check_alone("quantize", "--calibration")
     _check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_accuracy is not None and eval is None:
         raise SettingError("min_accuracy needs data to measure it on: give eval (--eval DATA).")
@@ -378,8 +374,9 @@ def covered(
     source: SparseImageDataset | DenseImages, settings: Additions
 ) -> SparseImageDataset | DenseImages | Coverage:
     """Inverted images with what makes them cover real ones; other images as they are."""
-    inverted = isinstance(source, SparseImageDataset) and source.method != "noise"
-    return Coverage(source, settings) if inverted else source  # type: ignore[arg-type]
+    if isinstance(source, SparseImageDataset) and source.method != "noise":
+        return Coverage(source, settings)
+    return source
 
 
 def _check_model(dataset: SparseImageDataset, loaded: LoadedModel) -> None:

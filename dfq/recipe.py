@@ -13,7 +13,7 @@ from dfq.errors import RecipeError, SettingError, nearest
 Method = Literal["pri", "smi", "dmi", "noise"]
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Products = Literal["auto", "float32", "bfloat16", "int8"]
+Products = Literal[Precision, "int8"]
 Start = Literal["auto", "teacher", "random"]
 LeaveFirst = Literal["most", "least"]
 Observer = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]

@@ -60,7 +60,14 @@ def last_row_only(vit: ViT, patches: Tensor, positions: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("live", [1, 9, 16])
-@pytest.mark.parametrize("changes", [{}, {"class_token": False, "global_pool": "avg"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"class_token": False, "global_pool": "avg"},
+        {"class_token": False, "global_pool": "map"},
+    ],
+)
 def test_operations_are_those_that_pytorch_counts(live: int, changes: dict[str, Any]) -> None:
     vit = load_model(make_vit(**changes)).vit
     needed = sum(p.operations for p in products(vit.arch, live, 3, whole_last_block=True))

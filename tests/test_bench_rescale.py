@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_vit
 from safetensors.torch import save_file
 
 from calibration_bench.rescale import MOST, rescale, rescale_file
 from dfq.errors import DataError
-from tests.conftest import make_vit
 
 
 def test_the_function_stays_and_the_channels_differ() -> None:

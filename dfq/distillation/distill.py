@@ -19,7 +19,7 @@ from dfq.distillation.training import Images, train
 from dfq.errors import SettingError, UnsupportedModelError
 from dfq.files import check_writable, write_json
 from dfq.images import ImageSource, load_batches, open_images
-from dfq.inversion.workers import launched_together
+from dfq.inversion.workers import check_alone
 from dfq.pipeline import EVALUATION_BATCH, METHODS, calibration_set, covered, given, make_recipe
 from dfq.progress import Progress, Silent
 from dfq.recipe import DistillationSettings, Recipe, to_dict
@@ -91,17 +91,13 @@ def distill(
         DfqError: one of its other subclasses says what is wrong.
     """
     started, progress = time.perf_counter(), progress or Silent()
-    if launched_together():
-        raise SettingError(
-            "distill runs in one process. Let torchrun share out `dfq invert MODEL --out DIR`, "
-            "then distill with --data DIR."
-        )
+    check_alone("distill", "--data")
     extra = settings or {}
     if set(extra) - {"inversion", "distillation"}:
         raise SettingError(f"settings has {sorted(extra)}; known: inversion, distillation.")
     method = data if isinstance(data, str) and data in METHODS else None
     usual = {"images": IMAGES} if recipe is None else {}
-    inversion = {**usual, **extra.get("inversion", {})}
+    inversion = {**usual, **(extra.get("inversion") or {})}
     chosen = make_recipe(
         recipe,
         inversion=given(inversion, method=method, images=images, seed=seed),

@@ -23,7 +23,7 @@ from dfq.recipe import InversionSettings
 from dfq.sparse import SparseImages, channel_values, input_to_pixels
 from dfq.vit import Preprocessing, ViT
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 """Part of every cache key; raised when the same settings come to give other images."""
 
 ADAM_EPS = 1e-8

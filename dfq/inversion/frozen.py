@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,8 +68,13 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 def pack_linears(model: nn.Module, rows: int) -> None:
     """Put a :class:`FrozenLinear` in the place of every linear layer of ``model``."""
+    replace_linears(model, lambda linear: FrozenLinear(linear, rows))
+
+
+def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put what is made of it in the place of every linear layer of ``model``."""
     for name, child in model.named_children():
         if type(child) is nn.Linear:
-            setattr(model, name, FrozenLinear(child, rows))
+            setattr(model, name, make(child))
         else:
-            pack_linears(child, rows)
+            replace_linears(child, make)

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dfq.inversion.frozen import replace_linears
 from dfq.vit import ViT
 
 TINY = 1e-30
@@ -81,7 +82,7 @@ def multiply_integers(vit: ViT) -> None:
         block = vit.block(index)
         _fold(block.norm1, cast(nn.Linear, block.attn.qkv))
         _fold(block.norm2, cast(nn.Linear, block.mlp.fc1))
-        _replace(block)
+        replace_linears(block, IntegerProduct)
 
 
 def _fold(norm: nn.Module, linear: nn.Linear) -> None:
@@ -91,11 +92,3 @@ def _fold(norm: nn.Module, linear: nn.Linear) -> None:
     linear.weight.copy_(weight * norm.weight.float())
     norm.weight.fill_(1)
     norm.bias.zero_()
-
-
-def _replace(model: nn.Module) -> None:
-    for name, child in model.named_children():
-        if type(child) is nn.Linear:
-            setattr(model, name, IntegerProduct(child))
-        else:
-            _replace(child)

@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 
 import torch.distributed as dist
 
-from dfq.errors import WorkerError
+from dfq.errors import SettingError, WorkerError
 
 T = TypeVar("T")
 
@@ -24,6 +24,18 @@ def launched_together() -> bool:
         and dist.is_torchelastic_launched()
         and int(os.environ.get("WORLD_SIZE", "1")) > 1
     )
+
+
+def check_alone(verb: str, flag: str) -> None:
+    """Raise :class:`SettingError` if ``torchrun`` started several processes.
+
+    ``flag`` is how ``verb`` takes a dataset that they made.
+    """
+    if launched_together():
+        raise SettingError(
+            f"{verb} runs in one process. Let torchrun share out `dfq invert MODEL --out DIR`, "
+            f"then {verb} with {flag} DIR."
+        )
 
 
 class Workers:

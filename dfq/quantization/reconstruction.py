@@ -90,15 +90,15 @@ def reconstruct(
     floating point.  Every fourth trajectory is held out; a block keeps what was best on
     those, and stays as it is if nothing was better, so none gets worse there.
 
-    Raises:
-        SettingError: there are too few trajectories to hold some out.
-
     ``vit`` is the float model that was quantized; ``quantized`` is changed.  Memory: two
     float32 copies of all tokens, ``8 * images * tokens * embed_dim`` bytes, and one block's
     gradients.
 
     Returns the held-out error of each block before and after, relative to its output's
     square.  ``advance`` is called with 1 after every block.
+
+    Raises:
+        SettingError: there are too few trajectories to hold some out.
     """
     tokens = _embed(vit, quantized, batches)
     if len({t.held_out for t in tokens}) < 2:
