@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from dfq.arguments import checked
 from dfq.dataset import FORMAT, MANIFEST, SETTINGS, SHARD_NAME, SparseImageDataset, read_settings
 from dfq.errors import DatasetError
 from dfq.files import explain
@@ -41,6 +42,7 @@ class CacheEntry:
     problem: str | None
 
 
+@checked
 def list_cache(cache: str | Path | None = None) -> list[CacheEntry]:
     """Every dataset in the cache, by name."""
     root = cache_directory(cache) / "datasets"
@@ -59,11 +61,13 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
+@checked
 def verify_cache(cache: str | Path | None = None) -> list[CacheEntry]:
     """As :func:`list_cache`, with every file read and compared with its checksum."""
     return [_entry(Path(e.path), verify=True) for e in list_cache(cache)]
 
 
+@checked
 def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry]:
     """Remove a dataset by its name or the start of it, or all with ``"all"``.
 

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from dfq.arguments import checked
 from dfq.device import resolve_device
 from dfq.errors import CheckpointError, UsageError
 from dfq.files import check_replaceable, replaced_directory, write_bytes, write_json
@@ -169,6 +170,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+@checked
 def load(
     path: str | Path, *, device: torch.device | str = "cpu", compiled: bool = False
 ) -> QuantizedViT:

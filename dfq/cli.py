@@ -7,9 +7,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import dfq
-from dfq.errors import DfqError, GateError, SettingError
+from dfq.errors import DfqError, GateError, OutputError, SettingError
 from dfq.tables import (
     benchmark_table,
     distill_table,
@@ -36,6 +36,15 @@ out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+KEEPS = ("invert", "quantize", "distill")
+"""Commands that invert, unit by unit."""
+
+INTERRUPTED = 130
+
+PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""What the parser raises for wrong usage; typer brings the class along under changing names."""
+
+
 class _Group(TyperGroup):
     """Turns dfq's errors into messages and exit codes."""
 
@@ -43,22 +52,54 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except GateError as error:
-            _fail(error)
+            _fail(str(error), error.exit_code)
         except DfqError as error:
-            if _wants_json() and _is_first():
-                kind = type(error).__name__
-                _print_json({"error": {"type": kind, "message": str(error)}})
-            _fail(error)
-        except KeyboardInterrupt:
-            err_console.print(
-                "Interrupted. Finished units of work are kept; run it again to go on."
+            _report(type(error).__name__, str(error))
+            _fail(str(error), error.exit_code)
+        except PARSER_ERROR as error:
+            if ctx.parent is None:
+                _report("UsageError", cast(Any, error).format_message())
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or ["no more"])[0]
+            message = (
+                f"Out of memory ({reason:.200}). Use a smaller model or --img-size, or in a recipe "
+                "a smaller unit_size or batch."
             )
-            raise typer.Exit(130) from None
+            _report("MemoryError", message)
+            _fail(message, 1)
+        except KeyboardInterrupt:
+            message = "Interrupted."
+            if ctx.invoked_subcommand in KEEPS:
+                message += " Finished units of inversion are kept; run it again to go on."
+            _report("KeyboardInterrupt", message)
+            err_console.print(message)
+            raise typer.Exit(INTERRUPTED) from None
 
 
-def _fail(error: DfqError) -> None:
-    err_console.print(f"[bold red]error:[/] {escape(str(error))}")
-    raise typer.Exit(error.exit_code) from None
+def _fail(message: str, code: int) -> NoReturn:
+    err_console.print(f"[bold red]error:[/] {escape(message)}")
+    raise typer.Exit(code) from None
+
+
+def _report(kind: str, message: str) -> None:
+    """The object that ``--json`` promises, where there is no result."""
+    if _wants_json() and _is_first():
+        with suppress(OutputError):
+            _print_json({"error": {"type": kind, "message": message}})
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    return isinstance(error, MemoryError | _torch_error()) or "can't allocate memory" in str(error)
+
+
+def _torch_error() -> type[RuntimeError]:
+    """PyTorch's error of full memory, if PyTorch has been loaded at all."""
+    torch = sys.modules.get("torch")
+    found: type[RuntimeError] = getattr(torch, "OutOfMemoryError", NotImplementedError)
+    return found
 
 
 def _wants_json() -> bool:
@@ -66,7 +107,26 @@ def _wants_json() -> bool:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    with _stdout():
+        sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _print(text: Any, **options: Any) -> None:
+    with _stdout():
+        out_console.print(text, **options)
+
+
+@contextmanager
+def _stdout() -> Iterator[None]:
+    """Raise :class:`OutputError` if what is printed cannot be written, as on a full disk."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"Cannot write to standard output: {error.strerror}.") from error
 
 
 app = typer.Typer(
@@ -266,12 +326,6 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Quantize a ViT without data and write a checkpoint."""
-    inversion = {
-        "iterations": iterations,
-        "stages": stages,
-        "threads": threads,
-        "precision": precision,
-    }
     try:
         result = dfq.quantize(
             model,
@@ -284,11 +338,14 @@ def quantize(
             std=_floats(std, "--std"),
             calibration=calibration,
             images=images,
+            iterations=iterations,
+            stages=stages,
             attention=attention,
             out=out,
             eval=eval,
             seed=seed,
-            settings={"inversion": inversion},
+            threads=threads,
+            precision=precision,
             device=device,
             cache=cache,
             min_agreement=min_agreement,
@@ -333,14 +390,12 @@ def invert(
         model,
         method=method,
         images=images,
+        iterations=iterations,
+        stages=stages,
         out=out,
         recipe=recipe,
-        settings={
-            "iterations": iterations,
-            "stages": stages,
-            "threads": threads,
-            "precision": precision,
-        },
+        threads=threads,
+        precision=precision,
         weights=weights,
         num_classes=num_classes,
         img_size=img_size,
@@ -426,6 +481,8 @@ def distill(
     images: Annotated[
         int | None, typer.Option(help="Images to make or to train on.", show_default="512")
     ] = None,
+    iterations: Iterations = None,
+    stages: Stages = None,
     steps: Annotated[int | None, typer.Option(help="Of training.", show_default="2000")] = None,
     start: Annotated[
         str | None,
@@ -449,6 +506,7 @@ def distill(
         typer.Option(help="Labelled image folder, .npz, or 'demo'.", show_default=False),
     ] = None,
     seed: Seed = None,
+    threads: Threads = None,
     device: Device = "cpu",
     cache: Cache = None,
     json_: Json = False,
@@ -463,6 +521,8 @@ def distill(
         heads=heads,
         data=data,
         images=images,
+        iterations=iterations,
+        stages=stages,
         steps=steps,
         start=start,
         recipe=recipe,
@@ -474,6 +534,7 @@ def distill(
         out=out,
         eval=eval,
         seed=seed,
+        threads=threads,
         device=device,
         cache=cache,
         progress=_Shown(quiet),
@@ -546,19 +607,23 @@ def inspect(
         Path | None,
         typer.Option(help="Draw a dataset into this PNG file.", show_default=False),
     ] = None,
-    rows: Annotated[int, typer.Option(help="Trajectories to draw.")] = 8,
+    rows: Annotated[
+        int | None, typer.Option(help="Trajectories to draw, with --preview.", show_default="8")
+    ] = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="What quantization leaves of each layer's output.")
     ] = False,
     json_: Json = False,
 ) -> None:
     """Say what a dataset or a checkpoint holds; datasets are verified."""
+    if rows is not None and preview is None:
+        raise SettingError("--rows goes with --preview FILE.")
     facts = dfq.inspect(path)
     if layers:
         _show({"layers": layers_of(facts, path)}, json_, False, layers_table)
         return
     if preview is not None:
-        facts["preview"] = str(dfq.preview(path, preview, rows=rows))
+        facts["preview"] = str(dfq.preview(path, preview, rows=8 if rows is None else rows))
     _show(facts, json_, False, facts_table)
 
 
@@ -576,7 +641,7 @@ def models(
         return
     for entry in entries:
         weights = "" if entry.pretrained else "  (no pretrained weights)"
-        out_console.print(f"{entry.name}  [dim]{entry.kind}{weights}[/]", soft_wrap=True)
+        _print(f"{entry.name}  [dim]{entry.kind}{weights}[/]", soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]dfq doctor[/]")
@@ -619,7 +684,7 @@ def _show(
     if as_json:
         _print_json(values)
     elif not quiet:
-        out_console.print(table(values))
+        _print(table(values))
 
 
 def _show_entries(entries: list[Any], as_json: bool, title: str | None = None) -> None:
@@ -627,6 +692,6 @@ def _show_entries(entries: list[Any], as_json: bool, title: str | None = None) -
         _print_json([dataclasses.asdict(e) for e in entries])
         return
     if not entries:
-        out_console.print("The cache holds no datasets.")
+        _print("The cache holds no datasets.")
         return
-    out_console.print(entries_table(entries, title))
+    _print(entries_table(entries, title))

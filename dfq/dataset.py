@@ -5,28 +5,34 @@ The format is specified in ``docs/dataset-format.md``.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dfq.errors import DamagedError, DatasetError, OutputError
+from dfq.errors import DamagedError, DatasetError, OutputError, SettingError
 from dfq.files import explain, make_directory, remove_abandoned, write_bytes, write_json
+from dfq.recipe import InversionSettings, Method
 from dfq.sparse import Grid, SparseImages
 
 FORMAT = "dfq-sparse-images"
 FORMAT_VERSION = 1
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
+ORIGIN = re.compile(r"[a-z][a-z0-9-]{0,31}")
+"""The name of a method that made images."""
+
 SHARD_NAME = re.compile(r"shard-([0-9]{5,})-([0-9]{1,7})\.safetensors")
 
 _DTYPES = {
@@ -322,9 +328,72 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise DatasetError(f"{str(path)!r} is not a sparse-image dataset: it has no {SETTINGS}.")
     settings = _read_json(file)
     _check_header(settings, file)
-    if not all(isinstance(settings.get(k, {}), dict) for k in ("model", "inversion")):
-        raise DatasetError(f"{str(file)!r}: model and inversion must be objects.")
+    for field, good in _FIELDS.items():
+        if field in settings and not good(settings[field]):
+            raise DatasetError(
+                f"{str(file)!r}: {field} is {settings[field]!r:.80}, which docs/dataset-format.md "
+                "does not allow. The dataset is damaged; make it again."
+            )
     return settings
+
+
+def _is_model(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_word(value.get("name", "?"))
+        and isinstance(value.get("architecture", {}), dict)
+        and re.fullmatch("[0-9a-f]{64}", str(value.get("fingerprint", "0" * 64))) is not None
+    )
+
+
+def _is_preprocessing(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key, []), list)
+        and all(type(v) in (int, float) and math.isfinite(v) for v in value.get(key, []))
+        for key in ("mean", "std")
+    )
+
+
+def _is_inversion(value: Any) -> bool:
+    """Whether the method is a word, and one of dfq's has settings of the right types."""
+    if not isinstance(value, dict) or ORIGIN.fullmatch(str(value.get("method", "a"))) is None:
+        return False
+    if value.get("method") not in get_args(Method):
+        return True
+    known = {f.name for f in dataclasses.fields(InversionSettings)}
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known
+    }
+    try:
+        InversionSettings(**given)
+    except SettingError:
+        return False
+    return True
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) < 1024
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_word, value.values()))
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "algorithm_version": _is_count,
+    "model": _is_model,
+    "preprocessing": _is_preprocessing,
+    "objective": lambda value: value in ("class", "direction"),
+    "inversion": _is_inversion,
+    "threads": _is_count,
+    "machine": _is_word,
+    "versions": _are_words,
+}
+"""Fields of ``settings.json`` beside the header and the grid, and what each may be."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 
 import torch
 
@@ -29,9 +30,9 @@ def resolve_device(name: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        reason = str(error).splitlines()[0]
+        reason = textwrap.shorten(str(error).splitlines()[0], 160, placeholder=" ...")
         raise DeviceError(
-            f"Device {str(name)!r} cannot be used ({reason:.120}); available: {', '.join(there)}."
+            f"Device {str(name)!r} cannot be used ({reason}); available: {', '.join(there)}."
         ) from error
     return device
 

@@ -93,7 +93,8 @@ def fit(
 ) -> np.ndarray:
     """Resize (and centre-crop) an image to the model's input, uint8 ``[H, W, C]``.
 
-    With ``crop`` the shorter side becomes ``side / crop_pct`` first, as timm does.
+    With ``crop`` the shorter side becomes ``side / crop_pct`` first, or both do where the crop
+    mode is ``squash``, as timm does.
     """
     channels = arch.in_channels
     mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
@@ -103,15 +104,12 @@ def fit(
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert(mode)
     height, width = arch.image_size
-    try:
-        resample = Image.Resampling[preprocessing.interpolation.upper()]
-    except KeyError:
-        resample = Image.Resampling.BICUBIC
-    if not crop or preprocessing.crop_mode == "squash":
+    resample = Image.Resampling[preprocessing.interpolation.upper()]
+    if not crop:
         size = (width, height)
         image = image if image.size == size else image.resize(size, resample)
     else:
-        size = _resized(image.size, (width, height), preprocessing.crop_pct or 1.0)
+        size = _resized(image.size, (width, height), preprocessing)
         image = image.resize(size, resample)
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         image = image.crop((left, top, left + width, top + height))
@@ -119,10 +117,14 @@ def fit(
     return array[..., None] if array.ndim == 2 else array
 
 
-def _resized(size: tuple[int, int], target: tuple[int, int], share: float) -> tuple[int, int]:
+def _resized(
+    size: tuple[int, int], target: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[int, int]:
     """Size before the centre crop, (width, height), rounded as timm's transforms round."""
     w, h = size
-    width, height = (math.floor(side / share) for side in target)
+    width, height = (math.floor(side / preprocessing.crop_pct) for side in target)
+    if preprocessing.crop_mode == "squash":
+        return width, height
     if target[0] == target[1]:
         longer = int(width * max(w, h) / min(w, h))
         return (width, longer) if w <= h else (longer, height)

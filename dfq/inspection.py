@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dfq import checkpoint, demo, runtime
+from dfq.arguments import checked
 from dfq.cache import cache_directory
 from dfq.dataset import SETTINGS, SparseImageDataset
 from dfq.device import cpu_has, resolve_precision
@@ -21,24 +22,34 @@ from dfq.quantization.scheme import scheme_name
 from dfq.recipe import to_dict
 from dfq.runtime import opaque
 from dfq.vit.architecture import to_json
+from dfq.vit.describe import describe
+from dfq.vit.saved import REPORT, WEIGHTS, is_saved, read_saved
 
 
+@checked
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Facts about a sparse-image dataset or a checkpoint, as JSON types.
+    """Facts about a sparse-image dataset, a checkpoint or a student, as JSON types.
 
     Datasets are verified: every shard is read and compared with its checksum.
 
     Raises:
-        DatasetError: the path is neither, or its files are damaged.
+        DatasetError: the path is none of them, or the dataset's files are damaged.
         CheckpointError: the checkpoint is damaged.
+        WeightsError: the student is damaged.
     """
     path = Path(path)
     if (path / SETTINGS).is_file():
         return _inspect_dataset(path)
     if (path / checkpoint.CONFIG).is_file():
         return _inspect_checkpoint(path)
-    what = "holds neither" if path.exists() else "does not exist; expected"
-    raise DatasetError(f"{str(path)!r} {what} a sparse-image dataset or a dfq checkpoint.")
+    if is_saved(path):
+        return _inspect_model(path)
+    raise DatasetError(
+        f"{str(path)!r} holds neither a sparse-image dataset nor a dfq checkpoint nor a student."
+        if path.exists()
+        else f"{str(path)!r} does not exist; give a sparse-image dataset, a dfq checkpoint or a "
+        "student."
+    )
 
 
 def _inspect_dataset(path: Path) -> dict[str, Any]:
@@ -67,13 +78,6 @@ def _inspect_dataset(path: Path) -> dict[str, Any]:
 def _inspect_checkpoint(path: Path) -> dict[str, Any]:
     info = checkpoint.read_info(path)
     model = checkpoint.load(path)
-    report_path = path / checkpoint.REPORT
-    report: Any = None
-    if report_path.is_file():
-        try:
-            report = json.loads(report_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            report = None
     return {
         "kind": "checkpoint",
         "path": str(path),
@@ -87,8 +91,31 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "recipe": to_dict(info.recipe),
         "source": info.source,
         "bytes": (path / checkpoint.MODEL).stat().st_size,
-        "report": report,
+        "report": _report(path / checkpoint.REPORT),
     }
+
+
+def _inspect_model(path: Path) -> dict[str, Any]:
+    model, timm_name, prepared = read_saved(path)
+    arch = describe(model, str(path))
+    return {
+        "kind": "student",
+        "path": str(path),
+        "model": timm_name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "architecture": to_json(arch),
+        "preprocessing": to_json(prepared),
+        "bytes": (path / WEIGHTS).stat().st_size,
+        "report": _report(path / REPORT),
+    }
+
+
+def _report(path: Path) -> Any:
+    """What was measured, None where nothing readable is."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -104,6 +131,7 @@ HOMES = ("vision_transformer", "deit", "beit", "eva")
 """Modules of timm that define models which may be supported."""
 
 
+@checked
 def models(pattern: str | None = None) -> list[ModelEntry]:
     """The names of models: demo, aliases, and timm's vision transformers.
 
@@ -151,6 +179,7 @@ class DoctorReport:
     problems: tuple[str, ...]
 
 
+@checked
 def doctor(cache: str | Path | None = None) -> DoctorReport:
     """Look at versions, processor, integer kernels, cache directory and demo files."""
     cpu = torch.device("cpu")
@@ -184,9 +213,14 @@ def _missing_demo_files() -> list[Path]:
 
 
 def _writable(path: Path) -> bool:
+    """Whether a directory can be made there, tried out beside it without leaving a trace."""
     while not path.exists() and path != path.parent:
         path = path.parent
-    return os.access(path, os.W_OK) and path.is_dir()
+    try:
+        with tempfile.TemporaryDirectory(dir=path):
+            return True
+    except OSError:
+        return False
 
 
 def _processor() -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dfq.arguments import checked
 from dfq.dataset import SparseImageDataset
-from dfq.errors import DatasetError, SettingError
+from dfq.errors import DatasetError, OutputError, SettingError
 from dfq.files import make_directory, write_bytes
 from dfq.sparse import SparseImages, unpatchify
 
@@ -20,6 +21,7 @@ MARGIN = 2
 MIN_SIDE = 112
 
 
+@checked
 def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
     """Draw a dataset: trajectories as rows, stages as columns, absent patches dark grey.
 
@@ -30,11 +32,12 @@ def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
 
     Raises:
         DatasetError: the dataset cannot be read.
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or does not end in ``.png``.
         SettingError: ``rows`` is below 1.
     """
     if rows < 1:
         raise SettingError(f"rows is {rows}; it must be at least 1.")
+    _check_name(Path(out))
     source = SparseImageDataset(dataset)
     cells: dict[tuple[int, int], np.ndarray] = {}
     drawn: set[int] = set()
@@ -53,14 +56,20 @@ def write_png(pixels: np.ndarray, out: str | Path) -> Path:
     """Write a picture uint8 ``[H, W, 3]``, whole or not at all.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or does not end in ``.png``.
     """
     out = Path(out)
+    _check_name(out)
     make_directory(out.parent)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     write_bytes(out, buffer.getvalue())
     return out
+
+
+def _check_name(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise OutputError(f"{str(out)!r} is no name of a PNG file; it must end in .png.")
 
 
 def _draw(image: SparseImages, source: SparseImageDataset) -> np.ndarray:

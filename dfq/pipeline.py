@@ -14,13 +14,21 @@ import torch
 from torch import nn
 
 from dfq import checkpoint as checkpoints
+from dfq.arguments import checked
 from dfq.comparison import Comparison, compare, dense_batches, metric_of, sparse_batches
 from dfq.dataset import (
     SETTINGS,
     SparseImageDataset,
 )
 from dfq.device import resolve_device
-from dfq.errors import DataError, DatasetError, GateError, SettingError, nearest
+from dfq.errors import (
+    CheckpointError,
+    DataError,
+    DatasetError,
+    GateError,
+    SettingError,
+    nearest,
+)
 from dfq.files import check_writable
 from dfq.images import DenseImages, ImageSource, load_batches, open_images
 from dfq.inversion import plan_units
@@ -93,13 +101,18 @@ def given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
     return {**(settings or {}), **{k: v for k, v in arguments.items() if v is not None}}
 
 
+@checked
 def invert(
     model: str | nn.Module,
     *,
     method: str | None = None,
     images: int | None = None,
+    iterations: int | None = None,
+    stages: int | None = None,
     out: str | Path | None = None,
     seed: int | None = None,
+    threads: int | None = None,
+    precision: str | None = None,
     recipe: str | Path | Recipe | None = None,
     settings: dict[str, Any] | None = None,
     weights: str | Path | None = None,
@@ -117,15 +130,28 @@ def invert(
         model, weights, num_classes, img_size, mean, std: see :func:`dfq.load_model`.
         method: ``pri``, ``smi``, ``dmi`` or ``noise``.
         images: how many to make.
+        iterations: of a trajectory.
+        stages: ``pri``: images a trajectory yields.
         out: a directory for the dataset; without it the cache keeps it.
         seed: of noise, targets and jitter.
+        threads: of the optimisation; torch's by default.
+        precision: ``auto``, ``float32``, ``bfloat16`` or ``int8``.
         recipe: a TOML file or a :class:`dfq.Recipe`; the arguments override it.
         settings: further fields of :class:`dfq.InversionSettings` to override.
 
     Raises:
         DfqError: one of its subclasses says what is wrong.
     """
-    overrides = given(settings, method=method, images=images, seed=seed)
+    overrides = given(
+        settings,
+        method=method,
+        images=images,
+        iterations=iterations,
+        stages=stages,
+        seed=seed,
+        threads=threads,
+        precision=precision,
+    )
     chosen = make_recipe(recipe, inversion=overrides).inversion
     target = resolve_device(device)
     loaded = load_model(
@@ -151,17 +177,22 @@ def invert(
     )
 
 
+@checked
 def quantize(
     model: str | nn.Module,
     *,
     bits: int | None = None,
     calibration: str | Path | None = None,
     images: int | None = None,
+    iterations: int | None = None,
+    stages: int | None = None,
     attention: str | None = None,
     out: str | Path | None = None,
     eval: str | Path | None = None,
     recipe: str | Path | Recipe | None = None,
     seed: int | None = None,
+    threads: int | None = None,
+    precision: str | None = None,
     settings: dict[str, dict[str, Any]] | None = None,
     weights: str | Path | None = None,
     num_classes: int | None = None,
@@ -182,8 +213,11 @@ def quantize(
         calibration: ``pri``, ``smi``, ``dmi``, ``noise``, or the path of a sparse-image
             dataset, an image folder or an ``.npz``.
         images: size of the calibration set.
+        iterations, stages, seed, threads, precision: of the inversion; see
+            :func:`dfq.invert`.
         attention: ``float`` or ``int8``.
-        out: directory of the checkpoint; ``./MODEL-w4a8`` by default.
+        out: directory of the checkpoint; ``./MODEL-w4a8`` by default.  A dfq checkpoint
+            there is replaced once the new one is complete.
         eval: labelled data for accuracy; see :func:`dfq.evaluate`.
         recipe: a TOML file or a :class:`dfq.Recipe`; the arguments override it.
         settings: further fields to override, as ``{"inversion": {...}, "quantization":
@@ -210,7 +244,16 @@ def quantize(
             )
     chosen = make_recipe(
         recipe,
-        inversion=given(extra.get("inversion"), method=method, images=images, seed=seed),
+        inversion=given(
+            extra.get("inversion"),
+            method=method,
+            images=images,
+            iterations=iterations,
+            stages=stages,
+            seed=seed,
+            threads=threads,
+            precision=precision,
+        ),
         quantization=given(extra.get("quantization"), bits=bits, attention=attention),
     )
     chosen = dataclasses.replace(chosen, distillation=None)
@@ -220,6 +263,7 @@ def quantize(
     out = Path(out) if out is not None else Path(f"{_file_name(name)}-{scheme}")
     checkpoints.check_output(out)
     check_writable(out.parent)
+    _note_replaced(out, name, scheme, progress)
     with clock("load"):
         loaded = load_model(
             model, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
@@ -299,6 +343,20 @@ def quantize(
     return result
 
 
+def _note_replaced(out: Path, name: str, scheme: str, progress: Progress) -> None:
+    """Say that another model's checkpoint, or one of another scheme, will be replaced."""
+    if not (out / checkpoints.CONFIG).is_file():
+        return
+    try:
+        info = checkpoints.read_info(out)
+    except CheckpointError:
+        before = ("a damaged checkpoint", "")
+    else:
+        before = (info.model, scheme_name(info.recipe.quantization))
+    if before != (name, scheme):
+        progress.note(f"{str(out)!r} holds {' '.join(before).strip()}, which will be replaced")
+
+
 def _open_evaluation(
     data: str | Path,
     arch: Architecture,
@@ -359,15 +417,15 @@ def calibration_set(
     if (Path(path) / SETTINGS).is_file():
         dataset = SparseImageDataset(path)
         _check_model(dataset, loaded)
-        return dataset, CalibrationSource(dataset.method, len(dataset), str(path), True)
+        return dataset, CalibrationSource(dataset.method, len(dataset), str(path), None)
     if not Path(path).exists() and str(path) != "demo":
         raise DataError(
-            f"Calibration {str(path)!r} is neither a method ({', '.join(METHODS)}) nor an existing "
+            f"{str(path)!r} is neither a method ({', '.join(METHODS)}) nor an existing "
             f"sparse-image dataset, image folder or .npz.{nearest(str(path), METHODS)}"
         )
     images = open_images(path, loaded.vit.arch, loaded.preprocessing, labelled=False)
     dense = DenseImages(images, loaded.vit.arch, settings.images)
-    return dense, CalibrationSource("images", len(dense), str(path), True)
+    return dense, CalibrationSource("images", len(dense), str(path), None)
 
 
 def covered(
@@ -426,7 +484,7 @@ def _held_out(
         device=device,
         cache=cache,
         progress=progress,
-        label="Inverting held-out images",
+        purpose="held-out ",
     )
     batches = sparse_batches(dataset.batches(EVALUATION_BATCH), loaded.vit, loaded.preprocessing)
     return compare(quantized, loaded.vit, batches, metric=metric_of(loaded.vit.arch))
@@ -439,6 +497,7 @@ def _pair(comparison: Comparison | None, name: Literal["top1", "top5"]) -> Float
     return FloatQuantized(reference, getattr(comparison.quantized, name))
 
 
+@checked
 def evaluate(
     path: str | Path,
     *,

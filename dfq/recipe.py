@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from dfq.arguments import checked
 from dfq.errors import RecipeError, SettingError, nearest
 
 Method = Literal["pri", "smi", "dmi", "noise"]
@@ -275,6 +276,7 @@ def _allowed(value: Any, hint: Any, doc: Any) -> str | None:
     return None if good else f"{'whole ' if whole else ''}numbers from {span}"
 
 
+@checked
 def load_recipe(path: str | Path) -> Recipe:
     """Read a TOML recipe; fields left out keep their defaults.
 

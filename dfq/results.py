@@ -12,12 +12,15 @@ Share = float
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """Where the calibration set came from; ``cached`` if it was there before the run."""
+    """Where the calibration set came from.
+
+    ``cached`` if dfq made it in an earlier run; None for images that the caller gave.
+    """
 
     method: str
     images: int
     path: str
-    cached: bool
+    cached: bool | None
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,12 @@ def make_dataset(
     device: torch.device,
     cache: str | Path | None,
     progress: Progress,
-    label: str = "Inverting",
+    purpose: str = "",
 ) -> tuple[SparseImageDataset, bool]:
     """Open the dataset of these settings, making what is missing of it.
 
-    Returns the dataset and whether it was whole before.
+    Returns the dataset and whether it was whole before.  ``purpose`` says to people what the
+    images are for.
 
     Raises:
         SettingError: ``classes`` names one that the model does not have.
@@ -96,7 +97,7 @@ def make_dataset(
     workers = Workers()
     before = _finished(path, facts)
     if before is not None:
-        progress.note(f"Found {len(before)} images in {path}")
+        progress.note(f"Found {len(before)} {purpose}images in {path}")
         return before, True
     if workers.first:
         facts, resolved = _resume(path, facts, resolved, in_cache=out is None)
@@ -112,7 +113,8 @@ def make_dataset(
     if mine:
         engine = Engine(loaded.vit, loaded.preprocessing, resolved, device)
         steps = len(mine) * engine.events[-1].iteration
-        with progress.task(f"{label} ({resolved.method})", max(1, steps)) as advance:
+        name = f"Inverting {purpose}images ({resolved.method})"
+        with progress.task(name, max(1, steps)) as advance:
             for unit in mine:
                 writer.write(unit.index, engine.run(unit, advance))
     workers.wait()

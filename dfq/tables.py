@@ -107,7 +107,7 @@ def quantize_table(r: dict[str, Any]) -> Table:
     table = _two_columns()
     source, size, on = r["calibration"], r["bytes"], r["agreement_on"]
     origin = "from the cache" if source["cached"] else "made now"
-    if source["method"] == "images":
+    if source["cached"] is None:
         origin = escape(source["path"])
     table.add_row("model", f"{escape(r['model'])}, {r['scheme']}, attention {r['attention']}")
     table.add_row("calibration", f"{source['images']} images, {escape(source['method'])}, {origin}")
@@ -121,10 +121,11 @@ def quantize_table(r: dict[str, Any]) -> Table:
             "top-1", f"float {accuracy['float']:.2%}, quantized {accuracy['quantized']:.2%}"
         )
     if on:
-        where = "freshly inverted images" if on["data"] == "inverted" else on["data"]
+        inverted = on["data"] == "inverted"
+        where = "inverted images of another seed" if inverted else f"images of {on['data']}"
         table.add_row(
             "agreement" if on["metric"] == "top1" else "cosine of features",
-            f"{r['agreement']:.2%} on {on['images']} images of {escape(where)}",
+            f"{r['agreement']:.2%} on {on['images']} {escape(where)}",
         )
     stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items())
     table.add_row("seconds", stages)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any, get_args
 
 import torch
 
+from dfq.arguments import checked
 from dfq.dataset import (
     FORMAT,
+    ORIGIN,
     SETTINGS,
     DatasetWriter,
     SparseImageDataset,
@@ -25,9 +26,8 @@ from dfq.sparse import Grid, SparseImages
 from dfq.synthesis import dataset_facts, machine_of
 from dfq.vit.load import LoadedModel
 
-ORIGIN = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
-
+@checked
 def write_dataset(
     out: str | Path,
     units: Iterable[Sequence[SparseImages]],

@@ -20,7 +20,7 @@ from dfq.sparse import SparseImages
 SETTINGS: dict[str, Any] = {
     "format": "dfq-sparse-images",
     "format_version": 1,
-    "model": {"name": "some_vit.tag", "fingerprint": "f"},
+    "model": {"name": "some_vit.tag", "fingerprint": "f" * 64},
     "grid": {"image_size": [4, 4], "patch_size": [2, 2], "channels": 1},
     "inversion": {"method": "smi"},
 }

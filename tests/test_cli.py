@@ -160,7 +160,7 @@ def test_flags_reach_the_result(cli: Cli, tmp_path: Path) -> None:
 
 def test_progress_goes_to_stderr(cli: Cli, tmp_path: Path) -> None:
     ended = cli.quantize(tmp_path / "out", "--json")
-    assert "Inverting (pri): 4/4" in ended.stderr
+    assert "Inverting images (pri): 4/4" in ended.stderr
     assert "Inverting" not in ended.stdout
 
 
@@ -275,7 +275,7 @@ def test_images_of_ones_own_calibrate(cli: Cli, tmp_path: Path, labelled_npz: Pa
         "method": "images",
         "images": 4,
         "path": str(labelled_npz),
-        "cached": True,
+        "cached": None,
     }
 
 
@@ -584,9 +584,13 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
                                   "min_agreement", "--float MODEL"),
     "weights without a model": (evaluate_with("--weights", "w.pth"), "weights", "--float MODEL"),
     "inspect nothing": (lambda p: ["inspect", p.tmp / "none"], "none' does not exist",
-                        "a sparse-image dataset or a dfq checkpoint"),
+                        "a sparse-image dataset, a dfq checkpoint or a student"),
     "inspect something else": (lambda p: ["inspect", p.folder()], "data' holds neither",
-                               "a sparse-image dataset or a dfq checkpoint"),
+                               "nor a dfq checkpoint"),
+    "inspect rows without a picture": (lambda p: ["inspect", p.checkpoint, "--rows", "3"],
+                                       "--rows", "--preview"),
+    "inspect preview of another kind": (
+        lambda p: ["inspect", p.checkpoint, "--preview", p.tmp / "x.gif"], "x.gif", ".png"),
     "models of no name": (lambda _: ["models", "vitt_base"], "'vitt_base'", "Did you mean"),
     "export format": (lambda p: ["export", p.checkpoint, "--format", "tflite"],
                       "format is 'tflite'", "onnx, openvino, torch"),
@@ -660,6 +664,22 @@ def test_arguments_of_no_command_exit_with_2(args: list[str], cli: Cli) -> None:
     assert ended.code == 2
     assert "Usage:" in ended.stderr
     assert ended.stdout == ""
+    ended = cli(*args, "--json")
+    assert ended.code == 2
+    assert ended.json["error"]["type"] == "UsageError"
+    assert ended.json["error"]["message"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("args", [["doctor"], ["doctor", "--json"], ["models"]], ids=" ".join)
+def test_a_full_output_is_a_message(args: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "dfq", *args], stdout=full, stderr=subprocess.PIPE, text=True,
+            check=False,
+        )  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stderr == ("error: Cannot write to standard output: No space left on device.\n")
 
 
 @pytest.mark.parametrize("rows", ["0", "-1"])
@@ -668,6 +688,13 @@ def test_a_preview_has_at_least_one_row(rows: str, cli: Cli, tmp_path: Path) -> 
     ended = cli("inspect", tmp_path / "images", "--preview", tmp_path / "p.png", "--rows", rows)
     assert ended.code == 2
     assert f"rows is {rows}" in ended.stderr
+
+
+def test_a_checkpoint_of_another_scheme_is_replaced_with_a_note(cli: Cli, tmp_path: Path) -> None:
+    note = "holds test_vit w8a8, which will be replaced"
+    assert note not in cli.quantize(tmp_path / "out").stderr
+    assert note not in cli.quantize(tmp_path / "out").stderr
+    assert note in cli.quantize(tmp_path / "out", "--bits", "4").stderr
 
 
 def test_a_checkpoint_does_not_replace_something_else(cli: Cli, tmp_path: Path) -> None:
@@ -735,9 +762,45 @@ def test_an_interrupt_exits_with_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dfq, "invert", interrupt, raising=False)
+    monkeypatch.setattr(dfq, "evaluate", interrupt, raising=False)
     ended = cli.invert()
     assert ended.code == 130
     assert "run it again to go on" in ended.stderr
+    ended = cli("evaluate", "x", "--data", "y", "--json")
+    assert ended.code == 130
+    assert ended.json["error"] == {"type": "KeyboardInterrupt", "message": "Interrupted."}
+    assert "kept" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+    ids=repr,
+)
+def test_full_memory_is_a_message(
+    error: Exception, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(dfq, "invert", fail, raising=False)
+    ended = cli.invert("--json")
+    assert ended.code == 1
+    assert ended.stderr.startswith("error: Out of memory")
+    assert ended.json["error"]["type"] == "MemoryError"
+
+
+def test_other_errors_are_not_hidden(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(dfq, "invert", fail, raising=False)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.invert()
 
 
 # ---- help

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -634,6 +635,42 @@ def test_cache_key_is_as_specified() -> None:
 @pytest.mark.parametrize("field", ["threads", "versions"])
 def test_cache_key_does_not_depend_on_how_the_images_were_computed(field: str) -> None:
     assert cache_key({**SETTINGS, field: "other"}) == cache_key(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", []),
+        ("model", {"name": 3}),
+        ("model", {"name": "some\x1b[31m"}),
+        ("model", {"fingerprint": "f"}),
+        ("model", {"architecture": None}),
+        ("preprocessing", None),
+        ("preprocessing", {"mean": ["a"]}),
+        ("preprocessing", {"std": [math.inf]}),
+        ("objective", "classes"),
+        ("algorithm_version", 0),
+        ("inversion", "pri"),
+        ("inversion", {"method": 3}),
+        ("inversion", {"method": "Fotos!"}),
+        ("inversion", {"method": "pri", "iterations": -1}),
+        ("inversion", {"method": "pri", "iterations": "many"}),
+        ("inversion", {"method": "pri", "classes": [1.5]}),
+        ("inversion", {"method": "dmi", "importance": "none"}),
+        ("threads", 0),
+        ("threads", True),
+        ("machine", ["cpu"]),
+        ("versions", {"torch": 2.14}),
+        ("versions", []),
+    ],
+    ids=str,
+)
+def test_a_field_of_the_settings_is_as_the_format_says(
+    dataset: Path, field: str, value: Any
+) -> None:
+    change_json(dataset / "settings.json", lambda s: s.update({field: value}))
+    with pytest.raises(DatasetError, match=rf"settings\.json': {field} is .*does not allow"):
+        SparseImageDataset(dataset)
 
 
 @pytest.mark.parametrize("field", sorted(set(SETTINGS) - {"threads", "versions"}))

@@ -418,10 +418,13 @@ def test_the_longer_side_is_cropped() -> None:
     assert np.array_equal(cropped(Image.fromarray(x), 16, 16, 1.0), x[:, 8:24])
 
 
-def test_an_unknown_interpolation_is_bicubic() -> None:
-    image = Image.fromarray(noise(30, 40, 3))
-    expected = cropped(image, 16, 16, 0.9, "bicubic")
-    assert np.array_equal(cropped(image, 16, 16, 0.9, "random"), expected)
+def test_an_interpolation_that_is_none_of_pillows_is_bicubic() -> None:
+    import timm
+
+    overlay = {"interpolation": "random", "crop_mode": "tiled"}
+    model = timm.create_model("test_vit", img_size=32, pretrained_cfg_overlay=overlay)
+    found = load_model(model).preprocessing
+    assert (found.interpolation, found.crop_mode) == ("bicubic", "center")
 
 
 def timms(image: Image.Image, side: int, share: float, how: str, mode: str) -> np.ndarray:
@@ -440,16 +443,17 @@ def test_files_are_cropped_as_timm_crops_them(size: tuple[int, int], share: floa
     np.testing.assert_array_equal(cropped(image, 32, 32, share), expected)
 
 
-def test_a_model_that_timm_gives_whole_images_gets_whole_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.9, 0.95, 1.0])
+def test_a_model_that_timm_gives_squashed_images_gets_them(tmp_path: Path, share: float) -> None:
     import timm
 
-    config = {"crop_mode": "squash", "crop_pct": 1.0}
+    config = {"crop_mode": "squash", "crop_pct": share}
     model = timm.create_model("test_vit", img_size=32, pretrained_cfg_overlay=config)
     loaded = load_model(model)
     image = Image.fromarray(noise(40, 60, 3))
     image.save(tmp_path / "x.png")
     source = open_images(tmp_path, loaded.vit.arch, loaded.preprocessing, labelled=False)
-    expected = timms(image, 32, 1.0, loaded.preprocessing.interpolation, "squash")
+    expected = timms(image, 32, share, loaded.preprocessing.interpolation, "squash")
     np.testing.assert_array_equal(source.pixels(0), expected)
 
 

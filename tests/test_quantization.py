@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_vit
 
-from dfq.errors import DatasetError
+from dfq.errors import DataError, DatasetError, SettingError
 from dfq.inversion import Engine, plan_units
 from dfq.quantization import IntegerLinear, QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.observers import RangeObserver
@@ -132,6 +134,43 @@ def test_fast_and_reference_kernels_agree_on_the_model(loaded: LoadedModel) -> N
 def test_any_batch_size(loaded: LoadedModel, batch: int) -> None:
     quantized = quantize(loaded, bits=4, attention="int8")
     assert quantized(images_of(loaded)[:batch]).shape == (batch, 5)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 3, 24, 24),
+        torch.zeros(1, 3, 8, 16),
+        torch.zeros(1, 1, 16, 16),
+        torch.zeros(3, 16, 16),
+        torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
+        np.zeros((1, 3, 16, 16), np.float32),
+    ],
+    ids=lambda x: f"{type(x).__name__} {x.dtype} {list(x.shape)}",
+)
+def test_images_of_another_kind_are_refused(loaded: LoadedModel, images: Any) -> None:
+    quantized = quantize(loaded, invert(loaded))
+    for model in (quantized, loaded.vit):
+        with pytest.raises(DataError, match=r"a floating-point tensor \[B, 3, 16, 16\]; got "):
+            model(images)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_image_that_is_not_finite_has_no_prediction(loaded: LoadedModel, value: float) -> None:
+    quantized, images = quantize(loaded, invert(loaded)), images_of(loaded, 3)
+    expected = quantized(images)
+    images[1, 0, 5, 5] = value
+    found = quantized(images)
+    assert found[1].isnan().all()
+    assert torch.equal(found[::2], expected[::2])
+
+
+@pytest.mark.parametrize("change", ["half", "bfloat16", "double"])
+def test_a_quantized_model_keeps_its_types(loaded: LoadedModel, change: str) -> None:
+    quantized = quantize(loaded, invert(loaded))
+    with pytest.raises(SettingError, match="cannot change its type"):
+        getattr(quantized, change)()
+    assert quantized.to("cpu")(images_of(loaded, 1)).isfinite().all()
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dfq import checkpoint as checkpoints
+from dfq.arguments import checked
 from dfq.benchmarking import cold as cold_processes
 from dfq.benchmarking.quiet import quiet
 from dfq.benchmarking.runtimes import RUNTIMES, Contestants, Predict
@@ -31,6 +32,7 @@ SECONDS = 5.0
 LONGEST, LARGEST, MOST_THREADS = 3600.0, 4096, 1024
 
 
+@checked
 def benchmark(
     checkpoint: str | Path,
     *,

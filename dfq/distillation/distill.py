@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfq.arguments import checked
 from dfq.comparison import Comparison, compare, dense_batches
 from dfq.device import resolve_device
 from dfq.distillation.inherit import begin
@@ -36,6 +37,7 @@ IMAGES = 512
 """Images that are made unless the caller or a recipe says otherwise."""
 
 
+@checked
 def distill(
     teacher: str | nn.Module,
     *,
@@ -45,12 +47,15 @@ def distill(
     heads: int | None = None,
     data: str | Path | None = None,
     images: int | None = None,
+    iterations: int | None = None,
+    stages: int | None = None,
     steps: int | None = None,
     start: str | None = None,
     out: str | Path | None = None,
     eval: str | Path | None = None,
     recipe: str | Path | Recipe | None = None,
     seed: int | None = None,
+    threads: int | None = None,
     settings: dict[str, dict[str, Any]] | None = None,
     weights: str | Path | None = None,
     num_classes: int | None = None,
@@ -75,6 +80,7 @@ def distill(
         data: ``pri``, ``smi``, ``dmi``, ``noise``, or the path of a sparse-image dataset, an
             image folder or an ``.npz``; ``pri`` by default.
         images: how many to make, or to take of a folder; 512 by default.
+        iterations, stages, threads: of the inversion; see :func:`dfq.invert`.
         steps: of training.
         start: ``teacher``, ``random``, or ``auto``: whose weights the student begins with.
         out: directory of the student; ``./TEACHER-student`` by default.
@@ -100,7 +106,15 @@ def distill(
     inversion = {**usual, **(extra.get("inversion") or {})}
     chosen = make_recipe(
         recipe,
-        inversion=given(inversion, method=method, images=images, seed=seed),
+        inversion=given(
+            inversion,
+            method=method,
+            images=images,
+            iterations=iterations,
+            stages=stages,
+            seed=seed,
+            threads=threads,
+        ),
         distillation=given(extra.get("distillation"), steps=steps, start=start, seed=seed),
     )
     plan = chosen.distillation or DistillationSettings()

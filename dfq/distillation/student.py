@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -20,6 +21,9 @@ from dfq.vit.saved import building_arguments
 
 SHAPE = {"depth": "depth", "embed_dim": "width", "num_heads": "heads"}
 """timm's names of what can be changed about a student, and dfq's."""
+
+HOMES = ("vision_transformer", "deit")
+"""Modules of timm that define models which may be students."""
 
 
 def student_arguments(
@@ -79,18 +83,23 @@ def create(
     Raises:
         SettingError: it cannot be built, or does not read the teacher's patches.
     """
+    name = arguments["model_name"]
+    if not is_model_in_modules(name, HOMES):
+        raise _not_a_student(name)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = timm.create_model(**arguments, pretrained=False)
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        raise SettingError(f"timm cannot build the student {arguments}: {error}.") from error
-    arch = describe(model, arguments["model_name"])
-    if type(model) is not VisionTransformer or arch.pool == "distilled":
+        shape = [f"{SHAPE[key]} {arguments[key]}" for key in SHAPE if key in arguments]
         raise SettingError(
-            f"{arguments['model_name']!r} cannot be a student: only timm's VisionTransformer with "
-            "learnt position embeddings and one head can be trained on sparse images."
-        )
+            f"timm cannot build the student {name!r} with {', '.join(shape) or 'its own shape'} "
+            f"at {arguments['img_size']} pixels: {error}. The heads share the width evenly, and "
+            "the image holds at least one patch."
+        ) from error
+    arch = describe(model, name)
+    if type(model) is not VisionTransformer or arch.pool == "distilled":
+        raise _not_a_student(name)
     if arch.grid != teacher.grid:
         raise SettingError(
             f"The student cuts images into patches of {arch.patch_size} pixels, the teacher into "
@@ -98,6 +107,14 @@ def create(
             "student of that patch size, or leave --student out and set --depth, --width, --heads."
         )
     return model, arch
+
+
+def _not_a_student(name: str) -> SettingError:
+    return SettingError(
+        f"{name!r} cannot be a student: only timm's VisionTransformer with learnt position "
+        "embeddings and one head can be trained on sparse images. Choose such a model, as "
+        "`dfq models vit` lists them, or leave --student out."
+    )
 
 
 def tokens(model: Any, patches: Tensor, positions: Tensor) -> Tensor:

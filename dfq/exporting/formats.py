@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dfq import checkpoint as checkpoints
+from dfq.arguments import checked
 from dfq.errors import OutputError, SettingError
 from dfq.exporting import program
 from dfq.exporting.extras import require
@@ -34,6 +35,7 @@ class _Job:
     path: Path
 
 
+@checked
 def export(
     checkpoint: str | Path,
     *,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfq.arguments import checked
 from dfq.dataset import SparseImageDataset
 from dfq.sparse import Grid, SparseImages, patchify, unpatchify
 
@@ -112,6 +113,7 @@ def _resample(pixels: Tensor, size: list[int]) -> Tensor:
     return F.interpolate(small, size=pixels.shape[-2:], mode="bicubic")
 
 
+@checked
 def fractal_noise(count: int, grid: Grid, first: int = 0) -> SparseImages:
     """Whole images of noise whose amplitude falls as 1 / frequency, as in natural images.
 

@@ -182,6 +182,29 @@ class QuantizedViT(ViT):
         self.patch_embed.set_normalisation(channel_values(mean, grid), channel_values(std, grid))
 
     @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of normalised images ``[B, C, H, W]`` of the model's size.
+
+        Values beyond those of pixels from 0 to 255 count as the nearest of these; an image
+        with a value that is not finite has logits that are NaN.
+
+        Raises:
+            DataError: the images are of another size or type.
+        """
+        logits = super().forward(images)
+        return logits + (images - images).sum((1, 2, 3))[:, None]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedViT:
+        if fn(torch.zeros(1)).dtype != torch.float32:
+            raise SettingError(
+                "A quantized model cannot change its type: its products are on 8-bit integers, "
+                "and the kernels choose the types between them. Leave out half(), bfloat16(), "
+                "double() and to(dtype)."
+            )
+        moved: QuantizedViT = super()._apply(fn, recurse)
+        return moved
+
+    @torch.no_grad()
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
         return super().forward_sparse(patches, positions)
 

@@ -11,6 +11,8 @@ from dfq.sparse import Grid
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 Pool = Literal["token", "distilled", "avg", "map"]
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+CropMode = Literal["center", "squash", "border"]
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,15 @@ class Preprocessing:
     """How pixels become the network's input: ``(pixel / 255 - mean) / std`` per channel.
 
     ``interpolation`` is a Pillow resampling name; ``crop_pct`` the share of the resized
-    image's side that a centre crop keeps.
+    image's side that a centre crop keeps.  ``crop_mode`` is timm's: ``squash`` resizes
+    both sides alike, the others keep their ratio.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
     crop_pct: float = 1.0
-    crop_mode: str = "center"
+    crop_mode: CropMode = "center"
 
 
 def to_json(value: Architecture | Preprocessing) -> dict[str, Any]:
@@ -100,7 +103,12 @@ def to_json(value: Architecture | Preprocessing) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(value).items()}
 
 
-_CHOICES = {"Pool": get_args(Pool), "Activation": get_args(Activation)}
+_CHOICES = {
+    "Pool": get_args(Pool),
+    "Activation": get_args(Activation),
+    "Interpolation": get_args(Interpolation),
+    "CropMode": get_args(CropMode),
+}
 _LIMIT = 1 << 20
 
 
@@ -142,7 +150,8 @@ def _field(kind: type[Any], name: str, type_name: str, value: Any) -> Any:
         )
         value = tuple(float(v) for v in value) if good else value
     else:
-        good = isinstance(value, str) and value in _CHOICES.get(type_name, (value,))
+        choices = _CHOICES[type_name]
+        good, type_name = value in choices, f"choice: {', '.join(choices)}"
     if not good:
         raise CheckpointError(
             f"{kind.__name__}.{name}: {value!r:.80} is not a valid {type_name.lower()}."

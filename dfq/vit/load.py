@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import huggingface_hub
 import timm
@@ -23,6 +23,7 @@ from timm.models import get_arch_name, split_model_name_tag
 from torch import nn
 
 from dfq import demo
+from dfq.arguments import checked
 from dfq.errors import (
     PretrainedError,
     SettingError,
@@ -31,7 +32,7 @@ from dfq.errors import (
     WeightsError,
     nearest,
 )
-from dfq.vit.architecture import Preprocessing, to_json
+from dfq.vit.architecture import CropMode, Interpolation, Preprocessing, to_json
 from dfq.vit.convert import convert
 from dfq.vit.describe import SUPPORTED, describe
 from dfq.vit.modules import ViT
@@ -46,6 +47,10 @@ ALIASES = {
     "deit_small": "deit_small_patch16_224",
     "deit_base": "deit_base_patch16_224",
 }
+
+
+MOST_PATCHES = 1 << 16
+"""Of an image: attention scores of a single head then take 17 GB."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ def fingerprint(vit: ViT, preprocessing: Preprocessing) -> str:
     return digest.hexdigest()
 
 
+@checked
 def load_model(
     model: str | nn.Module,
     *,
@@ -289,9 +295,19 @@ def _refuse_early(name: str, img_size: int | None) -> None:
             f"{arch!r} has no pretrained tag {tag!r}; it has {sorted(tags) or 'none'}."
         )
     with torch.device("meta"):
-        patch = max(describe(timm.create_model(arch), name).patch_size)
-    if img_size is not None and img_size < patch:
-        raise SettingError(f"--img-size {img_size} is less than a patch of {patch} pixels.")
+        height, width = describe(timm.create_model(arch), name).patch_size
+    if img_size is None:
+        return
+    if img_size < max(height, width):
+        raise SettingError(
+            f"--img-size {img_size} is less than a patch of {max(height, width)} pixels."
+        )
+    patches = (img_size // height) * (img_size // width)
+    if patches > MOST_PATCHES:
+        raise SettingError(
+            f"--img-size {img_size} makes {patches} patches of {height} x {width} pixels; the most "
+            f"are {MOST_PATCHES}."
+        )
 
 
 @contextlib.contextmanager
@@ -317,12 +333,16 @@ def _preprocessing(
     preprocessing = Preprocessing(
         mean=tuple(map(float, mean or config["mean"])),
         std=tuple(map(float, std or config["std"])),
-        interpolation=config["interpolation"],
+        interpolation=_known(config["interpolation"], Interpolation, "bicubic"),
         crop_pct=float(config["crop_pct"]),
-        crop_mode=config.get("crop_mode") or "center",
+        crop_mode=_known(config.get("crop_mode"), CropMode, "center"),
     )
     _check_channels(model, preprocessing)
     return preprocessing
+
+
+def _known(value: Any, choices: Any, otherwise: str) -> Any:
+    return value if value in get_args(choices) else otherwise
 
 
 def _check_channels(model: Any, preprocessing: Preprocessing) -> None:

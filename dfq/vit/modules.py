@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfq.errors import DataError
 from dfq.sparse import patchify
 from dfq.vit.architecture import Activation, Architecture
 from dfq.vit.relations import Relations, bias_entries, bias_index, rotations
@@ -225,7 +226,25 @@ class ViT(nn.Module):
         self.head = nn.Linear(arch.head_inputs, classes) if classes else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits of normalised images ``[B, C, H, W]`` of the model's size.
+
+        Raises:
+            DataError: the images are of another size or type.
+        """
+        self.check_images(images)
         return self.forward_sparse(patchify(images, self.arch.grid))
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise :class:`DataError` unless ``images`` are floating-point ``[B, C, H, W]``."""
+        wanted = (self.arch.in_channels, *self.arch.image_size)
+        tensor = isinstance(images, Tensor)
+        if not tensor or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
+            got = f"{images.dtype} {list(images.shape)}" if tensor else type(images).__name__
+            raise DataError(
+                f"The model takes normalised images, a floating-point tensor "
+                f"[B, {', '.join(map(str, wanted))}]; got {got}. Resize and normalise them as "
+                "its preprocessing says."
+            )
 
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits of the patches present; ``positions`` may be left out for all, in order.

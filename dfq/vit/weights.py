@@ -70,10 +70,15 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever damaged bytes lead it to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "Weights only load failed" in str(error):
+            raise WeightsError(
+                f"{str(path)!r} holds more than weights, which is never unpickled. Save "
+                "model.state_dict(), or use safetensors."
+            ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
-            f"{str(path)!r} cannot be read as a torch file of weights only: {reason:.200} "
-            "Nothing else is ever unpickled; save model.state_dict() or use safetensors."
+            f"{str(path)!r} is not a whole torch file ({reason:.200}). Check that the download is "
+            "complete."
         ) from error
 
 
