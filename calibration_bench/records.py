@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from calibration_bench.registry import Key, Measured, Row
 from dfq.errors import DataError
 from dfq.files import check_writable, write_json
@@ -66,15 +68,15 @@ class Store:
     def begin(self, session: dict[str, Any]) -> str:
         """Store what all rows of a run share; returns its name."""
         check_writable(self.path.parent)
-        content = self.read()
-        name = str(1 + max((int(n) for n in content["sessions"]), default=0))
-        content["sessions"][name] = session
-        write_json(self.path, content)
+        with self._alone():
+            content = self.read()
+            name = str(1 + max((int(n) for n in content["sessions"]), default=0))
+            content["sessions"][name] = session
+            write_json(self.path, content)
         return name
 
     def put(self, measured: Measured, session: str) -> None:
         """Add a row, or put it in the place of the one with its key."""
-        content = self.read()
         entry = {
             "key": measured.key,
             "row": measured.row,
@@ -82,12 +84,18 @@ class Store:
             "session": session,
             "measured": now(),
         }
-        places = [i for i, e in enumerate(content["rows"]) if e["key"] == measured.key]
-        if places:
-            content["rows"][places[0]] = entry
-        else:
-            content["rows"].append(entry)
-        write_json(self.path, content)
+        with self._alone():
+            content = self.read()
+            places = [i for i, e in enumerate(content["rows"]) if e["key"] == measured.key]
+            if places:
+                content["rows"][places[0]] = entry
+            else:
+                content["rows"].append(entry)
+            write_json(self.path, content)
+
+    def _alone(self) -> FileLock:
+        """No other run of the bench changes the file meanwhile."""
+        return FileLock(self.path.with_name(f".{self.path.name}.lock"))
 
 
 def _whole(content: dict[str, Any]) -> bool:

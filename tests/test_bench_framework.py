@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,21 @@ def test_rows_of_the_same_settings_are_measured_again_on_demand(tmp_path: Path) 
     assert len(Store(tmp_path, "fake").rows()) == 2
 
 
+def test_runs_at_the_same_time_lose_no_rows(tmp_path: Path) -> None:
+    def add(number: int) -> None:
+        store = Store(tmp_path, "fake")
+        session = store.begin({"number": number})
+        for row in range(5):
+            store.put(Measured({"run": number, "row": row}, {}), session)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(add, range(4)))
+    rows = Store(tmp_path, "fake").rows()
+    sessions = Store(tmp_path, "fake").read()["sessions"]
+    assert len(rows) == 20
+    assert all(sessions[row["session"]]["number"] == row["run"] for row in rows)
+
+
 def test_results_say_what_they_were_measured_on(tmp_path: Path) -> None:
     run(FAKE, Options(seed=5), tmp_path, Silent())
     content = json.loads((tmp_path / "fake.json").read_text())
@@ -129,7 +145,7 @@ def test_a_failed_write_leaves_the_rows_before_it(
     with pytest.raises(UsageError, match="No space left"):
         run(FAKE, Options(count=2), tmp_path, Silent())
     assert (tmp_path / "fake.json").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["fake.json"]
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["fake.json"]
 
 
 HEAD = '{"format": "dfq-bench", "format_version": 1, "experiment": "fake", '
