@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Literal
 
 import torch
@@ -123,7 +124,7 @@ def dense_batches(
     """Whole images and their labels, for :func:`compare`."""
     for images, labels in batches:
         moved = images.to(device)
-        yield lambda model, x=moved: model(x), labels  # type: ignore[misc]
+        yield methodcaller("__call__", moved), labels
 
 
 def sparse_batches(
@@ -133,4 +134,4 @@ def sparse_batches(
     for batch in batches:
         moved = batch.to(vit.prefix.device)
         x = pixels_to_input(moved.patches, preprocessing.mean, preprocessing.std, vit.arch.grid)
-        yield lambda model, x=x, at=moved.positions: model.forward_sparse(x, at), None  # type: ignore[misc]
+        yield methodcaller("forward_sparse", x, moved.positions), None

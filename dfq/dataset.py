@@ -25,7 +25,7 @@ from torch import Tensor
 from dfq.errors import DamagedError, DatasetError, OutputError, SettingError
 from dfq.files import explain, make_directory, remove_abandoned, write_bytes, write_json
 from dfq.recipe import InversionSettings, Method
-from dfq.sparse import Grid, SparseImages
+from dfq.sparse import Grid, SparseImages, join
 
 FORMAT = "dfq-sparse-images"
 FORMAT_VERSION = 1
@@ -214,7 +214,7 @@ class DatasetWriter:
 
 def concatenate(batches: list[SparseImages]) -> SparseImages:
     """Join images of one number of patches, ordered by trajectory, then stage."""
-    joined = SparseImages(*(torch.cat([getattr(b, name) for b in batches]) for name in _DTYPES))
+    joined = join(batches)
     key = joined.trajectory * (int(joined.stage.max()) + 1) + joined.stage
     return joined[key.argsort(stable=True)]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -35,6 +37,17 @@ def resolve_device(name: str | torch.device) -> torch.device:
             f"Device {str(name)!r} cannot be used ({reason}); available: {', '.join(there)}."
         ) from error
     return device
+
+
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    """Run with this many of PyTorch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cpu_has(feature: str) -> bool:

@@ -8,7 +8,8 @@ column ``i % columns`` of the grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -83,6 +84,12 @@ class SparseImages:
             self.stage.to(device),
             self.trajectory.to(device),
         )
+
+
+def join(batches: Sequence[SparseImages]) -> SparseImages:
+    """One batch of all images, which have one number of patches."""
+    names = [f.name for f in fields(SparseImages)]
+    return SparseImages(*(torch.cat([getattr(b, name) for b in batches]) for name in names))
 
 
 def patchify(images: Tensor, grid: Grid) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from dfq.benchmarking.quiet import quiet
 from dfq.benchmarking.runtimes import RUNTIMES, Contestants, Predict
 from dfq.benchmarking.timing import interleaved, row_of, turns_of
 from dfq.checkpoint import CheckpointInfo
+from dfq.device import thread_count
 from dfq.errors import DfqError, SettingError, nearest
 from dfq.exporting.extras import installed
 from dfq.inspection import doctor
@@ -71,7 +72,7 @@ def benchmark(
     _within("threads", threads, 0, MOST_THREADS)
     info = checkpoints.read_info(checkpoint)
     progress = progress or Silent()
-    with tempfile.TemporaryDirectory(prefix="dfq-") as temporary, _threads(threads):
+    with tempfile.TemporaryDirectory(prefix="dfq-") as temporary, thread_count(threads):
         given = Contestants(checkpoints.load(checkpoint), threads, Path(temporary))
         ready, absent = _build(names, given, progress)
         rows = [row for n in batches for row in _measure(ready, given, n, seconds, progress)]
@@ -131,16 +132,6 @@ def _batches(batch: Sequence[int]) -> list[int]:
 def _within(name: str, value: float, low: float, high: float) -> None:
     if isinstance(value, bool) or not low < value <= high:
         raise SettingError(f"{name} is {value!r}; it is above {low:g} and at most {high:g}.")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _build(

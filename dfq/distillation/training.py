@@ -19,7 +19,7 @@ from dfq.errors import RunError
 from dfq.inversion.jitter import draw, mirror, move_table
 from dfq.inversion.objective import seeded
 from dfq.recipe import DistillationSettings
-from dfq.sparse import Grid, SparseImages, pixels_to_input
+from dfq.sparse import Grid, SparseImages, join, pixels_to_input
 from dfq.vit import Preprocessing, ViT
 
 RECORDS = 50
@@ -41,7 +41,7 @@ class Images:
         found: dict[int, list[SparseImages]] = {}
         for batch in batches:
             found.setdefault(batch.patches.shape[1], []).append(batch)
-        return cls([_join(parts) for _, parts in sorted(found.items())])
+        return cls([join(parts) for _, parts in sorted(found.items())])
 
     def draw(self, size: int, generator: torch.Generator) -> SparseImages:
         """A random batch of at most ``size`` images of one number of patches; each image is
@@ -49,11 +49,6 @@ class Images:
         share = torch.tensor([float(len(group)) for group in self.groups])
         group = self.groups[int(torch.multinomial(share, 1, generator=generator))]
         return group[torch.randperm(len(group), generator=generator)[:size]]
-
-
-def _join(parts: list[SparseImages]) -> SparseImages:
-    names = ("patches", "positions", "labels", "stage", "trajectory")
-    return SparseImages(*(torch.cat([getattr(p, n) for p in parts]) for n in names))
 
 
 def moved(

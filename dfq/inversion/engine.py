@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dfq.device import carrier
+from dfq.device import carrier, thread_count
 from dfq.inversion.frozen import can_pack, pack_linears
 from dfq.inversion.importance import importance_of, resolve_importance
 from dfq.inversion.integer import multiply_integers
@@ -27,17 +26,6 @@ ALGORITHM_VERSION = 3
 """Part of every cache key; raised when the same settings come to give other images."""
 
 ADAM_EPS = 1e-8
-
-
-@contextmanager
-def thread_count(threads: int) -> Iterator[None]:
-    """Run with this many intra-op threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Watch:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dfq.arguments import checked
 from dfq.dataset import SparseImageDataset
-from dfq.sparse import Grid, SparseImages, patchify, unpatchify
+from dfq.sparse import Grid, SparseImages, join, patchify, unpatchify
 
 SPREAD = 64.0
 """Standard deviation of fractal noise, in levels of a pixel."""
@@ -88,7 +88,7 @@ def recompose(unit: list[SparseImages]) -> list[SparseImages]:
             trajectory=torch.tensor([trajectory]),
         )
         found.setdefault(len(order), []).append(image)
-    return [_join(images) for images in found.values()]
+    return [join(images) for images in found.values()]
 
 
 def smoothed(images: SparseImages, grid: Grid, factor: float) -> SparseImages:
@@ -146,15 +146,6 @@ def fractal_noise(count: int, grid: Grid, first: int = 0) -> SparseImages:
 
 def _trajectories(unit: list[SparseImages]) -> list[int]:
     return sorted({int(t) for batch in unit for t in batch.trajectory})
-
-
-def _join(images: list[SparseImages]) -> SparseImages:
-    return SparseImages(
-        *(
-            torch.cat([getattr(i, name) for i in images])
-            for name in ("patches", "positions", "labels", "stage", "trajectory")
-        )
-    )
 
 
 def _cut(images: SparseImages, size: int) -> Iterator[SparseImages]:
