@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from rich.table import Table as RichTable
 from typer.core import TyperGroup
 
 from calibration_bench import registry
+from calibration_bench.notes import Lines
 from calibration_bench.options import function
 from calibration_bench.report import markdown, report
 from dfq.errors import DfqError
@@ -29,11 +29,15 @@ Again = Annotated[bool, typer.Option("--again", help="Measure also the rows alre
 Plots = Annotated[
     Path | None, typer.Option(help="Draw plots into this directory; takes the extra `report`.")
 ]
+Jobs = Annotated[
+    int | None,
+    typer.Option(help="Experiments at once, sharing the threads.", show_default="a thread each"),
+]
 DEFAULT_RESULTS = Path("bench-results")
 
 
 ALL = "all"
-ALL_HELP = "Every experiment that runs on the demo model, with its defaults, one after the other."
+ALL_HELP = "Every experiment that runs on the demo model, with its defaults."
 
 
 class _Group(TyperGroup):
@@ -130,37 +134,30 @@ def rescale_(
     rescale_file(weights, out, seed)
 
 
-class _Lines:
-    """Notes on stderr, each with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-
-    def note(self, text: str) -> None:
-        err_console.print(f"[dim]{time.perf_counter() - self.started:8.1f} s[/] {escape(text)}")
-
-
 def _run(entry: registry.Entry, options: Any, json_: bool, results: Path, again: bool) -> None:
     from calibration_bench.runner import run
 
-    outcome = run(entry, options, results, _Lines(), again=again)
+    outcome = run(entry, options, results, Lines(), again=again)
     if json_:
         _print_json(outcome)
     else:
         _print_tables(outcome)
 
 
-def _run_all(json_: Json = False, results: Results = DEFAULT_RESULTS, again: Again = False) -> None:
+def _run_all(
+    json_: Json = False,
+    results: Results = DEFAULT_RESULTS,
+    again: Again = False,
+    jobs: Jobs = None,
+) -> None:
     """Each experiment's tables are printed as it ends; with --json one object at the end."""
-    from calibration_bench.runner import run
+    from calibration_bench.everything import run_all
 
-    found, lines = {}, _Lines()
-    for entry in registry.ENTRIES:
-        if entry.in_all:
-            lines.note(f"== {entry.name}")
-            found[entry.name] = run(entry, entry.load().options(), results, lines, again=again)
-            if not json_:
-                _print_tables(found[entry.name])
+    found = {}
+    for outcome in run_all(results, Lines(), again=again, jobs=jobs):
+        found[outcome["experiment"]] = outcome
+        if not json_:
+            _print_tables(outcome)
     if json_:
         _print_json(found)
 

@@ -103,13 +103,15 @@ class Experiment:
 class Entry:
     """An experiment as ``list`` shows it, without importing it.
 
-    ``in_all``: ``run all`` runs it, with its defaults.
+    ``in_all``: ``run all`` runs it, with its defaults; ``alone``: nothing else beside it, as
+    it measures speed.
     """
 
     name: str
     line: str
     needs: str
     in_all: bool = True
+    alone: bool = False
 
     def load(self) -> Experiment:
         module = f"calibration_bench.experiments.{self.name.replace('-', '_')}"
@@ -159,6 +161,7 @@ ENTRIES = (
         "across-models",
         "Seconds an image of PRI, SMI and DMI on models of all sizes and kinds",
         "nothing",
+        alone=True,
     ),
     Entry(
         "knowledge-transfer",

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from calibration_bench import cli, registry
+from calibration_bench.everything import run_all
 from calibration_bench.methods import Method, random_module, stages
+from calibration_bench.notes import Lines
 from calibration_bench.options import numbers, option, words
 from calibration_bench.records import Store
 from calibration_bench.registry import Bench, Entry, Experiment, Key, Measured, Row, Table
@@ -236,16 +238,35 @@ def test_all_runs_what_it_should_and_goes_on_where_it_was(
 ) -> None:
     entries = (FAKE, Fake("other", "Halves", "nothing"), Fake("long", "Halves", "x", in_all=False))
     monkeypatch.setattr(registry, "ENTRIES", entries)
-    code, out, err = call(capsys, "run", "all", "--json")
+    code, out, err = call(capsys, "run", "all", "--json", "--jobs", "1")
     assert code == 0
     assert list(json.loads(out)) == ["fake", "other"]
-    assert "== other" in err
+    assert "other: measuring" in err
     assert MEASURED == [0, 1, 2] * 2
-    code, out, _ = call(capsys, "run", "all")
+    code, out, _ = call(capsys, "run", "all", "--jobs", "1")
     assert out.count("**Halves**") == 2
     assert MEASURED == [0, 1, 2] * 2
-    call(capsys, "run", "all", "--again")
+    call(capsys, "run", "all", "--again", "--jobs", "1")
     assert MEASURED == [0, 1, 2] * 4
+
+
+def test_several_experiments_run_at_once_and_their_errors_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("evolution", "image-statistics")
+    monkeypatch.setattr(registry, "ENTRIES", [registry.entry(name) for name in names])
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    for name in names:
+        (tmp_path / f"{name}.json").write_text("damaged")
+    with pytest.raises(DataError, match=r"\.json' cannot be read as results"):
+        list(run_all(tmp_path, Lines(), jobs=2))
+
+
+def test_experiments_of_speed_run_alone() -> None:
+    alone = {entry.name for entry in registry.ENTRIES if entry.in_all and entry.alone}
+    assert alone == {"across-models"}
+    with pytest.raises(SettingError, match="--jobs is 0; it must be at least 1"):
+        list(run_all(Path("none"), Lines(), jobs=0))
 
 
 def test_all_leaves_out_what_takes_more_than_the_demo() -> None:
