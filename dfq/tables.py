@@ -92,7 +92,9 @@ def facts_table(values: dict[str, Any]) -> Table:
 
 def _text(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{escape(k)} {_text(k, v)}" for k, v in value.items() if v is not None)
+        inner = {k: _text(k, v) for k, v in value.items() if v is not None}
+        lists = {k for k in inner if isinstance(value[k], list | tuple)}
+        return ", ".join(f"{escape(k)} {f'({v})' if k in lists else v}" for k, v in inner.items())
     if isinstance(value, list | tuple):
         return ", ".join(_text(key, v) for v in value)
     if key == "bytes" and isinstance(value, int):
