@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as RichTable
 from typer.core import TyperGroup
 
@@ -19,6 +18,7 @@ from calibration_bench.notes import Lines
 from calibration_bench.options import function
 from calibration_bench.report import markdown, report
 from dfq.errors import DfqError
+from dfq.plain import escape
 
 out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -25,6 +25,8 @@ def run_all(
     Those of speed run alone and first, with all threads; the others ``jobs`` at once, each in
     a process of its own with an equal share of the threads (a thread each by default).
 
+    The first that fails ends the run, after those that have begun.
+
     Raises:
         SettingError: ``jobs`` is below 1.
     """
@@ -38,16 +40,14 @@ def run_all(
     rest = [entry.name for entry in wanted if entry not in single]
     if not rest:
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, mp_context=context) as pool:
-        share = threads // at_once
-        ended = [pool.submit(_run, name, share, results, again, lines.started) for name in rest]
-        try:
-            for future in as_completed(ended):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn"))
+    share = threads // at_once
+    ended = [pool.submit(_run, name, share, results, again, lines.started) for name in rest]
+    try:
+        for future in as_completed(ended):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _run(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.markup import escape
+
+from dfq.plain import escape
 
 
 class Lines:

@@ -43,7 +43,7 @@ class Store:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return _empty(self.name)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{str(self.path)!r} cannot be read as results: {error}.") from error
         known = (FORMAT, FORMAT_VERSION)
         if not isinstance(content, dict) or (
@@ -125,8 +125,12 @@ def flat(entry: dict[str, Any]) -> Row:
 
 def command_line() -> str:
     """How this process was called; absolute paths by their last part."""
-    words = [w if not os.path.isabs(w) else f".../{Path(w).name}" for w in sys.argv[1:]]
-    return " ".join(["calibration_bench", *words])
+    return " ".join(["calibration_bench", *map(_shortened, sys.argv[1:])])
+
+
+def _shortened(word: str) -> str:
+    flag, equals, value = word.rpartition("=")
+    return f"{flag}{equals}.../{Path(value).name}" if os.path.isabs(value) else word
 
 
 def _empty(name: str) -> dict[str, Any]:

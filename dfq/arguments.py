@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dfq.errors import SettingError
@@ -14,7 +13,7 @@ from dfq.errors import SettingError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_NUMBERS: dict[Any, type[Any]] = {int: Integral, float: Real}
+_NUMBERS: dict[Any, Any] = {int: int, float: (int, float)}
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -61,21 +60,18 @@ def fits(value: Any, hint: Any) -> bool:
             and all(fits(each, inner[0]) for each in value)
         )
     if origin is dict:
-        return isinstance(value, Mapping) and all(fits(each, inner[1]) for each in value.values())
-    if (
-        hint is not Any
-        and isinstance(hint, type)
-        and not getattr(hint, "_is_protocol", False)
-        and origin is None
-    ):
-        return isinstance(value, hint)
-    return True
+        return isinstance(value, dict) and all(
+            fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items()
+        )
+    kind = origin or hint
+    return hint is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _names(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        names = [_names(each) for each in get_args(hint)]
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        names = [_names(each) for each in inner]
         return f"{', '.join(names[:-1])} or {names[-1]}"
-    if hint is type(None):
-        return "None"
-    return hint.__name__ if get_origin(hint) is None else str(hint).rpartition(".")[2]
+    if origin is not None:
+        return f"{origin.__name__} of {' to '.join(map(_names, inner))}"
+    return "None" if hint is type(None) else str(getattr(hint, "__name__", hint))

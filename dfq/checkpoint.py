@@ -6,7 +6,6 @@ The format is specified in ``docs/checkpoint-format.md``.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,18 @@ from safetensors.torch import save
 from dfq.arguments import checked
 from dfq.device import resolve_device
 from dfq.errors import CheckpointError, UsageError
-from dfq.files import check_replaceable, replaced_directory, write_bytes, write_json
+from dfq.files import check_replaceable, read_json, replaced_directory, write_bytes, write_json
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.rounding import GROUP_LEVELS
 from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
-from dfq.vit.architecture import Architecture, Preprocessing, from_json, to_json
+from dfq.vit.architecture import (
+    Architecture,
+    Preprocessing,
+    check_preprocessing,
+    from_json,
+    to_json,
+)
 
 FORMAT = "dfq-checkpoint"
 FORMAT_VERSION = 4
@@ -55,7 +60,7 @@ class CheckpointInfo:
 
 def check_output(path: Path) -> None:
     """Raise :class:`OutputError` unless ``path`` is free, empty or a dfq checkpoint."""
-    check_replaceable(path, CONFIG, FORMAT, "a dfq checkpoint")
+    check_replaceable(path, CONFIG, FORMAT, "a dfq checkpoint", (CONFIG, MODEL, REPORT, RECIPE))
 
 
 def save_checkpoint(
@@ -124,14 +129,12 @@ def read_info(path: str | Path) -> CheckpointInfo:
 
 
 def _check_arch(arch: Architecture, preprocessing: Preprocessing) -> None:
-    channels = {arch.in_channels, len(preprocessing.mean), len(preprocessing.std)}
     positive = (arch.in_channels, arch.embed_dim, arch.num_heads, arch.head_dim, arch.mlp_hidden)
     heads = arch.pool_heads
     bad_pool = heads < 1 or arch.embed_dim % max(1, heads) or arch.pool_hidden < 1
     tokens = arch.pooled_tokens or 0
     if (
-        len(channels) != 1
-        or min(positive) < 1
+        min(positive) < 1
         or arch.grid.patches < 1
         or arch.depth < 1
         or (arch.pool == "map" and bad_pool)
@@ -141,12 +144,9 @@ def _check_arch(arch: Architecture, preprocessing: Preprocessing) -> None:
         or (arch.relative_bias and arch.num_prefix_tokens != 1)
     ):
         raise CheckpointError("The architecture's sizes contradict each other or are 0.")
-    if not 0.05 <= preprocessing.crop_pct <= 1:
-        raise CheckpointError(
-            f"preprocessing.crop_pct is {preprocessing.crop_pct}; it must be from 0.05 to 1."
-        )
-    if arch.depth > 4096 or min(preprocessing.std) <= 0:
-        raise CheckpointError("The architecture or the preprocessing is out of bounds.")
+    if arch.depth > 4096:
+        raise CheckpointError("The architecture is out of bounds.")
+    check_preprocessing(preprocessing, arch.in_channels)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -157,14 +157,15 @@ def _read_config(path: Path) -> dict[str, Any]:
             "`dfq quantize MODEL --out DIR` makes one."
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(file)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(file)!r} cannot be read as JSON: {error}.") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{str(file)!r} is not the configuration of a dfq checkpoint.")
-    if config.get("format_version") != FORMAT_VERSION:
+    version = config.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{str(file)!r} has format version {config.get('format_version')!r}; this dfq reads "
+            f"{str(file)!r} has format version {version!r}; this dfq reads "
             f"{FORMAT_VERSION}. Install the dfq that wrote it, or quantize again."
         )
     return config
@@ -208,6 +209,8 @@ def load(
 
 
 def _read_state(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{str(path)!r} is no regular file.")
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())

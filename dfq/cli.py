@@ -13,7 +13,6 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -21,6 +20,7 @@ from typer.core import TyperGroup
 
 import dfq
 from dfq.errors import DfqError, GateError, OutputError, SettingError
+from dfq.plain import escape
 from dfq.tables import (
     benchmark_table,
     distill_table,
@@ -39,37 +39,18 @@ err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 KEEPS = ("invert", "quantize", "distill")
 """Commands that invert, unit by unit."""
 
-INTERRUPTED = 130
+INTERRUPTED, OSERROR = 130, 2
 
 PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """What the parser raises for wrong usage; typer brings the class along under changing names."""
 
 
 class _Group(TyperGroup):
-    """Turns dfq's errors into messages and exit codes."""
+    """Turns errors that are the caller's or the machine's into messages and exit codes."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except GateError as error:
-            _fail(str(error), error.exit_code)
-        except DfqError as error:
-            _report(type(error).__name__, str(error))
-            _fail(str(error), error.exit_code)
-        except PARSER_ERROR as error:
-            if ctx.parent is None:
-                _report("UsageError", cast(Any, error).format_message())
-            raise
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            reason = (str(error).strip().splitlines() or ["no more"])[0]
-            message = (
-                f"Out of memory ({reason:.200}). Use a smaller model or --img-size, or in a recipe "
-                "a smaller unit_size or batch."
-            )
-            _report("MemoryError", message)
-            _fail(message, 1)
         except KeyboardInterrupt:
             message = "Interrupted."
             if ctx.invoked_subcommand in KEEPS:
@@ -77,6 +58,52 @@ class _Group(TyperGroup):
             _report("KeyboardInterrupt", message)
             err_console.print(message)
             raise typer.Exit(INTERRUPTED) from None
+        except (DfqError, PARSER_ERROR, MemoryError, RuntimeError, OSError) as error:
+            _explain(error, ctx.parent is None)
+            raise
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Also explains what goes wrong before a command is reached."""
+        try:
+            return super().main(*args, **options)
+        except (DfqError, OSError) as error:
+            try:
+                _explain(error, True)
+            except typer.Exit as ended:
+                sys.exit(ended.exit_code)
+            raise
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*args, **options)
+        except PARSER_ERROR as error:
+            _explain(error, options.get("parent") is None)
+            raise
+
+
+def _explain(error: Exception, outermost: bool) -> None:
+    """Exit with a message; return where the error is the parser's to show, or nobody's."""
+    if isinstance(error, PARSER_ERROR):
+        if outermost:
+            _report("UsageError", cast(Any, error).format_message())
+    elif isinstance(error, GateError):
+        _fail(str(error), error.exit_code)
+    elif isinstance(error, DfqError):
+        _report(type(error).__name__, str(error))
+        _fail(str(error), error.exit_code)
+    elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        place = f": {error.filename!r}" if error.filename else ""
+        message = f"{error.strerror or error}{place}."
+        _report("OSError", message)
+        _fail(message, OSERROR)
+    elif _is_out_of_memory(error):
+        reason = (str(error).strip().splitlines() or ["no more"])[0]
+        message = (
+            f"Out of memory ({reason:.200}). Use a smaller model or --img-size, or in a recipe a "
+            "smaller unit_size or batch."
+        )
+        _report("MemoryError", message)
+        _fail(message, 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -91,7 +118,7 @@ def _report(kind: str, message: str) -> None:
             _print_json({"error": {"type": kind, "message": message}})
 
 
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | _torch_error()) or "can't allocate memory" in str(error)
 
 
@@ -108,7 +135,7 @@ def _wants_json() -> bool:
 
 def _print_json(value: Any) -> None:
     with _stdout():
-        sys.stdout.write(json.dumps(value, indent=2) + "\n")
+        sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _print(text: Any, **options: Any) -> None:
@@ -147,7 +174,7 @@ app.add_typer(cache_app, name="cache")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        out_console.print(f"dfq {dfq.__version__}")
+        _print(f"dfq {dfq.__version__}")
         raise typer.Exit
 
 
@@ -618,6 +645,8 @@ def inspect(
     """Say what a dataset or a checkpoint holds; datasets are verified."""
     if rows is not None and preview is None:
         raise SettingError("--rows goes with --preview FILE.")
+    if layers and preview is not None:
+        raise SettingError("--layers is of checkpoints, --preview of datasets; give one of them.")
     facts = dfq.inspect(path)
     if layers:
         _show({"layers": layers_of(facts, path)}, json_, False, layers_table)

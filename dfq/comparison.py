@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import methodcaller
@@ -38,14 +39,16 @@ class Comparison:
 
     ``agreement`` is the share of images with the same top-1 class, ``kl`` the mean
     Kullback-Leibler divergence of the quantized from the float prediction in nats; both
-    None without a float model.  Accuracies are None without labels.  Without a classifier
-    ``agreement`` is the mean cosine of the features, and ``kl`` is None.
+    None without a float model.  ``seconds`` is the quantized model's own time.  Accuracies
+    are None without labels.  Without a classifier ``agreement`` is the mean cosine of the
+    features, and ``kl`` is None.
     """
 
     images: int
     metric: Metric
     agreement: float | None
     kl: float | None
+    seconds: float
     float: Accuracy | None
     quantized: Accuracy | None
 
@@ -66,13 +69,15 @@ def compare(
 
     ``advance`` is called with the number of images after every batch.
     """
-    count, same, divergence = 0, 0.0, 0.0
+    count, same, divergence, seconds = 0, 0.0, 0.0, 0.0
     hits = {"quantized": [0, 0], "float": [0, 0]}
     labelled = metric == "top1"
     for outputs, labels in batches:
-        ours = outputs(quantized).float()
+        started = time.perf_counter()
+        ours = outputs(quantized).float().cpu()
+        seconds += time.perf_counter() - started
         count += len(ours)
-        theirs = None if reference is None else outputs(reference).float()
+        theirs = None if reference is None else outputs(reference).float().cpu()
         if theirs is not None:
             same += _agreeing(ours, theirs, metric)
             divergence += _divergence(ours, theirs) if metric == "top1" else 0.0
@@ -92,6 +97,7 @@ def compare(
         kl=divergence / count if compared and metric == "top1" else None,
         float=_accuracy(hits["float"], count) if labelled and compared else None,
         quantized=_accuracy(hits["quantized"], count) if labelled and count else None,
+        seconds=seconds,
     )
 
 

@@ -23,7 +23,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dfq.errors import DamagedError, DatasetError, OutputError, SettingError
-from dfq.files import explain, make_directory, remove_abandoned, write_bytes, write_json
+from dfq.files import (
+    explain,
+    make_directory,
+    read_json,
+    remove_abandoned,
+    write_bytes,
+    write_json,
+)
 from dfq.recipe import InversionSettings, Method
 from dfq.sparse import Grid, SparseImages, join
 
@@ -255,7 +262,8 @@ class SparseImageDataset:
                 raise ValueError("no shards")
             if len({s.name for s in self.shards}) != len(self.shards):
                 raise ValueError("a shard twice")
-            if sum(s.images for s in self.shards) != manifest["images"]:
+            images = manifest["images"]
+            if type(images) is not int or sum(s.images for s in self.shards) != images:
                 raise ValueError("images")
         except (KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{str(self.path)!r}: a malformed field ({error}).") from error
@@ -286,6 +294,8 @@ class SparseImageDataset:
         """
         path = self.path / shard.name
         try:
+            if path.exists() and not path.is_file():
+                raise DamagedError(f"{str(path)!r} is no regular file.")
             content = path.read_bytes()
         except OSError as error:
             raise DamagedError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
@@ -300,9 +310,17 @@ class SparseImageDataset:
         return images
 
     def verify(self) -> None:
-        """Read every shard; raise :class:`DamagedError` at the first that is not whole."""
+        """Read every shard; raise :class:`DamagedError` at the first that is not whole, or if
+        two images are of the same stage of one trajectory."""
+        seen = set[tuple[int, int]]()
         for shard in self.shards:
-            self.read(shard)
+            images = self.read(shard)
+            pairs = set(zip(images.trajectory.tolist(), images.stage.tolist(), strict=True))
+            if len(pairs) < len(images) or pairs & seen:
+                raise DamagedError(
+                    f"{str(self.path / shard.name)!r} repeats a pair of trajectory and stage."
+                )
+            seen |= pairs
 
     def units(self) -> Iterator[list[SparseImages]]:
         """All images of one unit of work after another: every trajectory lies in one."""
@@ -380,7 +398,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _are_words(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_word, value.values()))
+    return isinstance(value, dict) and all(map(_is_word, [*value, *value.values()]))
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
@@ -398,8 +416,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
         raise DatasetError(
             f"{str(path)!r} cannot be read as JSON: {error}. Remove the dataset's directory and "
             "make it again."
@@ -412,9 +430,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_header(value: dict[str, Any], path: Path) -> None:
     if value.get("format") != FORMAT:
         raise DatasetError(f"{str(path)!r} is not of format {FORMAT!r}.")
-    if value.get("format_version") != FORMAT_VERSION:
+    version = value.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise DatasetError(
-            f"{str(path)!r} has format version {value.get('format_version')!r}; this dfq reads "
+            f"{str(path)!r} has format version {version!r}; this dfq reads "
             f"{FORMAT_VERSION}. Make the dataset again, or install the dfq that wrote it."
         )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def explain(error: OSError, path: Path) -> OutputError:
     if error.errno == errno.ENOSPC:
         return OutputError(
             f"No space left on the device while writing {str(path)!r}. Free some, or choose "
-            "another place; finished work is kept."
+            "another place; files that were finished before are kept."
         )
     reason = error.strerror or str(error)
     return OutputError(f"Cannot write {str(path)!r}: {reason}. Choose a place that can be written.")
@@ -105,6 +106,31 @@ def replace_files(moves: dict[Path, Path]) -> None:
         raise
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds: finite numbers alone, text that can be printed as UTF-8.
+
+    Raises:
+        ValueError: it is no such JSON, or no regular file.
+        OSError: it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    content = path.read_text(encoding="utf-8")
+    try:
+        value = json.loads(content, parse_float=_finite, parse_constant=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON with sorted keys, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
@@ -134,10 +160,13 @@ def check_writable(directory: Path) -> None:
         raise explain(error, directory) from error
 
 
-def check_replaceable(path: Path, config: str, format_name: str, what: str) -> None:
+def check_replaceable(
+    path: Path, config: str, format_name: str, what: str, own: Collection[str] | None = None
+) -> None:
     """Raise :class:`OutputError` unless ``path`` is free, empty or a directory of that format.
 
     Its file ``config`` is JSON with a field ``format``; ``what`` names the format to people.
+    ``own`` are the names of all files of that format: a directory with others stays.
     """
     try:
         if not path.exists():
@@ -150,18 +179,25 @@ def check_replaceable(path: Path, config: str, format_name: str, what: str) -> N
         raise OutputError(
             "--out is the working directory, which cannot be replaced; name a new one."
         )
-    if any(path.iterdir()) and not has_format(path / config, format_name):
+    names = sorted(p.name for p in path.iterdir())
+    if names and not has_format(path / config, format_name):
         raise OutputError(
             f"{str(path)!r} holds something other than {what}. Nothing there was touched; "
             "choose another --out or remove it."
+        )
+    others = [name for name in names if own is not None and name not in own]
+    if others:
+        raise OutputError(
+            f"{str(path)!r} is {what}, but also holds {others[0]!r}, which replacing it would "
+            "lose. Nothing there was touched; move that away or choose another --out."
         )
 
 
 def has_format(config: Path, format_name: str) -> bool:
     """Whether a file is JSON whose field ``format`` is that."""
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(config)
+    except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("format") == format_name
 

@@ -21,6 +21,9 @@ from dfq.vit import Architecture, Preprocessing
 EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IMAGENET_CLASSES = 1000
 
+MOST_PIXELS = 1 << 26
+"""Of an image between resizing and cropping."""
+
 
 class ImageSource(Protocol):
     """Images that are read one at a time."""
@@ -110,6 +113,10 @@ def fit(
         image = image if image.size == size else image.resize(size, resample)
     else:
         size = _resized(image.size, (width, height), preprocessing)
+        if size[0] * size[1] > MOST_PIXELS:
+            raise DataError(
+                f"{image.size[0]} x {image.size[1]} pixels are too thin to be resized and cropped"
+            )
         image = image.resize(size, resample)
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         image = image.crop((left, top, left + width, top + height))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dfq.cache import cache_directory
 from dfq.dataset import SETTINGS, SparseImageDataset
 from dfq.device import cpu_has, resolve_precision
 from dfq.errors import DatasetError, UnknownModelError, nearest
+from dfq.files import read_json
 from dfq.pipeline import versions
 from dfq.quantization.scheme import scheme_name
 from dfq.recipe import to_dict
@@ -113,8 +113,8 @@ def _inspect_model(path: Path) -> dict[str, Any]:
 def _report(path: Path) -> Any:
     """What was measured, None where nothing readable is."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except (OSError, ValueError):
         return None
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
+from dfq.cache import cache_directory
 from dfq.comparison import Comparison, compare, dense_batches, metric_of, sparse_batches
 from dfq.dataset import (
     SETTINGS,
@@ -29,7 +30,7 @@ from dfq.errors import (
     SettingError,
     nearest,
 )
-from dfq.files import check_writable
+from dfq.files import check_writable, make_directory
 from dfq.images import DenseImages, ImageSource, load_batches, open_images
 from dfq.inversion import plan_units
 from dfq.inversion.workers import check_alone
@@ -276,9 +277,11 @@ def quantize(
             plan_units(
                 _held_out_settings(chosen.inversion, vit.arch.grid.patches), vit.arch.grid.patches
             )
+    if eval is None:
+        make_directory(cache_directory(cache) / "datasets")
     with clock("invert"):
         source, origin = calibration_set(
-            loaded, chosen, None if method else calibration, target, cache, progress
+            loaded, chosen, None if method else calibration, target, cache, progress, images
         )
     wide = covered(source, chosen.quantization)
     with clock("calibrate"), progress.task("Calibrating", len(wide)) as advance:
@@ -405,8 +408,13 @@ def calibration_set(
     device: torch.device,
     cache: str | Path | None,
     progress: Progress,
+    images: int | None = None,
 ) -> tuple[SparseImageDataset | DenseImages, CalibrationSource]:
-    """The images that a verb works on, made or opened, and what they are."""
+    """The images that a verb works on, made or opened, and what they are.
+
+    Raises:
+        SettingError: the caller asked for so many ``images`` and named a dataset of others.
+    """
     settings = recipe.inversion
     if path is None:
         dataset, cached = make_dataset(
@@ -417,14 +425,19 @@ def calibration_set(
     if (Path(path) / SETTINGS).is_file():
         dataset = SparseImageDataset(path)
         _check_model(dataset, loaded)
+        if images not in (None, len(dataset)):
+            raise SettingError(
+                f"images is {images}, but the dataset {str(path)!r} of {len(dataset)} is taken "
+                "whole. Leave images (--images) out, or make a dataset of that many."
+            )
         return dataset, CalibrationSource(dataset.method, len(dataset), str(path), None)
     if not Path(path).exists() and str(path) != "demo":
         raise DataError(
             f"{str(path)!r} is neither a method ({', '.join(METHODS)}) nor an existing "
             f"sparse-image dataset, image folder or .npz.{nearest(str(path), METHODS)}"
         )
-    images = open_images(path, loaded.vit.arch, loaded.preprocessing, labelled=False)
-    dense = DenseImages(images, loaded.vit.arch, settings.images)
+    source = open_images(path, loaded.vit.arch, loaded.preprocessing, labelled=False)
+    dense = DenseImages(source, loaded.vit.arch, settings.images)
     return dense, CalibrationSource("images", len(dense), str(path), None)
 
 
@@ -528,8 +541,9 @@ def evaluate(
     _check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_agreement is not None and float_model is None:
         raise SettingError("min_agreement needs the float model: give float_model (--float MODEL).")
-    if weights is not None and float_model is None:
-        raise SettingError("weights are those of the float model: name it too (--float MODEL).")
+    for name, value in (("weights", weights), ("img_size", img_size)):
+        if value is not None and float_model is None:
+            raise SettingError(f"{name} is of the float model: name it too (--float MODEL).")
     progress = progress or Silent()
     target = resolve_device(device)
     info = checkpoints.read_info(path)
@@ -538,10 +552,8 @@ def evaluate(
     made_from = str(info.source.get("fingerprint"))
     reference = _float_reference(model, made_from, float_model, weights, img_size, target, progress)
     batches = dense_batches(load_batches(source, model.preprocessing, EVALUATION_BATCH), target)
-    started = time.perf_counter()
     with progress.task("Evaluating", len(source)) as advance:
         comparison = compare(model, reference, batches, advance, metric=metric_of(model.arch))
-    seconds = time.perf_counter() - started
     result = EvaluateResult(
         checkpoint=str(path),
         model=info.model,
@@ -554,8 +566,8 @@ def evaluate(
         accuracy=_pair(comparison, "top1"),
         accuracy_top5=_pair(comparison, "top5"),
         backend=model.backend,
-        seconds=seconds,
-        images_per_second=comparison.images / seconds,
+        seconds=comparison.seconds,
+        images_per_second=comparison.images / comparison.seconds,
     )
     _gate(result, min_agreement, min_accuracy)
     return result
@@ -604,13 +616,16 @@ def _gate(
     min_accuracy: float | None,
 ) -> None:
     accuracy = None if result.accuracy is None else result.accuracy.quantized
+    missed = []
     for what, value, bound in (
         ("Agreement with the float model", result.agreement, min_agreement),
         ("Top-1 accuracy", accuracy, min_accuracy),
     ):
         if bound is not None and (value is None or not value >= bound):
             shown = "not measured" if value is None else f"{value:.4f}"
-            raise GateError(f"{what} is {shown}, below the bound of {bound}.", result)
+            missed.append(f"{what} is {shown}, below the bound of {bound}.")
+    if missed:
+        raise GateError(" ".join(missed), result)
 
 
 class _Clock:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from dfq.errors import UsageError
+from dfq.plain import escape
 
 LOUDEST = 1000
 """No ratio in decibels is larger; a report that says so is not ours."""
@@ -56,7 +56,7 @@ def layers_of(facts: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """
     report = facts.get("report")
     layers = report.get("layers") if isinstance(report, dict) else None
-    if not isinstance(layers, list) or not all(map(_is_layer, layers)):
+    if not isinstance(layers, list) or not layers or not all(map(_is_layer, layers)):
         raise UsageError(
             f"{str(path)!r} has no measured layers; --layers takes a checkpoint with the "
             "report.json that `dfq quantize` wrote."
@@ -68,7 +68,7 @@ def _is_layer(row: Any) -> bool:
     return (
         isinstance(row, dict)
         and all(type(row.get(key)) in (int, float) and abs(row[key]) <= LOUDEST for key in RATIOS)
-        and str(row.get("name")).isprintable()
+        and isinstance(row.get("name"), str)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ from dfq.recipe import Method
 from dfq.sparse import Grid, SparseImages
 from dfq.synthesis import dataset_facts, machine_of
 from dfq.vit.load import LoadedModel
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LARGEST = 2**31 - 1
 
 
 @checked
@@ -53,7 +57,7 @@ def write_dataset(
         DataError: there are no images, or they do not fit the model.
         OutputError: the place cannot be written or holds something else.
         SettingError: ``origin`` is no word of lower-case letters, digits and hyphens, or the
-            name of one of dfq's methods.
+            name of one of dfq's methods; or ``settings`` are no JSON.
     """
     path, methods = Path(out), get_args(Method)
     if not ORIGIN.fullmatch(origin) or origin in methods:
@@ -61,6 +65,10 @@ def write_dataset(
             f"origin is {origin!r}; allowed: up to 32 lower-case letters, digits and hyphens, but "
             f"none of dfq's own methods ({', '.join(methods)})."
         )
+    try:
+        json.dumps(settings, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"settings cannot be recorded as JSON: {error}.") from error
     if (path / SETTINGS).exists():
         raise OutputError(f"{str(path)!r} holds a dataset already. Choose another directory.")
     check_replaceable(path, SETTINGS, FORMAT, "a dataset")
@@ -81,7 +89,8 @@ def _write(
     seen = set[int]()
     writer: DatasetWriter | None = None
     sizes: list[dict[int, int]] = []
-    for unit in map(list, units):
+    for parts in units:
+        unit = _batches(parts)
         _check(unit, grid, seen)
         writer = writer or DatasetWriter(path, facts)
         writer.write(len(sizes), unit)
@@ -92,6 +101,23 @@ def _write(
     if writer is None:
         raise DataError("There are no images to write.")
     writer.finish(sizes)
+
+
+def _batches(parts: Any) -> list[SparseImages]:
+    unit = list(parts) if isinstance(parts, Iterable) else [parts]
+    for batch in unit:
+        if not isinstance(batch, SparseImages):
+            raise DataError(
+                f"units has {batch!r:.80}, of type {type(batch).__name__}; it takes sequences of "
+                "dfq.SparseImages."
+            )
+        for name in ("positions", "labels", "stage", "trajectory"):
+            values = getattr(batch, name)
+            if not isinstance(values, torch.Tensor) or values.dtype not in INTEGERS:
+                raise DataError(f"{name} is {values!r:.80}; it must be a tensor of whole numbers.")
+            if values.numel() and not -LARGEST <= int(values.min()) <= int(values.max()) <= LARGEST:
+                raise DataError(f"{name} has values beyond {LARGEST}, which 32 bits do not hold.")
+    return unit
 
 
 def _check(unit: list[SparseImages], grid: Grid, seen: set[int]) -> None:

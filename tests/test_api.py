@@ -253,7 +253,7 @@ def test_a_backbone_without_classes_has_no_accuracy_to_bound(
 
 def test_a_dataset_is_taken_as_calibration(tmp_path: Path, tiny: VisionTransformer) -> None:
     dfq.invert(tiny, method="smi", images=3, settings=FAST, out=tmp_path / "images")
-    result = quantize(tiny, tmp_path / "out", calibration=tmp_path / "images")
+    result = quantize(tiny, tmp_path / "out", calibration=tmp_path / "images", images=None)
     assert (result.calibration.method, result.calibration.images) == ("smi", 3)
 
 

@@ -21,7 +21,7 @@ from dfq.progress import Progress, Silent
     [
         (3, int | None),
         (None, int | None),
-        (np.int64(3), int),
+        (np.float64(3), float),
         (3, float),
         ("a", str | Path),
         (Path("a"), str | Path),
@@ -36,7 +36,7 @@ def test_values_that_fit(value: Any, hint: Any) -> None:
     assert fits(value, hint)
 
 
-def test_anything_may_be_a_protocol() -> None:
+def test_a_protocol_is_what_has_its_methods() -> None:
     assert fits(Silent(), Progress | None)
 
 
@@ -47,6 +47,9 @@ def test_anything_may_be_a_protocol() -> None:
         (True, int),
         (True, float),
         (3.0, int),
+        (np.int64(3), int),
+        (5, Progress | None),
+        ({1: {}}, dict[str, dict[str, Any]]),
         (3, str | Path),
         ("ab", Sequence[str]),
         (np.zeros(3), Sequence[float]),
@@ -85,6 +88,9 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("quantize", {"model": "demo", "weights": 3}),
     ("quantize", {"model": "demo", "recipe": {}}),
     ("quantize", {"model": "demo", "settings": {"inversion": 3}}),
+    ("quantize", {"model": "demo", "settings": {1: {}}}),
+    ("quantize", {"model": "demo", "progress": 5}),
+    ("write_dataset", {"out": "x", "units": 5, "model": None, "origin": "photos"}),
     ("quantize", {"model": "demo", "mean": "a"}),
     ("quantize", {"model": "demo", "num_classes": "a"}),
     ("quantize", {"model": "demo", "min_agreement": "a"}),

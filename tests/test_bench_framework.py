@@ -17,7 +17,7 @@ from calibration_bench.everything import run_all
 from calibration_bench.methods import Method, random_module, stages
 from calibration_bench.notes import Lines
 from calibration_bench.options import numbers, option, words
-from calibration_bench.records import Store
+from calibration_bench.records import Store, command_line
 from calibration_bench.registry import Bench, Entry, Experiment, Key, Measured, Row, Table
 from calibration_bench.report import cell, markdown, report
 from calibration_bench.runner import run
@@ -344,3 +344,8 @@ def test_the_committed_tables_are_those_of_the_committed_results() -> None:
     shown = [x for x in (BENCH / "README.md").read_text().splitlines() if x.startswith("| ")]
     assert shown
     assert set(shown) <= set(rendered.splitlines())
+
+
+def test_commands_are_kept_without_absolute_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "run", "--results=/a/secret", "--data", "/b/c", "d/e"])
+    assert command_line() == "calibration_bench run --results=.../secret --data .../c d/e"

@@ -671,7 +671,7 @@ def test_arguments_of_no_command_exit_with_2(args: list[str], cli: Cli) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("args", [["doctor"], ["doctor", "--json"], ["models"]], ids=" ".join)
+@pytest.mark.parametrize("args", [["doctor", "--json"], ["models"], ["--version"]], ids=" ".join)
 def test_a_full_output_is_a_message(args: list[str]) -> None:
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
@@ -688,6 +688,45 @@ def test_a_preview_has_at_least_one_row(rows: str, cli: Cli, tmp_path: Path) -> 
     ended = cli("inspect", tmp_path / "images", "--preview", tmp_path / "p.png", "--rows", rows)
     assert ended.code == 2
     assert f"rows is {rows}" in ended.stderr
+
+
+def test_a_checkpoint_with_files_of_the_users_stays(cli: Cli, tmp_path: Path) -> None:
+    cli.quantize(tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("years of work")
+    before = listing(tmp_path)
+    ended = cli.quantize(tmp_path / "out")
+    assert ended.code == 2
+    assert "also holds 'notes.txt'" in ended.stderr
+    assert listing(tmp_path) == before
+
+
+def test_what_a_terminal_obeys_is_printed_as_text(
+    cli: Cli, checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "c")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["model"] = "a\x1b[31mb"
+    config["source"]["\x1b]0;title\x07"] = "[bold]x"
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    shown = cli("inspect", tmp_path / "c").stdout
+    assert "\x1b" not in shown
+    assert "\\x1b[31mb" in shown
+    ended = cli("quantize", "x\x1b[31m", "--out", tmp_path / "out")
+    assert "\x1b" not in ended.stderr
+
+
+def test_a_name_too_long_is_a_message(cli: Cli) -> None:
+    ended = cli("inspect", "a" * 300, "--json")
+    assert ended.code == 2
+    assert ended.json["error"]["message"].startswith("File name too long: 'aaa")
+
+
+def test_a_dataset_is_calibrated_on_whole(cli: Cli, tmp_path: Path) -> None:
+    cli.invert("--out", tmp_path / "images")
+    few = ("--images", "3", "--calibration", tmp_path / "images")
+    ended = cli("quantize", *cli.model, "--out", tmp_path / "out", *few)
+    assert ended.code == 2
+    assert "images is 3, but the dataset" in ended.stderr
 
 
 def test_a_checkpoint_of_another_scheme_is_replaced_with_a_note(cli: Cli, tmp_path: Path) -> None:

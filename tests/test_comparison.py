@@ -80,7 +80,7 @@ def test_without_a_float_model_there_is_no_agreement() -> None:
 
 
 def test_without_images_there_is_nothing_to_say() -> None:
-    assert run(Fixed(), Fixed()) == Comparison(0, "top1", None, None, None, None)
+    assert run(Fixed(), Fixed()) == Comparison(0, "top1", None, None, 0.0, None, None)
 
 
 def test_unlabelled_images_among_labelled_ones_leave_no_accuracy() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import struct
@@ -647,7 +646,7 @@ def test_cache_key_does_not_depend_on_how_the_images_were_computed(field: str) -
         ("model", {"architecture": None}),
         ("preprocessing", None),
         ("preprocessing", {"mean": ["a"]}),
-        ("preprocessing", {"std": [math.inf]}),
+        ("preprocessing", {"std": [True]}),
         ("objective", "classes"),
         ("algorithm_version", 0),
         ("inversion", "pri"),
@@ -887,3 +886,29 @@ def test_engine_images_survive_the_disk(tmp_path: Path, loaded: LoadedModel) -> 
     writer.finish([unit.shards])
     (batch,) = SparseImageDataset(tmp_path).batches(64)
     assert same(batch, concatenate(made))
+
+
+def test_a_pair_of_trajectory_and_stage_occurs_once(tmp_path: Path) -> None:
+    writer = DatasetWriter(tmp_path / "x", SETTINGS)
+    writer.write(0, [make_images(count=2, kept=2)])
+    writer.write(1, [make_images(count=2, kept=2)])
+    writer.finish([{2: 2}, {2: 2}])
+    with pytest.raises(DamagedError, match=r"shard-00001-2.*repeats a pair"):
+        SparseImageDataset(tmp_path / "x").verify()
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_numbers_of_the_settings_are_finite(dataset: Path, number: str) -> None:
+    text = (dataset / "settings.json").read_text()
+    (dataset / "settings.json").write_text(text.replace("{", f'{{"later": {number}, ', 1))
+    with pytest.raises(DatasetError, match="no finite number"):
+        SparseImageDataset(dataset)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_shard(dataset: Path) -> None:
+    (shard,) = dataset.glob("shard-00000-2*")
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(DamagedError, match="no regular file"):
+        SparseImageDataset(dataset).verify()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def test_a_student_is_replaced_and_nothing_else(teacher: VisionTransformer, tmp_
         ({"student": "resnet18"}, "resnet18"),
         ({"student": "beit_base_patch16_224"}, "cannot be a student|timm cannot build"),
         ({"width": 31}, "timm cannot build"),
-        ({"depth": 0}, "depth has 0; a student has at least 1"),
+        ({"depth": 0}, "depth is 0; a student has from 1 to 1024"),
         ({"width": 30, "heads": 4}, "multiple of 4"),
         ({"start": "scratch"}, "start is 'scratch'; allowed: auto, teacher, random"),
         ({"start": "teacher", "width": 48}, "its embed_dim is 48, the teacher's 64"),
@@ -304,3 +305,74 @@ def test_quantizing_with_a_recipe_for_distillation_keeps_none_of_it(tmp_path: Pa
     made = dfq.quantize("demo", recipe=recipe, settings=settings, out=tmp_path / "c")
     assert "distillation" not in (Path(made.checkpoint) / "recipe.toml").read_text()
     assert "distillation" not in json.loads((Path(made.checkpoint) / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student as it was written."""
+    root = tmp_path_factory.mktemp("student")
+    given = {"inversion": INVERSION, "distillation": TRAINING}
+    dfq.distill(
+        "demo", depth=2, width=32, heads=2, images=4, steps=1, settings=given, out=root / "s",
+        cache=root / "cache",
+    )  # fmt: skip
+    return root / "s"
+
+
+HOSTILE: list[tuple[str, dict[str, Any]]] = [
+    ("timm", {"checkpoint_path": "evil.pth"}),
+    ("timm", {"pretrained_cfg": {"file": "evil.pth"}}),
+    ("timm", {"scriptable": True}),
+    ("timm", {"model_name": "hf-hub:timm/vit_tiny_patch16_224"}),
+    ("timm", {"model_name": "local-dir:x"}),
+    ("timm", {"model_name": "resnet18"}),
+    ("timm", {"model_name": 5}),
+    ("timm", {"num_heads": 0}),
+    ("timm", {"num_heads": 7}),
+    ("timm", {"depth": 10**6}),
+    ("timm", {"embed_dim": True}),
+    ("timm", {"img_size": [28, 28, 28]}),
+    ("timm", {"mlp_ratio": "4"}),
+    ("preprocessing", {"std": [0.0]}),
+    ("preprocessing", {"mean": [0.5, 0.5, 0.5]}),
+    ("preprocessing", {"crop_pct": 0}),
+    ("preprocessing", {"interpolation": "tiles"}),
+]
+
+
+@pytest.mark.parametrize(("part", "change"), HOSTILE, ids=str)
+def test_a_students_description_gives_a_shape_and_nothing_else(
+    written: Path, tmp_path: Path, part: str, change: dict[str, Any]
+) -> None:
+    shutil.copytree(written, tmp_path / "s")
+    config = json.loads((written / "model.json").read_text())
+    config[part] |= change
+    (tmp_path / "s" / "model.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"s' cannot be read: "):
+        load_model(str(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("version", [1, 3, True, "2", None])
+def test_a_student_of_another_format_is_refused(
+    written: Path, tmp_path: Path, version: object
+) -> None:
+    shutil.copytree(written, tmp_path / "s")
+    config = json.loads((written / "model.json").read_text())
+    (tmp_path / "s" / "model.json").write_text(json.dumps({**config, "format_version": version}))
+    with pytest.raises(WeightsError, match="format version"):
+        load_model(str(tmp_path / "s"))
+
+
+def test_a_flipped_bit_of_a_student_is_seen(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written, tmp_path / "s")
+    content = bytearray((written / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "s" / "model.safetensors").write_bytes(content)
+    with pytest.raises(WeightsError, match="SHA-256"):
+        load_model(str(tmp_path / "s"))
+
+
+def test_a_student_can_be_inspected(written: Path) -> None:
+    facts = dfq.inspect(written)
+    assert (facts["kind"], facts["architecture"]["depth"]) == ("student", 2)
+    assert facts["report"]["path"] == str(written)

@@ -517,3 +517,10 @@ def test_calibration_images_carry_labels_where_there_are_some(tmp_path: Path) ->
     path = save_npz(tmp_path / "a.npz", x=noise(3, 16, 16, 3), y=np.array([3, 1, 2]))
     (batch,) = DenseImages(opened(path, labelled=False), ARCH, 3).batches(8)
     assert batch.labels.tolist() == [3, 1, 2]
+
+
+def test_an_image_too_thin_to_crop_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (60000, 1)).save(tmp_path / "thin.png")
+    source = open_images(tmp_path, sized(224, 224), PREPROCESSING, labelled=False)
+    with pytest.raises(DataError, match=r"60000 x 1 pixels are too thin"):
+        source.pixels(0)

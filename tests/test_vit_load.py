@@ -598,3 +598,23 @@ def test_no_classes_leave_the_head_of_a_file_out(weights_file: Path) -> None:
     assert loaded.vit.arch.num_classes == 0
     assert loaded.vit(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
     assert load_model("demo", num_classes=0).vit.arch.num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pos_embed", torch.zeros(3)),
+        ("pos_embed", torch.zeros(())),
+        ("head.weight", torch.zeros(5, 192, dtype=torch.int32)),
+        ("head.weight", torch.zeros(5, 192, dtype=torch.complex64)),
+        ("head.weight", torch.zeros(0, 192)),
+        ("head.weight", torch.zeros(5, 192).to_sparse()),
+    ],
+    ids=lambda x: x if isinstance(x, str) else f"{x.dtype} {list(x.shape)} {x.layout}",
+)
+def test_odd_tensors_are_refused(
+    tmp_path: Path, state: dict[str, Tensor], key: str, value: Tensor
+) -> None:
+    torch.save({**state, key: value}, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match=r"odd\.pth"):
+        load(tmp_path / "odd.pth")

@@ -141,3 +141,22 @@ def test_a_bad_unit_leaves_nothing(tmp_path: Path, loaded: LoadedModel) -> None:
         dfq.write_dataset(tmp_path / "set", [[given[:3]], [given[:3]]], loaded, origin="fractal")
     assert not list(tmp_path.iterdir())
     dfq.write_dataset(tmp_path / "set", [[given]], loaded, origin="fractal")
+
+
+def test_other_things_than_sparse_images_are_refused(tmp_path: Path, loaded: LoadedModel) -> None:
+    good = images(loaded)
+    odd: list[Any] = [
+        [5],
+        [[5]],
+        [[dataclasses.replace(good, labels=None)]],
+        [[dataclasses.replace(good, labels=good.labels + 0.5)]],
+        [[dataclasses.replace(good, trajectory=good.trajectory + 2**32)]],
+    ]
+    for units in odd:
+        with pytest.raises(DataError, match=r"it takes|must be|32 bits"):
+            dfq.write_dataset(tmp_path / "x", units, loaded, origin="photos")
+    with pytest.raises(SettingError, match="cannot be recorded as JSON"):
+        dfq.write_dataset(
+            tmp_path / "x", [[good]], loaded, origin="photos", settings={"a": float("nan")}
+        )
+    assert not (tmp_path / "x").exists()

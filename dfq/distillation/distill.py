@@ -141,7 +141,7 @@ def distill(
     tested = None if eval is None else open_images(eval, arch, loaded.preprocessing, labelled=True)
     loaded.vit.to(target)
     source, origin = calibration_set(
-        loaded, chosen, None if method else data, target, cache, progress
+        loaded, chosen, None if method else data, target, cache, progress, images
     )
     gathered = Images.gather(covered(source, plan).batches(READ))
     before = time.perf_counter()

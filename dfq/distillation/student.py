@@ -17,13 +17,10 @@ from dfq import demo
 from dfq.errors import SettingError, UnknownModelError
 from dfq.vit import Architecture
 from dfq.vit.describe import describe
-from dfq.vit.saved import building_arguments
+from dfq.vit.saved import HOMES, SHAPES, building_arguments
 
 SHAPE = {"depth": "depth", "embed_dim": "width", "num_heads": "heads"}
 """timm's names of what can be changed about a student, and dfq's."""
-
-HOMES = ("vision_transformer", "deit")
-"""Modules of timm that define models which may be students."""
 
 
 def student_arguments(
@@ -65,12 +62,13 @@ def student_arguments(
 
 def _check(shape: Mapping[str, int | None]) -> None:
     for key, value in shape.items():
-        if value is not None and value < 1:
-            raise SettingError(f"{SHAPE[key]} has {value}; a student has at least 1.")
+        most = int(SHAPES[key][1])
+        if value is not None and not 1 <= value <= most:
+            raise SettingError(f"{SHAPE[key]} is {value}; a student has from 1 to {most}.")
     width, heads = shape.get("embed_dim"), shape.get("num_heads")
     if width is not None and heads is not None and width % heads:
         raise SettingError(
-            f"width has {width}, heads {heads}; the heads share the width evenly, so it must be "
+            f"width is {width}, heads {heads}; the heads share the width evenly, so it must be "
             f"a multiple of {heads}."
         )
 

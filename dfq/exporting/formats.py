@@ -166,6 +166,10 @@ def _write_openvino(job: _Job) -> Counts:
             replace_files(pair)
     except OSError as error:
         raise explain(error, job.path) from error
+    except RuntimeError as error:  # OpenVINO's own of files it cannot write
+        if "basic_ios" not in str(error):
+            raise
+        raise OutputError(f"OpenVINO cannot write {str(job.path)!r}: {error}") from error
     return len(products), count
 
 

@@ -183,7 +183,7 @@ class QuantizedViT(ViT):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of normalised images ``[B, C, H, W]`` of the model's size.
+        """Logits float32 of normalised images ``[B, C, H, W]`` of the model's size.
 
         Values beyond those of pixels from 0 to 255 count as the nearest of these; an image
         with a value that is not finite has logits that are NaN.
@@ -191,8 +191,7 @@ class QuantizedViT(ViT):
         Raises:
             DataError: the images are of another size or type.
         """
-        logits = super().forward(images)
-        return logits + (images - images).sum((1, 2, 3))[:, None]
+        return super().forward(images)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedViT:
         if fn(torch.zeros(1)).dtype != torch.float32:
@@ -206,7 +205,9 @@ class QuantizedViT(ViT):
 
     @torch.no_grad()
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
-        return super().forward_sparse(patches, positions)
+        """As :meth:`dfq.vit.ViT.forward_sparse`, of normalised patches."""
+        logits = super().forward_sparse(patches, positions)
+        return logits + (patches - patches).sum((1, 2), dtype=logits.dtype)[:, None]
 
     @property
     def backend(self) -> str:

@@ -98,6 +98,18 @@ class Preprocessing:
     crop_mode: CropMode = "center"
 
 
+def check_preprocessing(preprocessing: Preprocessing, channels: int) -> None:
+    """Raise :class:`CheckpointError` unless it fits so many channels and can be carried out."""
+    if {len(preprocessing.mean), len(preprocessing.std)} != {channels}:
+        raise CheckpointError(f"preprocessing: mean and std must have {channels} values each.")
+    if min(preprocessing.std) <= 0:
+        raise CheckpointError("preprocessing: std must be above 0.")
+    if not 0.05 <= preprocessing.crop_pct <= 1:
+        raise CheckpointError(
+            f"preprocessing.crop_pct is {preprocessing.crop_pct}; it must be from 0.05 to 1."
+        )
+
+
 def to_json(value: Architecture | Preprocessing) -> dict[str, Any]:
     """The JSON form of a description; the inverse of :func:`from_json`."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(value).items()}

@@ -1,31 +1,58 @@
 """timm models in directories of their own, with the arguments that build them.
 
-``model.json`` has the format, its version, ``timm`` (keywords of ``timm.create_model``) and
-``preprocessing``; ``model.safetensors`` timm's state dict.
+``model.json`` has the format, its version, ``timm`` (keywords of ``timm.create_model``),
+``preprocessing`` and the SHA-256 of ``model.safetensors``, timm's state dict.  Of the keywords only
+those that give a shape are taken: a directory from elsewhere names no files and reaches no network.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
+from timm.models import is_model_in_modules
 from torch import nn
 
-from dfq.errors import WeightsError
-from dfq.files import check_replaceable, has_format, replaced_directory, write_bytes, write_json
-from dfq.vit.architecture import Preprocessing, from_json, to_json
+from dfq.errors import UsageError, WeightsError
+from dfq.files import (
+    check_replaceable,
+    has_format,
+    read_json,
+    replaced_directory,
+    write_bytes,
+    write_json,
+)
+from dfq.vit.architecture import Preprocessing, check_preprocessing, from_json, to_json
+from dfq.vit.convert import check_finite
 
-FORMAT, FORMAT_VERSION = "dfq-model", 1
+FORMAT, FORMAT_VERSION = "dfq-model", 2
 CONFIG, WEIGHTS, REPORT = "model.json", "model.safetensors", "report.json"
+
+HOMES = ("vision_transformer", "deit")
+"""Modules of timm that define models which are saved."""
+
+SHAPES: dict[str, tuple[float, float]] = {
+    "in_chans": (1, 1024),
+    "num_classes": (0, 1 << 20),
+    "embed_dim": (1, 1 << 14),
+    "depth": (1, 1 << 10),
+    "num_heads": (1, 1 << 10),
+    "mlp_ratio": (0.01, 64),
+}
+"""Keywords that give a shape, beside the model's name and sizes in pixels, and their bounds."""
+
+SIZES = ("img_size", "patch_size")
+MOST_PIXELS = 1 << 14
 
 
 def check_output(path: Path) -> None:
     """Raise :class:`OutputError` unless ``path`` is free, empty or a model that dfq wrote."""
-    check_replaceable(path, CONFIG, FORMAT, "a model that dfq wrote")
+    check_replaceable(path, CONFIG, FORMAT, "a model that dfq wrote", (CONFIG, WEIGHTS, REPORT))
 
 
 def is_saved(path: str | Path) -> bool:
@@ -42,17 +69,41 @@ def save_model(
 ) -> None:
     """Write a timm model's directory in one step; an older one there is replaced."""
     check_output(path)
+    check_arguments(arguments)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    content = save(state)
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "timm": arguments,
         "preprocessing": to_json(preprocessing),
+        "sha256": hashlib.sha256(content).hexdigest(),
     }
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with replaced_directory(path) as directory:
-        write_bytes(directory / WEIGHTS, save(state))
+        write_bytes(directory / WEIGHTS, content)
         write_json(directory / CONFIG, config)
         write_json(directory / REPORT, report)
+
+
+def check_arguments(arguments: Any) -> None:
+    """Raise ValueError unless they are a model's name and shape, within bounds."""
+    if not isinstance(arguments, dict):
+        raise ValueError("timm is no object")
+    name = arguments.get("model_name")
+    if not isinstance(name, str) or not is_model_in_modules(name, HOMES):
+        raise ValueError(f"model_name is {name!r:.80}, no vision transformer of timm's")
+    for key, value in arguments.items():
+        if key in SHAPES:
+            low, high = SHAPES[key]
+            kinds = (int, float) if key == "mlp_ratio" else (int,)
+            good = type(value) in kinds and low <= value <= high
+        elif key in SIZES:
+            sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+            good = all(type(side) is int and 1 <= side <= MOST_PIXELS for side in sides)
+        else:
+            good = key == "model_name"
+        if not good:
+            raise ValueError(f"timm has {key!r:.80}: {value!r:.80}, which gives no shape")
 
 
 def building_arguments(path: Path) -> dict[str, Any]:
@@ -61,10 +112,23 @@ def building_arguments(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: the directory is damaged.
     """
+    return _read_config(path)[0]
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], Preprocessing, str]:
+    """Keywords, preprocessing, and the SHA-256 of the weights."""
     try:
-        return dict(json.loads((path / CONFIG).read_text(encoding="utf-8"))["timm"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"The model {str(path)!r} cannot be read: {error!r:.200}.") from error
+        config = read_json(path / CONFIG)
+        version = config.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}")
+        arguments = config["timm"]
+        check_arguments(arguments)
+        preprocessing = from_json(Preprocessing, config["preprocessing"])
+        check_preprocessing(preprocessing, arguments.get("in_chans", 3))
+        return dict(arguments), preprocessing, str(config["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+        raise _damaged(path, error) from error
 
 
 def read_saved(path: Path) -> tuple[nn.Module, str, Preprocessing]:
@@ -73,15 +137,35 @@ def read_saved(path: Path) -> tuple[nn.Module, str, Preprocessing]:
     Raises:
         WeightsError: the directory is damaged.
     """
+    arguments, preprocessing, digest = _read_config(path)
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        if config.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"format version {config.get('format_version')!r} is unknown")
-        preprocessing = from_json(Preprocessing, config["preprocessing"])
-        arguments = dict(config["timm"])
-        model = timm.create_model(**{**arguments, "pretrained": False})
-        model.load_state_dict(load_file(path / WEIGHTS))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise WeightsError(f"The model {str(path)!r} cannot be read: {reason:.200}.") from error
-    return model, str(arguments["model_name"]), preprocessing
+        if not (path / WEIGHTS).is_file():
+            raise ValueError(f"{WEIGHTS} is missing")
+        content = (path / WEIGHTS).read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"the SHA-256 of {WEIGHTS} is not the one in {CONFIG}")
+        with torch.device("meta"):
+            model = timm.create_model(**arguments, pretrained=False)
+        state = load(content)
+        if {tensor.dtype for tensor in state.values()} != {torch.float32}:
+            raise ValueError("its tensors are not all float32")
+        check_finite(state)
+        model.load_state_dict(state, assign=True)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        AssertionError,
+        ArithmeticError,
+        SafetensorError,
+        UsageError,
+    ) as error:
+        raise _damaged(path, error) from error
+    return model.requires_grad_(True), str(arguments["model_name"]), preprocessing
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return WeightsError(f"The model {str(path)!r} cannot be read: {reason:.200}.")
