@@ -797,7 +797,7 @@ def test_activation_range_that_contradicts_the_tensors_is_named(
 )
 def test_activation_range_that_is_no_pair_is_named(checkpoint: Path, value: Any) -> None:
     change_config(checkpoint, lambda c: c["activation_ranges"].update(head=value))
-    with pytest.raises(CheckpointError, match="'head' spans|no finite number"):
+    with pytest.raises(CheckpointError, match=r"'head' spans|no finite number"):
         load(checkpoint)
 
 
