@@ -6,6 +6,7 @@ The format is specified in ``docs/checkpoint-format.md``.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from dfq.vit.architecture import (
 )
 
 FORMAT = "dfq-checkpoint"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CONFIG, MODEL, REPORT, RECIPE = "config.json", "model.safetensors", "report.json", "recipe.toml"
 
 _SAFETENSORS_NAMES = {
@@ -91,7 +92,7 @@ def save_checkpoint(
         "source": source,
     }
     content = save(state)
-    config["sha256"] = hashlib.sha256(content).hexdigest()
+    config["sha256"] = _digest(hashlib.sha256(content), model.arch, model.preprocessing)
     with replaced_directory(path) as directory:
         write_bytes(directory / MODEL, content)
         write_bytes(directory / RECIPE, to_toml(recipe).encode())
@@ -201,7 +202,7 @@ def load(
     model.set_normalisation()
     config = _read_config(path)
     _check_ranges(model, config.get("activation_ranges"))
-    _check_bytes(path / MODEL, config.get("sha256"))
+    _check_bytes(path / MODEL, info, config.get("sha256"))
     model.to(target)
     if compiled:
         model.compile()
@@ -240,13 +241,19 @@ def _read_state(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torc
     return state
 
 
-def _check_bytes(path: Path, expected: Any) -> None:
+def _digest(weights: Any, arch: Architecture, preprocessing: Preprocessing) -> str:
+    """SHA-256 (hex) over the weights' bytes, already digested, and what gives them a meaning."""
+    weights.update(json.dumps([to_json(arch), to_json(preprocessing)], sort_keys=True).encode())
+    return str(weights.hexdigest())
+
+
+def _check_bytes(path: Path, info: CheckpointInfo, expected: Any) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = _digest(hashlib.file_digest(file, "sha256"), info.arch, info.preprocessing)
     if found != expected:
         raise CheckpointError(
-            f"{str(path)!r} is damaged: its SHA-256 is not the one in {CONFIG}. Quantize again, or "
-            "copy the checkpoint again."
+            f"{str(path)!r} and the architecture and preprocessing in {CONFIG} are damaged: their "
+            "SHA-256 is not the one recorded there. Quantize again, or copy the checkpoint again."
         )
 
 

@@ -280,7 +280,9 @@ Cache = Annotated[
     Path | None,
     typer.Option(help="Cache directory; else $DFQ_CACHE, else the user's.", show_default=False),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="JSON alone on stdout: an object, of lists an array.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 MinAgreement = Annotated[
     float | None,

@@ -290,9 +290,39 @@ def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) ->
     file = path / "model.safetensors"
     state = load_tensors(file.read_bytes())
     change(state)
-    content = save_tensors(state)
-    file.write_bytes(content)
-    change_config(path, lambda c: c.update(sha256=hashlib.sha256(content).hexdigest()))
+    file.write_bytes(save_tensors(state))
+    change_config(path, lambda c: c.update(sha256=checksum(path, c)))
+
+
+def checksum(path: Path, config: dict[str, Any]) -> str:
+    """As docs/checkpoint-format.md has it."""
+    described = json.dumps([config["architecture"], config["preprocessing"]], sort_keys=True)
+    content = (path / "model.safetensors").read_bytes()
+    return hashlib.sha256(content + described.encode()).hexdigest()
+
+
+def test_the_checksum_is_the_formats(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["sha256"] == checksum(checkpoint, config)
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("architecture", {"norm_eps": 100.0}),
+        ("architecture", {"activation": "silu"}),
+        ("architecture", {"patch_size": [2, 8]}),
+        ("preprocessing", {"std": [9.0, 9.0, 9.0]}),
+        ("preprocessing", {"crop_pct": 0.5}),
+    ],
+    ids=str,
+)
+def test_a_changed_description_is_damage(
+    checkpoint: Path, section: str, change: dict[str, Any]
+) -> None:
+    change_config(checkpoint, lambda c: c[section].update(change))
+    with pytest.raises(CheckpointError, match=r"SHA-256 is not the one"):
+        load(checkpoint)
 
 
 def test_rewritten_files_are_still_accepted(checkpoint: Path) -> None:

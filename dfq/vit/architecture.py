@@ -147,6 +147,7 @@ def _field(kind: type[Any], name: str, type_name: str, value: Any) -> Any:
         good = type(value) is int and 0 <= value < _LIMIT
     elif type_name == "float":
         good = type(value) in (int, float) and 0 <= value < _LIMIT
+        value = float(value) if good else value
     elif type_name == "tuple[int, int]":
         good = (
             isinstance(value, list)
