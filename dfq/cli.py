@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
-from typer.core import TyperGroup
 
 import dfq
-from dfq.errors import DfqError, GateError, OutputError, SettingError
-from dfq.plain import escape
+from dfq.errors import GateError, SettingError
+from dfq.mistakes import Group
 from dfq.tables import (
     benchmark_table,
     distill_table,
@@ -31,133 +23,10 @@ from dfq.tables import (
     layers_table,
     quantize_table,
 )
-
-out_console = Console(highlight=False)
-err_console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-KEEPS = ("invert", "quantize", "distill")
-"""Commands that invert, unit by unit."""
-
-INTERRUPTED, OSERROR = 130, 2
-
-PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-"""What the parser raises for wrong usage; typer brings the class along under changing names."""
-
-
-class _Group(TyperGroup):
-    """Turns errors that are the caller's or the machine's into messages and exit codes."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            message = "Interrupted."
-            if ctx.invoked_subcommand in KEEPS:
-                message += " Finished units of inversion are kept; run it again to go on."
-            _report("KeyboardInterrupt", message)
-            err_console.print(message)
-            raise typer.Exit(INTERRUPTED) from None
-        except (DfqError, PARSER_ERROR, MemoryError, RuntimeError, OSError) as error:
-            _explain(error, ctx.parent is None)
-            raise
-
-    def main(self, *args: Any, **options: Any) -> Any:
-        """Also explains what goes wrong before a command is reached."""
-        try:
-            return super().main(*args, **options)
-        except (DfqError, OSError) as error:
-            try:
-                _explain(error, True)
-            except typer.Exit as ended:
-                sys.exit(ended.exit_code)
-            raise
-
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        try:
-            return super().make_context(*args, **options)
-        except PARSER_ERROR as error:
-            _explain(error, options.get("parent") is None)
-            raise
-
-
-def _explain(error: Exception, outermost: bool) -> None:
-    """Exit with a message; return where the error is the parser's to show, or nobody's."""
-    if isinstance(error, PARSER_ERROR):
-        if outermost:
-            _report("UsageError", cast(Any, error).format_message())
-    elif isinstance(error, GateError):
-        _fail(str(error), error.exit_code)
-    elif isinstance(error, DfqError):
-        _report(type(error).__name__, str(error))
-        _fail(str(error), error.exit_code)
-    elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-        place = f": {error.filename!r}" if error.filename else ""
-        message = f"{error.strerror or error}{place}."
-        _report("OSError", message)
-        _fail(message, OSERROR)
-    elif _is_out_of_memory(error):
-        reason = (str(error).strip().splitlines() or ["no more"])[0]
-        message = (
-            f"Out of memory ({reason:.200}). Use a smaller model or --img-size, or in a recipe a "
-            "smaller unit_size or batch."
-        )
-        _report("MemoryError", message)
-        _fail(message, 1)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    err_console.print(f"[bold red]error:[/] {escape(message)}")
-    raise typer.Exit(code) from None
-
-
-def _report(kind: str, message: str) -> None:
-    """The object that ``--json`` promises, where there is no result."""
-    if _wants_json() and _is_first():
-        with suppress(OutputError):
-            _print_json({"error": {"type": kind, "message": message}})
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | _torch_error()) or "can't allocate memory" in str(error)
-
-
-def _torch_error() -> type[RuntimeError]:
-    """PyTorch's error of full memory, if PyTorch has been loaded at all."""
-    torch = sys.modules.get("torch")
-    found: type[RuntimeError] = getattr(torch, "OutOfMemoryError", NotImplementedError)
-    return found
-
-
-def _wants_json() -> bool:
-    return "--json" in sys.argv[1:]
-
-
-def _print_json(value: Any) -> None:
-    with _stdout():
-        sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _print(text: Any, **options: Any) -> None:
-    with _stdout():
-        out_console.print(text, **options)
-
-
-@contextmanager
-def _stdout() -> Iterator[None]:
-    """Raise :class:`OutputError` if what is printed cannot be written, as on a full disk."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputError(f"Cannot write to standard output: {error.strerror}.") from error
-
+from dfq.terminal import Shown, is_first, print_json, print_text
 
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     name="dfq",
     help="Quantize a pretrained vision transformer to W8A8 or W4A8 without any data.",
     no_args_is_help=True,
@@ -167,14 +36,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cache_app = typer.Typer(
-    cls=_Group, no_args_is_help=True, help="List, verify and remove cached datasets."
+    cls=Group, no_args_is_help=True, help="List, verify and remove cached datasets."
 )
 app.add_typer(cache_app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        _print(f"dfq {dfq.__version__}")
+        print_text(f"dfq {dfq.__version__}")
         raise typer.Exit
 
 
@@ -191,49 +60,6 @@ def root(
 def main() -> None:
     """Entry point of the ``dfq`` command."""
     app()
-
-
-class _Shown:
-    """Progress for people: bars on a terminal, plain lines elsewhere, on stderr."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-
-    @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        if self.quiet:
-            yield lambda _: None
-        elif err_console.is_terminal:
-            with RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=err_console,
-                transient=True,
-            ) as bars:
-                bar = bars.add_task(name, total=total)
-                yield lambda n: bars.advance(bar, n)
-        else:
-            err_console.print(f"{name}: {total} steps")
-            tenth = _Tenths(name, total)
-            yield tenth
-
-    def note(self, text: str) -> None:
-        if not self.quiet:
-            err_console.print(escape(text))
-
-
-class _Tenths:
-    """Prints a line at every tenth of the work."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done = name, total, 0
-
-    def __call__(self, steps: int) -> None:
-        before, self.done = self.done, self.done + steps
-        if before * 10 // self.total != self.done * 10 // self.total:
-            err_console.print(f"{self.name}: {self.done}/{self.total}")
 
 
 Model = Annotated[
@@ -379,7 +205,7 @@ def quantize(
             cache=cache,
             min_agreement=min_agreement,
             min_accuracy=min_accuracy,
-            progress=_Shown(quiet),
+            progress=Shown(quiet),
         )
     except GateError as error:
         _show(error.result, json_, quiet, quantize_table)
@@ -433,15 +259,10 @@ def invert(
         seed=seed,
         device=device,
         cache=cache,
-        progress=_Shown(quiet or not _is_first()),
+        progress=Shown(quiet or not is_first()),
     )
-    if _is_first():
+    if is_first():
         _show(result, json_, quiet, field_table)
-
-
-def _is_first() -> bool:
-    """Whether this process speaks for all that ``torchrun`` started."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @app.command(epilog="Example: [bold]dfq evaluate demo-w4a8 --data demo --float demo[/]")
@@ -478,7 +299,7 @@ def evaluate(
             backend=backend,
             min_agreement=min_agreement,
             min_accuracy=min_accuracy,
-            progress=_Shown(quiet),
+            progress=Shown(quiet),
         )
     except GateError as error:
         _show(error.result, json_, quiet, field_table)
@@ -566,7 +387,7 @@ def distill(
         threads=threads,
         device=device,
         cache=cache,
-        progress=_Shown(quiet),
+        progress=Shown(quiet),
     )
     _show(result, json_, quiet, distill_table)
 
@@ -624,7 +445,7 @@ def benchmark(
         threads=threads,
         runtimes=None if runtimes is None else runtimes.split(","),
         cold=cold,
-        progress=_Shown(quiet),
+        progress=Shown(quiet),
     )
     _show(result, json_, quiet, benchmark_table)
 
@@ -668,11 +489,11 @@ def models(
     """List the models that can be named."""
     entries = dfq.models(pattern)
     if json_:
-        _print_json([dataclasses.asdict(e) for e in entries])
+        print_json([dataclasses.asdict(e) for e in entries])
         return
     for entry in entries:
         weights = "" if entry.pretrained else "  (no pretrained weights)"
-        _print(f"{entry.name}  [dim]{entry.kind}{weights}[/]", soft_wrap=True)
+        print_text(f"{entry.name}  [dim]{entry.kind}{weights}[/]", soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]dfq doctor[/]")
@@ -713,16 +534,16 @@ def _show(
 ) -> None:
     values = result if isinstance(result, dict) else dataclasses.asdict(result)
     if as_json:
-        _print_json(values)
+        print_json(values)
     elif not quiet:
-        _print(table(values))
+        print_text(table(values))
 
 
 def _show_entries(entries: list[Any], as_json: bool, title: str | None = None) -> None:
     if as_json:
-        _print_json([dataclasses.asdict(e) for e in entries])
+        print_json([dataclasses.asdict(e) for e in entries])
         return
     if not entries:
-        _print("The cache holds no datasets.")
+        print_text("The cache holds no datasets.")
         return
-    _print(entries_table(entries, title))
+    print_text(entries_table(entries, title))

@@ -54,3 +54,9 @@ def test_torch_ao_stays_in_one_module() -> None:
 
 def test_the_command_line_is_imported_by_nothing_but_its_entry() -> None:
     assert users_of("dfq.cli") == {"dfq/__main__.py"}
+
+
+def test_only_the_command_line_prints() -> None:
+    own = {"dfq/cli.py", "dfq/mistakes.py"}
+    assert users_of("dfq.terminal") == own
+    assert users_of("dfq.mistakes") == {"dfq/cli.py"}

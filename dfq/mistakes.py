@@ -1,0 +1,106 @@
+"""Errors as messages, exit codes and JSON."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import Any, NoReturn, cast
+
+import typer
+from typer.core import TyperGroup
+
+from dfq.errors import DfqError, GateError, OutputError
+from dfq.plain import escape
+from dfq.terminal import err_console, is_first, print_json, wants_json
+
+KEEPS = ("invert", "quantize", "distill")
+"""Commands that invert, unit by unit."""
+
+INTERRUPTED, OSERROR = 130, 2
+
+PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""What the parser raises for wrong usage; typer brings the class along under changing names."""
+
+
+class Group(TyperGroup):
+    """Turns errors that are the caller's or the machine's into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            message = "Interrupted."
+            if ctx.invoked_subcommand in KEEPS:
+                message += " Finished units of inversion are kept; run it again to go on."
+            _report("KeyboardInterrupt", message)
+            err_console.print(message)
+            raise typer.Exit(INTERRUPTED) from None
+        except (DfqError, PARSER_ERROR, MemoryError, RuntimeError, OSError) as error:
+            explain(error, ctx.parent is None)
+            raise
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Also explains what goes wrong before a command is reached."""
+        try:
+            return super().main(*args, **options)
+        except (DfqError, OSError) as error:
+            try:
+                explain(error, True)
+            except typer.Exit as ended:
+                sys.exit(ended.exit_code)
+            raise
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*args, **options)
+        except PARSER_ERROR as error:
+            explain(error, options.get("parent") is None)
+            raise
+
+
+def explain(error: Exception, outermost: bool) -> None:
+    """Exit with a message; return where the error is the parser's to show, or nobody's."""
+    if isinstance(error, PARSER_ERROR):
+        if outermost:
+            _report("UsageError", cast(Any, error).format_message())
+    elif isinstance(error, GateError):
+        _fail(str(error), error.exit_code)
+    elif isinstance(error, DfqError):
+        _report(type(error).__name__, str(error))
+        _fail(str(error), error.exit_code)
+    elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        place = f": {error.filename!r}" if error.filename else ""
+        message = f"{error.strerror or error}{place}."
+        _report("OSError", message)
+        _fail(message, OSERROR)
+    elif _is_out_of_memory(error):
+        reason = (str(error).strip().splitlines() or ["no more"])[0]
+        message = (
+            f"Out of memory ({reason:.200}). Use a smaller model or --img-size, or in a recipe a "
+            "smaller unit_size or batch."
+        )
+        _report("MemoryError", message)
+        _fail(message, 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err_console.print(f"[bold red]error:[/] {escape(message)}")
+    raise typer.Exit(code) from None
+
+
+def _report(kind: str, message: str) -> None:
+    """The object that ``--json`` promises, where there is no result."""
+    if wants_json() and is_first():
+        with suppress(OutputError):
+            print_json({"error": {"type": kind, "message": message}})
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | _torch_error()) or "can't allocate memory" in str(error)
+
+
+def _torch_error() -> type[RuntimeError]:
+    """PyTorch's error of full memory, if PyTorch has been loaded at all."""
+    torch = sys.modules.get("torch")
+    found: type[RuntimeError] = getattr(torch, "OutOfMemoryError", NotImplementedError)
+    return found
