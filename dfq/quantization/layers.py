@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq import runtime
+from dfq.errors import SettingError
 from dfq.quantization.packing import pack_int4, unpack_int4
 from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.rounding import WeightScales
@@ -19,6 +20,16 @@ from dfq.vit.modules import attend, merge_heads
 
 CACHED_SCORES = 1 << 20
 """Attention scores computed at once; in bfloat16 2 MB, a processor's second-level cache."""
+
+
+def check_types(fn: Callable[..., Any]) -> None:
+    """Raise :class:`SettingError` if what ``nn.Module._apply`` was given changes types."""
+    if fn(torch.zeros(1)).dtype != torch.float32:
+        raise SettingError(
+            "A quantized model cannot change its type: its products are on 8-bit integers, and the "
+            "kernels choose the types between them. Leave out half(), bfloat16(), double() and "
+            "to(dtype)."
+        )
 
 
 class IntegerLinear(opaque.Part):
@@ -179,6 +190,7 @@ class IntegerLinear(opaque.Part):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLinear:
+        check_types(fn)
         self.reset()
         super()._apply(fn, recurse)
         return self

@@ -13,7 +13,12 @@ from dfq import runtime
 from dfq.device import resolve_precision
 from dfq.errors import SettingError
 from dfq.quantization import rounding
-from dfq.quantization.layers import AttentionProduct, IntegerLinear, IntegerPatchEmbed
+from dfq.quantization.layers import (
+    AttentionProduct,
+    IntegerLinear,
+    IntegerPatchEmbed,
+    check_types,
+)
 from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES, layers
 from dfq.recipe import QuantizationSettings
@@ -194,12 +199,7 @@ class QuantizedViT(ViT):
         return super().forward(images)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedViT:
-        if fn(torch.zeros(1)).dtype != torch.float32:
-            raise SettingError(
-                "A quantized model cannot change its type: its products are on 8-bit integers, "
-                "and the kernels choose the types between them. Leave out half(), bfloat16(), "
-                "double() and to(dtype)."
-            )
+        check_types(fn)
         moved: QuantizedViT = super()._apply(fn, recurse)
         return moved
 
