@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from dfq.dataset import SparseImageDataset
     from dfq.distillation.distill import distill
     from dfq.errors import DfqError, GateError, RunError, UsageError
+    from dfq.evaluation import evaluate
     from dfq.exporting.formats import export
     from dfq.inspection import DoctorReport, ModelEntry, doctor, inspect, models
     from dfq.pictures import preview
-    from dfq.pipeline import evaluate, invert, quantize
+    from dfq.pipeline import invert, quantize
     from dfq.quantization.coverage import fractal_noise
     from dfq.quantization.model import QuantizedViT
     from dfq.recipe import (
@@ -69,7 +70,7 @@ _HOMES = {
     "benchmark": "dfq.benchmarking.compare",
     "distill": "dfq.distillation.distill",
     "doctor": "dfq.inspection",
-    "evaluate": "dfq.pipeline",
+    "evaluate": "dfq.evaluation",
     "export": "dfq.exporting.formats",
     "fractal_noise": "dfq.quantization.coverage",
     "inspect": "dfq.inspection",

@@ -1,6 +1,17 @@
-"""``python -m dfq``: the command line."""
+"""``dfq`` and ``python -m dfq``: the command line."""
 
-from dfq.cli import main
+import sys
+
+
+def main() -> None:
+    """Run the command line, whose modules take a while to load."""
+    try:
+        from dfq.cli import app
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(130)
+    app()
+
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dfq.arguments import checked
-from dfq.dataset import FORMAT, MANIFEST, SETTINGS, SHARD_NAME, SparseImageDataset, read_settings
+from dfq.dataset import SHARD_NAME, SparseImageDataset
+from dfq.dataset_settings import FORMAT, MANIFEST, SETTINGS, read_settings
 from dfq.errors import DatasetError
 from dfq.files import explain
 

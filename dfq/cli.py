@@ -57,11 +57,6 @@ def root(
     """Quantize a pretrained vision transformer to W8A8 or W4A8 without any data."""
 
 
-def main() -> None:
-    """Entry point of the ``dfq`` command."""
-    app()
-
-
 Model = Annotated[
     str,
     typer.Argument(

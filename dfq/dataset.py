@@ -1,44 +1,43 @@
-"""Sparse-image datasets on disk: format, writer, reader and cache keys.
+"""Sparse-image datasets on disk: shards, writer and reader.
 
 The format is specified in ``docs/dataset-format.md``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dfq.errors import DamagedError, DatasetError, OutputError, SettingError
+from dfq.dataset_settings import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    SETTINGS,
+    check_header,
+    grid_from_json,
+    read_object,
+    read_settings,
+)
+from dfq.errors import DamagedError, DatasetError, OutputError
 from dfq.files import (
     explain,
     make_directory,
-    read_json,
     remove_abandoned,
     write_bytes,
     write_json,
 )
-from dfq.recipe import InversionSettings, Method
 from dfq.sparse import Grid, SparseImages, join
-
-FORMAT = "dfq-sparse-images"
-FORMAT_VERSION = 1
-SETTINGS, MANIFEST = "settings.json", "manifest.json"
-ORIGIN = re.compile(r"[a-z][a-z0-9-]{0,31}")
-"""The name of a method that made images."""
 
 SHARD_NAME = re.compile(r"shard-([0-9]{5,})-([0-9]{1,7})\.safetensors")
 
@@ -49,21 +48,6 @@ _DTYPES = {
     "stage": torch.int32,
     "trajectory": torch.int32,
 }
-
-
-def cache_key(settings: dict[str, Any]) -> str:
-    """32 hex digits over everything in ``settings.json`` that decides the images.
-
-    Threads, the machine and library versions are recorded but do not count: a dataset made
-    with others is as good.
-    """
-    recorded = ("threads", "machine", "versions")
-    facts = {k: v for k, v in settings.items() if k not in recorded}
-    return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def shard_name(unit: int, patches: int) -> str:
@@ -253,8 +237,8 @@ class SparseImageDataset:
                 f"The dataset {str(self.path)!r} is unfinished: it has no {MANIFEST}. "
                 "Run the command that makes it again; it goes on where it stopped."
             )
-        manifest = _read_json(manifest_path)
-        _check_header(manifest, manifest_path)
+        manifest = read_object(manifest_path)
+        check_header(manifest, manifest_path)
         try:
             self.shards = tuple(_shard(entry) for entry in manifest["shards"])
             self.grid = grid_from_json(self.settings["grid"])
@@ -335,109 +319,6 @@ class SparseImageDataset:
                 yield images[start : start + size]
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read ``settings.json`` of a dataset directory.
-
-    Raises:
-        DatasetError: it is missing, malformed or of an unknown version.
-    """
-    file = path / SETTINGS
-    if not file.is_file():
-        raise DatasetError(f"{str(path)!r} is not a sparse-image dataset: it has no {SETTINGS}.")
-    settings = _read_json(file)
-    _check_header(settings, file)
-    for field, good in _FIELDS.items():
-        if field in settings and not good(settings[field]):
-            raise DatasetError(
-                f"{str(file)!r}: {field} is {settings[field]!r:.80}, which docs/dataset-format.md "
-                "does not allow. The dataset is damaged; make it again."
-            )
-    return settings
-
-
-def _is_model(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and _is_word(value.get("name", "?"))
-        and isinstance(value.get("architecture", {}), dict)
-        and re.fullmatch("[0-9a-f]{64}", str(value.get("fingerprint", "0" * 64))) is not None
-    )
-
-
-def _is_preprocessing(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key, []), list)
-        and all(type(v) in (int, float) and math.isfinite(v) for v in value.get(key, []))
-        for key in ("mean", "std")
-    )
-
-
-def _is_inversion(value: Any) -> bool:
-    """Whether the method is a word, and one of dfq's has settings of the right types."""
-    if not isinstance(value, dict) or ORIGIN.fullmatch(str(value.get("method", "a"))) is None:
-        return False
-    if value.get("method") not in get_args(Method):
-        return True
-    known = {f.name for f in dataclasses.fields(InversionSettings)}
-    given: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known
-    }
-    try:
-        InversionSettings(**given)
-    except SettingError:
-        return False
-    return True
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable() and 0 < len(value) < 1024
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 31
-
-
-def _are_words(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_word, [*value, *value.values()]))
-
-
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "algorithm_version": _is_count,
-    "model": _is_model,
-    "preprocessing": _is_preprocessing,
-    "objective": lambda value: value in ("class", "direction"),
-    "inversion": _is_inversion,
-    "threads": _is_count,
-    "machine": _is_word,
-    "versions": _are_words,
-}
-"""Fields of ``settings.json`` beside the header and the grid, and what each may be."""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DatasetError(
-            f"{str(path)!r} cannot be read as JSON: {error}. Remove the dataset's directory and "
-            "make it again."
-        ) from error
-    if not isinstance(value, dict):
-        raise DatasetError(f"{str(path)!r} must hold a JSON object.")
-    return value
-
-
-def _check_header(value: dict[str, Any], path: Path) -> None:
-    if value.get("format") != FORMAT:
-        raise DatasetError(f"{str(path)!r} is not of format {FORMAT!r}.")
-    version = value.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise DatasetError(
-            f"{str(path)!r} has format version {version!r}; this dfq reads "
-            f"{FORMAT_VERSION}. Make the dataset again, or install the dfq that wrote it."
-        )
-
-
 def _shard(entry: Any) -> Shard:
     shard = Shard(entry["name"], entry["images"], entry["patches"], entry["sha256"])
     good = (
@@ -448,24 +329,3 @@ def _shard(entry: Any) -> Shard:
     if not good:
         raise ValueError(f"shard {entry!r:.120}")
     return shard
-
-
-def grid_to_json(grid: Grid) -> dict[str, Any]:
-    """The JSON form of a grid."""
-    return {
-        "image_size": list(grid.image_size),
-        "patch_size": list(grid.patch_size),
-        "channels": grid.channels,
-    }
-
-
-def grid_from_json(value: Any) -> Grid:
-    """The inverse of :func:`grid_to_json`; raises ValueError, KeyError or TypeError."""
-    height, width = value["image_size"]
-    patch_height, patch_width = value["patch_size"]
-    numbers = (height, width, patch_height, patch_width, value["channels"])
-    if not all(type(v) is int and 0 < v < 1 << 20 for v in numbers):
-        raise ValueError(f"grid {value!r:.120}")
-    if patch_height > height or patch_width > width:
-        raise ValueError(f"patches larger than the image: {value!r:.120}")
-    return Grid((height, width), (patch_height, patch_width), value["channels"])

@@ -13,14 +13,15 @@ import torch
 from dfq import checkpoint, demo, runtime
 from dfq.arguments import checked
 from dfq.cache import cache_directory
-from dfq.dataset import SETTINGS, SparseImageDataset
+from dfq.dataset import SparseImageDataset
+from dfq.dataset_settings import SETTINGS
 from dfq.device import cpu_has, resolve_precision
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
-from dfq.pipeline import versions
 from dfq.quantization.scheme import scheme_name
 from dfq.recipe import to_dict
 from dfq.runtime import opaque
+from dfq.synthesis import versions
 from dfq.vit.architecture import to_json
 from dfq.vit.describe import describe
 from dfq.vit.saved import REPORT, WEIGHTS, is_saved, read_saved

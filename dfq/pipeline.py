@@ -1,4 +1,4 @@
-"""The verbs: load -> invert -> quantize -> evaluate, each with the disk between them."""
+"""The verbs ``invert`` and ``quantize``, with the disk between them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,90 +16,36 @@ from torch import nn
 from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
 from dfq.cache import cache_directory
-from dfq.comparison import Comparison, compare, dense_batches, metric_of, sparse_batches
-from dfq.dataset import (
-    SETTINGS,
-    SparseImageDataset,
-)
+from dfq.comparison import compare, dense_batches, metric_of
 from dfq.device import resolve_device
-from dfq.errors import (
-    CheckpointError,
-    DataError,
-    DatasetError,
-    GateError,
-    SettingError,
-    nearest,
-)
+from dfq.errors import CheckpointError, SettingError, nearest
+from dfq.evaluation import EVALUATION_BATCH, accuracy_pair, check_shares, gate, open_evaluation
 from dfq.files import check_writable, make_directory
-from dfq.images import DenseImages, ImageSource, load_batches, open_images
+from dfq.image_sets import calibration_set, compare_held_out, covered, held_out_settings
+from dfq.images import load_batches
 from dfq.inversion import plan_units
 from dfq.inversion.workers import check_alone
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
-from dfq.quantization.coverage import Additions, Coverage
 from dfq.quantization.diagnosis import layer_noise
 from dfq.quantization.equalization import equalize
 from dfq.quantization.reconstruction import reconstruct
 from dfq.quantization.scheme import layers, scheme_name
-from dfq.recipe import (
-    SECTIONS,
-    InversionSettings,
-    Method,
-    Recipe,
-    load_recipe,
-    override,
-)
+from dfq.recipe import METHODS, SECTIONS, Recipe, given, make_recipe
 from dfq.results import (
     AgreementOn,
     BlockLoss,
     Bytes,
-    CalibrationSource,
-    EvaluateResult,
-    FloatQuantized,
     InvertResult,
     QuantizeResult,
     Seconds,
     to_json,
 )
 from dfq.synthesis import make_dataset, versions
-from dfq.vit import Architecture, Preprocessing, ViT
 from dfq.vit.load import LoadedModel, load_model, module_name
-
-HELD_OUT_SEED = 1_000_003
-"""Added to the seed of the images on which agreement is measured without data."""
-
-EVALUATION_BATCH = 50
 
 DIAGNOSIS_BATCH, DIAGNOSIS_BATCHES = 4, 4
 """Images of the calibration set on which every layer is measured: at most 4 times 4."""
-
-METHODS: tuple[str, ...] = get_args(Method)
-
-
-def make_recipe(
-    recipe: str | Path | Recipe | None,
-    *,
-    inversion: dict[str, Any] | None = None,
-    quantization: dict[str, Any] | None = None,
-    distillation: dict[str, Any] | None = None,
-) -> Recipe:
-    """A recipe (a file, a value or the defaults) with single settings overridden.
-
-    Raises:
-        RecipeError, SettingError: as their names say.
-    """
-    if recipe is None:
-        recipe = Recipe()
-    elif not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    recipe = override(recipe, "inversion", **(inversion or {}))
-    recipe = override(recipe, "quantization", **(quantization or {}))
-    return override(recipe, "distillation", **distillation) if distillation else recipe
-
-
-def given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
-    """Settings with the arguments that the caller gave put over them."""
-    return {**(settings or {}), **{k: v for k, v in arguments.items() if v is not None}}
 
 
 @checked
@@ -232,7 +178,7 @@ def quantize(
     """
     clock, progress = _Clock(), progress or Silent()
     check_alone("quantize", "--calibration")
-    _check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
+    check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_accuracy is not None and eval is None:
         raise SettingError("min_accuracy needs data to measure it on: give eval (--eval DATA).")
     method = calibration if isinstance(calibration, str) and calibration in METHODS else None
@@ -272,10 +218,10 @@ def quantize(
         vit = loaded.vit.to(target)
         data = None
         if eval is not None:
-            data = _open_evaluation(eval, vit.arch, loaded.preprocessing, min_accuracy)
+            data = open_evaluation(eval, vit.arch, loaded.preprocessing, min_accuracy)
         else:
             plan_units(
-                _held_out_settings(chosen.inversion, vit.arch.grid.patches), vit.arch.grid.patches
+                held_out_settings(chosen.inversion, vit.arch.grid.patches), vit.arch.grid.patches
             )
     if eval is None:
         make_directory(cache_directory(cache) / "datasets")
@@ -331,18 +277,20 @@ def quantize(
                 comparison = compare(quantized, vit, batches, advance, metric=metric_of(vit.arch))
             measured_on = data.name
         else:
-            comparison = _held_out(loaded, quantized, chosen.inversion, target, cache, progress)
+            comparison = compare_held_out(
+                loaded, quantized, chosen.inversion, target, cache, progress
+            )
             measured_on = "inverted"
     result = dataclasses.replace(
         result,
         agreement=comparison.agreement,
-        accuracy=_pair(comparison, "top1"),
-        accuracy_top5=_pair(comparison, "top5"),
+        accuracy=accuracy_pair(comparison, "top1"),
+        accuracy_top5=accuracy_pair(comparison, "top5"),
         agreement_on=AgreementOn(measured_on, comparison.images, comparison.metric, comparison.kl),
         seconds=clock.seconds(),
     )
     checkpoints.write_report(out, to_json(result))
-    _gate(result, min_agreement, min_accuracy)
+    gate(result, min_agreement, min_accuracy)
     return result
 
 
@@ -358,17 +306,6 @@ def _note_replaced(out: Path, name: str, scheme: str, progress: Progress) -> Non
         before = (info.model, scheme_name(info.recipe.quantization))
     if before != (name, scheme):
         progress.note(f"{str(out)!r} holds {' '.join(before).strip()}, which will be replaced")
-
-
-def _open_evaluation(
-    data: str | Path,
-    arch: Architecture,
-    preprocessing: Preprocessing,
-    min_accuracy: float | None,
-) -> ImageSource:
-    if min_accuracy is not None and not arch.num_classes:
-        raise SettingError("min_accuracy needs a classifier; the model has none.")
-    return open_images(data, arch, preprocessing, labelled=bool(arch.num_classes))
 
 
 def _save(
@@ -399,233 +336,6 @@ def _save(
     saved = dataclasses.replace(result, bytes=Bytes(result.bytes.float, size))
     checkpoints.write_report(out, to_json(saved))
     return saved
-
-
-def calibration_set(
-    loaded: LoadedModel,
-    recipe: Recipe,
-    path: str | Path | None,
-    device: torch.device,
-    cache: str | Path | None,
-    progress: Progress,
-    images: int | None = None,
-) -> tuple[SparseImageDataset | DenseImages, CalibrationSource]:
-    """The images that a verb works on, made or opened, and what they are.
-
-    Raises:
-        SettingError: the caller asked for so many ``images`` and named a dataset of others.
-    """
-    settings = recipe.inversion
-    if path is None:
-        dataset, cached = make_dataset(
-            loaded, settings, out=None, device=device, cache=cache, progress=progress
-        )
-        origin = CalibrationSource(settings.method, len(dataset), str(dataset.path), cached)
-        return dataset, origin
-    if (Path(path) / SETTINGS).is_file():
-        dataset = SparseImageDataset(path)
-        _check_model(dataset, loaded)
-        if images not in (None, len(dataset)):
-            raise SettingError(
-                f"images is {images}, but the dataset {str(path)!r} of {len(dataset)} is taken "
-                "whole. Leave images (--images) out, or make a dataset of that many."
-            )
-        return dataset, CalibrationSource(dataset.method, len(dataset), str(path), None)
-    if not Path(path).exists() and str(path) != "demo":
-        raise DataError(
-            f"{str(path)!r} is neither a method ({', '.join(METHODS)}) nor an existing "
-            f"sparse-image dataset, image folder or .npz.{nearest(str(path), METHODS)}"
-        )
-    source = open_images(path, loaded.vit.arch, loaded.preprocessing, labelled=False)
-    dense = DenseImages(source, loaded.vit.arch, settings.images)
-    return dense, CalibrationSource("images", len(dense), str(path), None)
-
-
-def covered(
-    source: SparseImageDataset | DenseImages, settings: Additions
-) -> SparseImageDataset | DenseImages | Coverage:
-    """Inverted images with what makes them cover real ones; other images as they are."""
-    if isinstance(source, SparseImageDataset) and source.method != "noise":
-        return Coverage(source, settings)
-    return source
-
-
-def _check_model(dataset: SparseImageDataset, loaded: LoadedModel) -> None:
-    if dataset.fingerprint != loaded.fingerprint:
-        made_from = dataset.settings.get("model", {}).get("name", "unknown")
-        raise DatasetError(
-            f"The dataset {str(dataset.path)!r} was made from another model ({made_from!r}, "
-            f"fingerprint {dataset.fingerprint[:12]}) than {loaded.name!r} (fingerprint "
-            f"{loaded.fingerprint[:12]}). Invert this model, or use the weights it was made from."
-        )
-    if dataset.grid != loaded.vit.arch.grid:
-        raise DatasetError(
-            f"The dataset {str(dataset.path)!r} has a grid of {dataset.grid}, the model one of "
-            f"{loaded.vit.arch.grid}. Make the dataset again."
-        )
-
-
-def _held_out_settings(settings: InversionSettings, patches: int) -> InversionSettings:
-    """As the calibration set's, but of another seed and never noise."""
-    method = settings.method if settings.method != "noise" else InversionSettings().method
-    most = min(settings.iterations, patches)
-    stages = min(settings.stages, most) if method == "pri" else 1
-    return dataclasses.replace(
-        settings,
-        method=method,
-        stages=stages,
-        leave_at=settings.leave_at if stages == settings.stages else (),
-        seed=(settings.seed + HELD_OUT_SEED) % 2**31,
-        images=settings.unit_size * stages,
-    )
-
-
-def _held_out(
-    loaded: LoadedModel,
-    quantized: QuantizedViT,
-    settings: InversionSettings,
-    device: torch.device,
-    cache: str | Path | None,
-    progress: Progress,
-) -> Comparison:
-    """Compare on images inverted with another seed, which calibration did not see."""
-    fresh = _held_out_settings(settings, loaded.vit.arch.grid.patches)
-    dataset, _ = make_dataset(
-        loaded,
-        fresh,
-        out=None,
-        device=device,
-        cache=cache,
-        progress=progress,
-        purpose="held-out ",
-    )
-    batches = sparse_batches(dataset.batches(EVALUATION_BATCH), loaded.vit, loaded.preprocessing)
-    return compare(quantized, loaded.vit, batches, metric=metric_of(loaded.vit.arch))
-
-
-def _pair(comparison: Comparison | None, name: Literal["top1", "top5"]) -> FloatQuantized | None:
-    if comparison is None or comparison.quantized is None:
-        return None
-    reference = None if comparison.float is None else getattr(comparison.float, name)
-    return FloatQuantized(reference, getattr(comparison.quantized, name))
-
-
-@checked
-def evaluate(
-    path: str | Path,
-    *,
-    data: str | Path,
-    float_model: str | nn.Module | None = None,
-    weights: str | Path | None = None,
-    img_size: int | None = None,
-    device: str | torch.device = "cpu",
-    backend: str | None = None,
-    min_agreement: float | None = None,
-    min_accuracy: float | None = None,
-    progress: Progress | None = None,
-) -> EvaluateResult:
-    """Measure a checkpoint on labelled data, beside the float model where one is named.
-
-    Args:
-        path: the checkpoint.
-        data: an image folder with one folder a class, an ``.npz`` with ``x`` and ``y``, or
-            ``"demo"``.
-        float_model, weights, img_size: the float model, as for :func:`dfq.load_model`.
-        backend: integer kernels, ``onednn`` or ``reference``.
-        min_agreement, min_accuracy: bounds from 0 to 1.
-
-    Raises:
-        GateError: agreement or accuracy is below its bound.
-        DfqError: one of its other subclasses says what is wrong.
-    """
-    _check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
-    if min_agreement is not None and float_model is None:
-        raise SettingError("min_agreement needs the float model: give float_model (--float MODEL).")
-    for name, value in (("weights", weights), ("img_size", img_size)):
-        if value is not None and float_model is None:
-            raise SettingError(f"{name} is of the float model: name it too (--float MODEL).")
-    progress = progress or Silent()
-    target = resolve_device(device)
-    info = checkpoints.read_info(path)
-    model = checkpoints.load(path, device=target).set_backend(backend)
-    source = _open_evaluation(data, model.arch, model.preprocessing, min_accuracy)
-    made_from = str(info.source.get("fingerprint"))
-    reference = _float_reference(model, made_from, float_model, weights, img_size, target, progress)
-    batches = dense_batches(load_batches(source, model.preprocessing, EVALUATION_BATCH), target)
-    with progress.task("Evaluating", len(source)) as advance:
-        comparison = compare(model, reference, batches, advance, metric=metric_of(model.arch))
-    result = EvaluateResult(
-        checkpoint=str(path),
-        model=info.model,
-        scheme=scheme_name(info.recipe.quantization),
-        data=source.name,
-        images=comparison.images,
-        agreement=comparison.agreement,
-        metric=comparison.metric,
-        kl=comparison.kl,
-        accuracy=_pair(comparison, "top1"),
-        accuracy_top5=_pair(comparison, "top5"),
-        backend=model.backend,
-        seconds=comparison.seconds,
-        images_per_second=comparison.images / comparison.seconds,
-    )
-    _gate(result, min_agreement, min_accuracy)
-    return result
-
-
-def _float_reference(
-    model: QuantizedViT,
-    fingerprint: str,
-    name: str | nn.Module | None,
-    weights: str | Path | None,
-    img_size: int | None,
-    device: torch.device,
-    progress: Progress,
-) -> ViT | None:
-    if name is None:
-        return None
-    height, width = model.arch.image_size
-    size = img_size or (height if height == width and name != "demo" else None)
-    classes = model.arch.num_classes
-    loaded = load_model(
-        name,
-        weights=weights,
-        num_classes=classes,
-        img_size=size,
-        mean=model.preprocessing.mean,
-        std=model.preprocessing.std,
-    )
-    if loaded.fingerprint != fingerprint:
-        progress.note("The float model's weights are not those that the checkpoint was made from.")
-    if loaded.vit.arch != model.arch:
-        raise SettingError(
-            f"The float model {loaded.name!r} has another architecture than the checkpoint."
-        )
-    return loaded.vit.to(device)
-
-
-def _check_shares(**bounds: float | None) -> None:
-    for name, value in bounds.items():
-        if value is not None and not 0 <= value <= 1:
-            raise SettingError(f"{name} is {value}; it is a share from 0 to 1.")
-
-
-def _gate(
-    result: QuantizeResult | EvaluateResult,
-    min_agreement: float | None,
-    min_accuracy: float | None,
-) -> None:
-    accuracy = None if result.accuracy is None else result.accuracy.quantized
-    missed = []
-    for what, value, bound in (
-        ("Agreement with the float model", result.agreement, min_agreement),
-        ("Top-1 accuracy", accuracy, min_accuracy),
-    ):
-        if bound is not None and (value is None or not value >= bound):
-            shown = "not measured" if value is None else f"{value:.4f}"
-            missed.append(f"{what} is {shown}, below the bound of {bound}.")
-    if missed:
-        raise GateError(" ".join(missed), result)
 
 
 class _Clock:

@@ -12,6 +12,7 @@ from dfq.arguments import checked
 from dfq.errors import RecipeError, SettingError, nearest
 
 Method = Literal["pri", "smi", "dmi", "noise"]
+METHODS: tuple[str, ...] = get_args(Method)
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Products = Literal[Precision, "int8"]
@@ -347,6 +348,32 @@ def override(recipe: Recipe, section: str, **values: Any) -> Recipe:
     before = getattr(recipe, section) or SECTIONS[section]()
     changed = dataclasses.replace(before, **given)
     return dataclasses.replace(recipe, **{section: changed})
+
+
+def make_recipe(
+    recipe: str | Path | Recipe | None,
+    *,
+    inversion: dict[str, Any] | None = None,
+    quantization: dict[str, Any] | None = None,
+    distillation: dict[str, Any] | None = None,
+) -> Recipe:
+    """A recipe (a file, a value or the defaults) with single settings overridden.
+
+    Raises:
+        RecipeError, SettingError: as their names say.
+    """
+    if recipe is None:
+        recipe = Recipe()
+    elif not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    recipe = override(recipe, "inversion", **(inversion or {}))
+    recipe = override(recipe, "quantization", **(quantization or {}))
+    return override(recipe, "distillation", **distillation) if distillation else recipe
+
+
+def given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
+    """Settings with the arguments that the caller gave put over them."""
+    return {**(settings or {}), **{k: v for k, v in arguments.items() if v is not None}}
 
 
 def to_dict(value: Any) -> dict[str, Any]:

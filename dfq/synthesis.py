@@ -15,13 +15,12 @@ import torch
 
 import dfq
 from dfq.cache import cache_directory
-from dfq.dataset import (
+from dfq.dataset import DatasetWriter, SparseImageDataset
+from dfq.dataset_settings import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
     SETTINGS,
-    DatasetWriter,
-    SparseImageDataset,
     cache_key,
     grid_to_json,
     read_settings,

@@ -11,15 +11,8 @@ from typing import Any, get_args
 import torch
 
 from dfq.arguments import checked
-from dfq.dataset import (
-    FORMAT,
-    ORIGIN,
-    SETTINGS,
-    DatasetWriter,
-    SparseImageDataset,
-    decode_shard,
-    encode_shard,
-)
+from dfq.dataset import DatasetWriter, SparseImageDataset, decode_shard, encode_shard
+from dfq.dataset_settings import FORMAT, ORIGIN, SETTINGS
 from dfq.errors import DamagedError, DataError, OutputError, SettingError
 from dfq.files import check_replaceable, replaced_directory
 from dfq.recipe import Method

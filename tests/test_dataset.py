@@ -24,15 +24,12 @@ from torch import Tensor
 from dfq.dataset import (
     DatasetWriter,
     SparseImageDataset,
-    cache_key,
     concatenate,
     decode_shard,
     encode_shard,
-    grid_from_json,
-    grid_to_json,
-    read_settings,
     shard_name,
 )
+from dfq.dataset_settings import cache_key, grid_from_json, grid_to_json, read_settings
 from dfq.errors import DamagedError, DatasetError, OutputError
 from dfq.inversion import Engine, plan_units
 from dfq.recipe import InversionSettings

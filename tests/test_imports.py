@@ -36,6 +36,7 @@ def users_of(module: str, place: str = "dfq") -> set[str]:
         ("dfq", "calibration_bench"),
         ("dfq/inversion", "dfq.quantization"),
         ("dfq/inversion", "dfq.dataset"),
+        ("dfq/inversion", "dfq.dataset_settings"),
         ("dfq/quantization", "dfq.inversion"),
         ("dfq/quantization", "dfq.pipeline"),
         ("dfq/runtime", "dfq.quantization"),

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dfq.dataset import DatasetWriter, grid_to_json, shard_name
+from dfq.dataset import DatasetWriter, shard_name
+from dfq.dataset_settings import grid_to_json
 from dfq.errors import DamagedError, DatasetError, DfqError, OutputError, SettingError
 from dfq.pictures import BACKGROUND, MARGIN, MIN_SIDE, preview
 from dfq.sparse import Grid, SparseImages, unpatchify

@@ -51,7 +51,7 @@ def test_units_of_several_sizes_are_written_as_they_are_read(
 
 @pytest.mark.parametrize("smooth", [(), (4.0,)], ids=["alone", "covered"])
 def test_a_model_is_calibrated_on_them(tmp_path: Path, loaded: LoadedModel, smooth: Any) -> None:
-    from dfq.pipeline import covered
+    from dfq.image_sets import covered
 
     written = dfq.write_dataset(tmp_path / "set", [[images(loaded)]], loaded, origin="real")
     settings = dfq.QuantizationSettings(smooth=smooth, fractal=0)

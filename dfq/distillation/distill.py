@@ -18,12 +18,13 @@ from dfq.distillation.inherit import begin
 from dfq.distillation.student import create, student_arguments
 from dfq.distillation.training import Images, train
 from dfq.errors import SettingError, UnsupportedModelError
+from dfq.evaluation import EVALUATION_BATCH
 from dfq.files import check_writable, write_json
+from dfq.image_sets import calibration_set, covered
 from dfq.images import ImageSource, load_batches, open_images
 from dfq.inversion.workers import check_alone
-from dfq.pipeline import EVALUATION_BATCH, METHODS, calibration_set, covered, given, make_recipe
 from dfq.progress import Progress, Silent
-from dfq.recipe import DistillationSettings, Recipe, to_dict
+from dfq.recipe import METHODS, DistillationSettings, Recipe, given, make_recipe, to_dict
 from dfq.results import DistillResult, TeacherStudent, to_json
 from dfq.vit import ViT
 from dfq.vit.convert import convert
