@@ -9,7 +9,7 @@ from typing import Any
 from calibration_bench.registry import Curve, Plot, Row, Table
 from calibration_bench.tables import groups
 
-ABOUT = ("model", "fingerprint", "data", "test_images", "precision")
+ABOUT = ("model", "fingerprint", "data", "data_digest", "test_images", "precision", "threads")
 
 STAGES = {
     "source": "images",
@@ -48,8 +48,8 @@ def evolution_tables(rows: list[Row]) -> list[Table]:
     """For each model: figures by stage, cosines by block, and losses."""
     found: list[Table] = []
     for values, same in groups(rows, *ABOUT).items():
-        model, _, data, images, _ = values
-        title = f"{model}, {images} real images of {data}"
+        about = dict(zip(ABOUT, values, strict=True))
+        title = f"{about['model']}, {about['test_images']} real images of {about['data']}"
         merged = _merged(same)
         found.append(Table(f"By stage: {title}", STAGES, merged, STAGES_NOTE))
         found.append(_blocks(f"Cosine to the own class's mean, by block: {title}", merged, "owns"))

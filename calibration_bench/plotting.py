@@ -9,7 +9,7 @@ from typing import Any
 
 from calibration_bench.registry import Curve, Plot
 from dfq.errors import UsageError
-from dfq.files import make_directory, write_bytes
+from dfq.files import make_directory, safe_name, write_bytes
 
 MARKERS = "osD^vPX*<>hd"
 
@@ -23,7 +23,7 @@ def draw_plots(plots: Iterable[Plot], directory: Path) -> list[Path]:
     """
     found: list[Path] = []
     for plot in plots:
-        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in plot.name)
+        name = safe_name(plot.name)
         same = sum(path.stem.rsplit("--", 1)[0] == name for path in found)
         path = directory / (f"{name}--{same + 1}.png" if same else f"{name}.png")
         make_directory(directory)

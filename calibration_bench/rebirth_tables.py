@@ -30,12 +30,15 @@ ABOUT = (
     "model",
     "fingerprint",
     "data",
+    "data_digest",
     "test_images",
     "images",
     "stages",
     "bits",
     "coverage",
     "budget",
+    "threads",
+    "precision",
     "float_accuracy",
 )
 

@@ -9,6 +9,7 @@ from calibration_bench.tables import groups, mean_over_seeds
 
 COLUMNS = {
     "source": "calibrated on",
+    "iterations": "T",
     "precision": "inverted in",
     "variant": "variant",
     "bits": "weights",
@@ -24,17 +25,22 @@ COLUMNS = {
 }
 
 
+TESTED = ("model", "fingerprint", "data", "data_digest", "test_images", "float_accuracy")
+
+
 def accuracy_tables(rows: list[Row]) -> list[Table]:
     """For each model and test set a row for every source, variant, width and attention."""
     found: list[Table] = []
-    about = ("model", "fingerprint", "data", "test_images", "images", "float_accuracy")
-    for values, same in groups(rows, *about).items():
-        model, _, data, test_images, images, accuracy = values
+    for values, same in groups(rows, *TESTED, "images", "threads").items():
+        about = dict(zip((*TESTED, "images", "threads"), values, strict=True))
         title = (
-            f"{model}, {images} calibration images, tested on {test_images} of {data}, "
-            f"float top-1 {100 * float(str(accuracy)):.2f} %"
+            f"{about['model']}, {about['images']} calibration images, tested on "
+            f"{about['test_images']} of {about['data']}, float top-1 "
+            f"{100 * float(str(about['float_accuracy'])):.2f} %"
         )
-        parts = groups(same, "source", "precision", "variant", "bits", "attention")
+        named = [{**row, "real": (row.get("real") or "").rsplit(" ", 1)[0]} for row in same]
+        alike = ("source", "real", "iterations", "precision", "variant", "bits", "attention")
+        parts = groups(named, *alike)
         means = [_row(part) for part in parts.values()]
         means.sort(key=lambda r: (r["bits"], r["attention"], r["variant"], r["kl"]))
         found.append(Table(title, COLUMNS, means))
@@ -51,7 +57,7 @@ def _row(rows: list[Row]) -> Row:
     }
 
 
-ABOUT = ("model", "fingerprint", "data", "test_images", "float_accuracy", "threads", "precision")
+ABOUT = (*TESTED, "threads", "precision")
 
 SOURCES = {
     "source": "calibrated on",
@@ -93,7 +99,8 @@ def source_tables(rows: list[Row]) -> list[Table]:
 def _means(rows: list[Row]) -> list[Row]:
     """Means over seeds of every source (and T) and image count."""
     found = []
-    for (source, iterations, count), same in groups(rows, "source", "iterations", "images").items():
+    parts = groups(rows, "source", "iterations", "images", "real")
+    for (source, iterations, count, _), same in parts.items():
         means = mean_over_seeds(same)
         name = f"{source}, T = {iterations}" if iterations else str(source)
         size = [row["dataset_bytes"] for row in same]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 
 import dfq
+from calibration_bench.logits import LabelledImages
 from calibration_bench.methods import Method
 from calibration_bench.quantized import Made, Subject, invert
 from calibration_bench.registry import Key
@@ -101,11 +104,27 @@ class RealImages:
 
     def sample(self, count: int, seed: int) -> SparseImages:
         """So many of them at random."""
+        whole = torch.from_numpy(np.stack(self._drawn(count, seed))).permute(0, 3, 1, 2)
+        return dense(patchify(whole, self.grid), self.grid)
+
+    def identity(self, count: int, seed: int, tested: LabelledImages) -> str:
+        """What :meth:`sample` draws: a name and the start of a SHA-256 over its pixels.
+
+        Raises:
+            DataError: there are fewer, or one of them is also tested on.
+        """
+        drawn = [pixels.tobytes() for pixels in self._drawn(count, seed)]
+        if not {pixels.tobytes() for pixels in tested.pixels}.isdisjoint(drawn):
+            raise DataError(
+                f"{self.name!r} holds images of {tested.name!r}, on which the result is tested. "
+                "Give images to calibrate on that the test set does not have."
+            )
+        return f"{Path(self.name).name} {hashlib.sha256(b''.join(drawn)).hexdigest()[:16]}"
+
+    def _drawn(self, count: int, seed: int) -> list[np.ndarray]:
         self.need(count)
         order = torch.randperm(len(self), generator=seeded(seed, "real", 0))[:count]
-        pixels = [self._images.pixels(self._indices[i]) for i in order.tolist()]
-        whole = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-        return dense(patchify(whole, self.grid), self.grid)
+        return [self._images.pixels(self._indices[i]) for i in order.tolist()]
 
 
 def dense(patches: torch.Tensor, grid: Grid) -> SparseImages:
@@ -144,10 +163,11 @@ def make(
     elif base == "uniform":
         units = [[uniform(count, grid, seed)]]
     elif base == "fractal":
-        units = [[dfq.fractal_noise(count, grid, APART * (seed + 1))]]
+        noise = dfq.fractal_noise(count, grid, APART * (seed + 1))
+        units = [[dataclasses.replace(noise, trajectory=torch.arange(count))]]
     else:
-        noise = out.with_name(f"{out.name}-noise")
-        path = invert(options, base, key, iterations=0, seed=seed, out=noise).path
+        drawn = out.with_name(f"{out.name}-noise")
+        path = invert(options, base, key, iterations=0, seed=seed, out=drawn).path
         units = dfq.SparseImageDataset(path).units()
     name = "gaussian" if base == "noise" else base
     written = dfq.write_dataset(out, units, loaded, origin=name, settings={"seed": seed})

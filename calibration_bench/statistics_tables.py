@@ -12,7 +12,7 @@ from calibration_bench.registry import Row, Table
 from calibration_bench.similarity import spearman
 from calibration_bench.tables import groups
 
-ABOUT = ("model", "fingerprint", "data", "test_images", "precision", "threads")
+ABOUT = ("model", "fingerprint", "data", "data_digest", "test_images", "precision", "threads")
 
 FIDELITY = {
     "source": "method",
@@ -65,17 +65,17 @@ def statistics_tables(rows: list[Row]) -> list[Table]:
     """For each model: likeness to DMI, to real activations, and of rankings."""
     found: list[Table] = []
     for values, same in groups(rows, *ABOUT).items():
-        model, _, data, images, _, _ = values
-        title = f"{model}, {images} real images of {data}"
+        about = dict(zip(ABOUT, values, strict=True))
+        title = f"{about['model']}, {about['test_images']} real images of {about['data']}"
         kinds = groups(same, "kind")
         fidelity = _fidelity(kinds.get(("fidelity",), []))
         activations = _activations(kinds.get(("activations",), []))
         rankings = _rankings(kinds.get(("ranking",), []))
         columns = {"pair": "rankings compared", "seeds": "seeds", "value": "Spearman"}
         found += [
-            Table(f"Kept patches against DMI: {model}", FIDELITY, fidelity, FIDELITY_NOTE),
+            Table(f"Kept patches against DMI: {about['model']}", FIDELITY, fidelity, FIDELITY_NOTE),
             Table(f"Activations: {title}", ACTIVATIONS, activations, ACTIVATIONS_NOTE),
-            Table(f"Stability of importance: {model}", columns, rankings, RANKING_NOTE),
+            Table(f"Stability of importance: {about['model']}", columns, rankings, RANKING_NOTE),
         ]
     return found
 

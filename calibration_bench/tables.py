@@ -150,15 +150,27 @@ POINTS, SHARE = 0.2, 0.1
 """What counts as good as the best: percentage points of accuracy, share of the KL."""
 
 
+QUALITY = (
+    "model",
+    "fingerprint",
+    "data",
+    "data_digest",
+    "test_images",
+    "images",
+    "bits",
+    "threads",
+    "precision",
+)
+
+
 def quality_tables(rows: list[Row]) -> list[Table]:
     """For each model and test set the sweep, averaged over seeds, and each method's knee."""
     found: list[Table] = []
-    about = ("model", "fingerprint", "data", "test_images", "images", "bits", "threads")
-    for values, same in groups(rows, *about).items():
-        model, _, data, test_images, images, bits, threads = values
+    for values, same in groups(rows, *QUALITY).items():
+        about = dict(zip(QUALITY, values, strict=True))
         title = (
-            f"{model}, W{bits}A8, {images} images inverted by {threads} threads, "
-            f"tested on {test_images} of {data}"
+            f"{about['model']}, W{about['bits']}A8, {about['images']} images inverted by "
+            f"{about['threads']} threads, tested on {about['test_images']} of {about['data']}"
         )
         means = [mean_over_seeds(part) for part in groups(same, "method", "iterations").values()]
         means.sort(key=lambda row: (row["method"], row["iterations"]))
@@ -226,9 +238,9 @@ def _against_chance(means: list[Row], column: str) -> str:
 def quality_plots(rows: list[Row]) -> list[Plot]:
     """Accuracy and KL over the seconds of inversion, a curve for each method."""
     found: list[Plot] = []
-    about = ("model", "fingerprint", "data", "test_images", "images", "bits", "threads")
-    for values, same in groups(rows, *about).items():
-        model, bits = values[0], values[5]
+    for values, same in groups(rows, *QUALITY).items():
+        about = dict(zip(QUALITY, values, strict=True))
+        model, bits = about["model"], about["bits"]
         means = [mean_over_seeds(part) for part in groups(same, "method", "iterations").values()]
         means.sort(key=lambda row: float(row["seconds"]))
         for column, label in (("accuracy", "top-1, %"), ("kl", "KL from the float prediction")):

@@ -26,6 +26,7 @@ from dfq.dataset_settings import (
     SETTINGS,
     check_header,
     grid_from_json,
+    inversion_from_json,
     read_object,
     read_settings,
 )
@@ -37,6 +38,7 @@ from dfq.files import (
     write_bytes,
     write_json,
 )
+from dfq.recipe import METHODS, InversionSettings
 from dfq.sparse import Grid, SparseImages, join
 
 SHARD_NAME = re.compile(r"shard-([0-9]{5,})-([0-9]{1,7})\.safetensors")
@@ -259,6 +261,13 @@ class SparseImageDataset:
     def method(self) -> str:
         """Name of the method that made the images."""
         return str(self.settings.get("inversion", {}).get("method", "unknown"))
+
+    @property
+    def inversion(self) -> InversionSettings | None:
+        """The settings that the images were made with; None for images from elsewhere."""
+        if self.method not in METHODS:
+            return None
+        return inversion_from_json(self.settings["inversion"], self.settings.get("threads"))
 
     @property
     def fingerprint(self) -> str:

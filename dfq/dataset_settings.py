@@ -12,13 +12,13 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from dfq.errors import DatasetError, SettingError
 from dfq.files import (
     read_json,
 )
-from dfq.recipe import InversionSettings, Method
+from dfq.recipe import METHODS, InversionSettings
 from dfq.sparse import Grid
 
 FORMAT = "dfq-sparse-images"
@@ -84,17 +84,26 @@ def _is_inversion(value: Any) -> bool:
     """Whether the method is a word, and one of dfq's has settings of the right types."""
     if not isinstance(value, dict) or ORIGIN.fullmatch(str(value.get("method", "a"))) is None:
         return False
-    if value.get("method") not in get_args(Method):
+    if value.get("method") not in METHODS:
         return True
+    try:
+        inversion_from_json(value)
+    except SettingError:
+        return False
+    return True
+
+
+def inversion_from_json(value: dict[str, Any], threads: int | None = None) -> InversionSettings:
+    """Settings as ``settings.json`` holds them; those that it leaves out have their defaults.
+
+    Raises:
+        SettingError: a value is not allowed.
+    """
     known = {f.name for f in dataclasses.fields(InversionSettings)}
     given: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known
     }
-    try:
-        InversionSettings(**given)
-    except SettingError:
-        return False
-    return True
+    return InversionSettings(**{"threads": threads, **given})
 
 
 def _is_word(value: Any) -> bool:

@@ -106,6 +106,11 @@ def replace_files(moves: dict[Path, Path]) -> None:
         raise
 
 
+def safe_name(name: str) -> str:
+    """A name as part of a file's: letters, digits and ``._-``; all else becomes ``-``."""
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds: finite numbers alone, text that can be printed as UTF-8.
 

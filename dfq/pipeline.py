@@ -17,12 +17,13 @@ from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
 from dfq.cache import cache_directory
 from dfq.comparison import compare, dense_batches, metric_of
+from dfq.dataset import SparseImageDataset
 from dfq.device import resolve_device
 from dfq.errors import CheckpointError, SettingError, nearest
 from dfq.evaluation import EVALUATION_BATCH, accuracy_pair, check_shares, gate, open_evaluation
-from dfq.files import check_writable, make_directory
+from dfq.files import check_writable, make_directory, safe_name
 from dfq.image_sets import calibration_set, compare_held_out, covered, held_out_settings
-from dfq.images import load_batches
+from dfq.images import DenseImages, load_batches
 from dfq.inversion import plan_units
 from dfq.inversion.workers import check_alone
 from dfq.progress import Progress, Silent
@@ -36,6 +37,7 @@ from dfq.results import (
     AgreementOn,
     BlockLoss,
     Bytes,
+    CalibrationSource,
     InvertResult,
     QuantizeResult,
     Seconds,
@@ -207,7 +209,7 @@ def quantize(
     target = resolve_device(device)
     name = model if isinstance(model, str) else module_name(model)
     scheme = scheme_name(chosen.quantization)
-    out = Path(out) if out is not None else Path(f"{_file_name(name)}-{scheme}")
+    out = Path(out) if out is not None else Path(f"{safe_name(name)}-{scheme}")
     checkpoints.check_output(out)
     check_writable(out.parent)
     _note_replaced(out, name, scheme, progress)
@@ -267,7 +269,7 @@ def quantize(
         layers=noise,
         blocks=losses,
     )
-    result = _save(result, out, quantized, loaded, chosen)
+    result = _save(result, out, quantized, loaded, _as_made(chosen, source, origin))
     with clock("evaluate"):
         if data is not None:
             batches = dense_batches(
@@ -306,6 +308,15 @@ def _note_replaced(out: Path, name: str, scheme: str, progress: Progress) -> Non
         before = (info.model, scheme_name(info.recipe.quantization))
     if before != (name, scheme):
         progress.note(f"{str(out)!r} holds {' '.join(before).strip()}, which will be replaced")
+
+
+def _as_made(
+    recipe: Recipe, source: SparseImageDataset | DenseImages, origin: CalibrationSource
+) -> Recipe:
+    """The recipe with the inversion settings of a dataset that the caller gave."""
+    if origin.cached is not None or not isinstance(source, SparseImageDataset):
+        return recipe
+    return dataclasses.replace(recipe, inversion=source.inversion or recipe.inversion)
 
 
 def _save(
@@ -354,7 +365,3 @@ class _Clock:
     def seconds(self) -> Seconds:
         stages = {f.name: self._spent.get(f.name, 0.0) for f in dataclasses.fields(Seconds)}
         return Seconds(**{**stages, "total": time.perf_counter() - self._started})
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)

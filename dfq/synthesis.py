@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shutil
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from dfq.dataset_settings import (
 )
 from dfq.device import resolve_precision
 from dfq.errors import DatasetError
-from dfq.files import make_directory
+from dfq.files import make_directory, safe_name
 from dfq.inversion import ALGORITHM_VERSION, Engine, objective_of, plan_units, resolve_importance
 from dfq.inversion.objective import check_classes
 from dfq.inversion.workers import Workers
@@ -59,6 +60,9 @@ _UNUSED: dict[str, tuple[str, ...]] = {
     ),
 }
 """Settings that do not touch a method's images, and so are no part of its cache key."""
+
+IDLE = 3600.0
+"""Seconds after which an unfinished dataset counts as given up."""
 
 _LATER = ("leave_first", "leave_at", "snapshots", "classes")
 """Settings that datasets did not always have: recorded only where they are not the default,
@@ -186,7 +190,7 @@ def _cached_path(
     facts: dict[str, Any],
     cache: str | Path | None,
 ) -> Path:
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in loaded.timm_name)
+    name = safe_name(loaded.timm_name)
     key = cache_key(facts)
     root = cache_directory(cache) / "datasets"
     make_directory(root)
@@ -207,6 +211,9 @@ def _resume(
     """Take over the recorded threads of an unfinished run, so that its bytes are the same.
 
     In the cache, an unfinished run of another machine or other versions is begun anew.
+
+    Raises:
+        DatasetError: that run may still be going on.
     """
     if not (path / SETTINGS).is_file():
         return facts, settings
@@ -215,9 +222,22 @@ def _resume(
         return facts, settings
     if any(before.get(name) != facts[name] for name in ("versions", "machine")):
         if in_cache:
-            shutil.rmtree(path)
+            _remove_idle(path)
         return facts, settings
     threads = before.get("threads")
     if not isinstance(threads, int) or threads < 1:
         raise DatasetError(f"{str(path)!r}: settings.json has no valid number of threads.")
     return before, dataclasses.replace(settings, threads=threads)
+
+
+def _remove_idle(path: Path) -> None:
+    """Remove an unfinished dataset that nobody has written to for :data:`IDLE` seconds."""
+    idle = time.time() - max(p.stat().st_mtime for p in (path, *path.iterdir()))
+    if idle < IDLE:
+        raise DatasetError(
+            f"{str(path)!r} is unfinished, was begun on another machine or with other versions of "
+            f"the libraries, and was written to {max(0, idle) / 60:.0f} minutes ago. If that run "
+            f"is over, remove what it left with `dfq cache remove {path.name}`; if it is not, wait "
+            "for it or use another cache."
+        )
+    shutil.rmtree(path)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from calibration_bench import registry
 from calibration_bench.experiments.quantization_accuracy import VARIANTS, Options, _settings
+from calibration_bench.records import Store
 from calibration_bench.runner import run
 from dfq import QuantizationSettings
-from dfq.errors import SettingError
+from dfq.errors import DataError, SettingError
 
 MODEL = "test_vit"
 ACCURACY = registry.entry("quantization-accuracy")
@@ -22,14 +25,23 @@ class Notes:
         pass
 
 
-def small(weights: Path, data: Path, **changes: Any) -> Options:
+@pytest.fixture
+def others(tmp_path: Path) -> Path:
+    """Images of the size of ``labelled_npz``'s, none of them the same."""
+    path = tmp_path / "others.npz"
+    x = np.random.default_rng(1).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    np.savez(path, x=x, y=np.arange(8, dtype=np.uint8) % 5)
+    return path
+
+
+def small(weights: Path, data: Path, real: Path | None, **changes: Any) -> Options:
     options = {
         "model": MODEL,
         "weights": weights,
         "img_size": 32,
         "data": str(data),
         "sources": "pri2,noise,real",
-        "real": str(data),
+        "real": None if real is None else str(real),
         "variants": "default,plain",
         "iterations": 2,
         "seeds": "3",
@@ -41,9 +53,9 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
 
 
 def test_every_source_variant_and_width_is_a_row(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labelled_npz: Path, others: Path
 ) -> None:
-    found = run(ACCURACY, small(small_weights, labelled_npz), tmp_path, Notes())
+    found = run(ACCURACY, small(small_weights, labelled_npz, others), tmp_path, Notes())
     rows = found["rows"]
     assert len(rows) == 3 * 2 * 2
     assert {r["source"] for r in rows} == {"pri2", "noise", "real"}
@@ -58,7 +70,33 @@ def test_every_source_variant_and_width_is_a_row(
 
 def test_real_images_must_be_named(tmp_path: Path, small_weights: Path, labelled_npz: Path) -> None:
     with pytest.raises(SettingError, match="--real"):
-        run(ACCURACY, small(small_weights, labelled_npz, real=None), tmp_path, Notes())
+        run(ACCURACY, small(small_weights, labelled_npz, None), tmp_path, Notes())
+
+
+def test_images_that_are_tested_on_are_no_calibration_set(
+    tmp_path: Path, small_weights: Path, labelled_npz: Path
+) -> None:
+    options = small(small_weights, labelled_npz, labelled_npz)
+    with pytest.raises(DataError, match=r"images of 'images\.npz', on which"):
+        run(ACCURACY, options, tmp_path, Notes())
+
+
+def test_other_images_or_another_effort_are_other_rows(
+    tmp_path: Path, small_weights: Path, labelled_npz: Path, others: Path
+) -> None:
+    changes: dict[str, Any] = {"variants": "plain", "bits": "8", "sources": "pri2,real"}
+    first = small(small_weights, labelled_npz, others, **changes)
+    kept = {row["real"] for row in run(ACCURACY, first, tmp_path, Notes())["rows"]}
+    with np.load(others) as arrays:
+        np.savez(others, x=arrays["x"][::-1], y=arrays["y"])
+    again = dataclasses.replace(first, iterations=3)
+    found = run(ACCURACY, again, tmp_path, Notes())
+    assert {row["real"] for row in found["rows"]} & kept == {None}
+    store = Store(tmp_path, ACCURACY.name)
+    assert len(store.rows()) == 4
+    (table,) = ACCURACY.load().tables(store.rows())
+    inverted = [row for row in table.rows if row["source"] == "pri2"]
+    assert {row["iterations"]: row["seeds"] for row in inverted} == {2: 1, 3: 1}
 
 
 def test_variants_differ_and_the_last_ingredient_is_the_one_missing() -> None:

@@ -102,7 +102,7 @@ def test_an_even_image_stays_even_whatever_is_missing() -> None:
     assert smoothed(even, GRID, 8.0).patches.unique().tolist() == [200]
 
 
-def test_absent_pixels_do_not_leak() -> None:
+def test_smoothing_leaves_what_is_present_where_it_is() -> None:
     positions = torch.tensor([[0, 1, 5, 20, 47]])
     images = smoothed(some(positions), GRID, 4.0)
     assert torch.equal(images.positions, positions)

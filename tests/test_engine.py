@@ -139,10 +139,18 @@ def test_importance_is_the_class_tokens_attention_in_timm() -> None:
 
 
 def test_importance_without_a_class_token_is_mean_attention() -> None:
-    vit = load_model(make_vit(class_token=False, global_pool="avg")).vit
-    patches, positions = torch.randn(2, 5, 48), torch.tensor([[0, 3, 5, 8, 9]] * 2)
-    found = vit.importance(patches, positions)
-    torch.testing.assert_close(found.sum(1), torch.ones(2))
+    model = make_vit(class_token=False, global_pool="avg")
+    vit = load_model(model).vit
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    attention = model.blocks[-1].attn
+    with torch.no_grad():
+        x = model._pos_embed(model.patch_embed(images))
+        x = model.blocks[-1].norm1(model.blocks[:-1](x))
+        qkv = attention.qkv(x).reshape(2, 16, 3, 2, 32).permute(2, 0, 3, 1, 4)
+        weights = (qkv[0] @ qkv[1].transpose(-2, -1) * 32**-0.5).softmax(-1)
+    positions = torch.arange(16).expand(2, -1)
+    found = vit.importance(patchify(images, vit.arch.grid), positions)
+    torch.testing.assert_close(found, weights.mean((1, 2)))
 
 
 @pytest.mark.parametrize("measure", ["attention", "gradient", "activation", "random"])

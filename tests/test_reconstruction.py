@@ -15,8 +15,8 @@ from dfq.inversion import Engine, plan_units
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.equalization import equalize
 from dfq.quantization.layers import IntegerLinear
-from dfq.quantization.reconstruction import reconstruct, simulate
-from dfq.recipe import InversionSettings, QuantizationSettings
+from dfq.quantization.reconstruction import _embed, _error, reconstruct, simulate
+from dfq.recipe import AttentionMode, InversionSettings, QuantizationSettings
 from dfq.results import BlockLoss
 from dfq.sparse import SparseImages
 from dfq.vit import Block, ViT
@@ -37,10 +37,12 @@ def images_of(loaded: LoadedModel) -> list[SparseImages]:
     return [b for unit in plan_units(settings, patches) for b in engine.run(unit)]
 
 
-def quantize(loaded: LoadedModel, images: list[SparseImages]) -> tuple[ViT, QuantizedViT]:
-    found = calibrate(loaded.vit, images, loaded.preprocessing, W4)
-    equal, found = equalize(loaded.vit, found, W4.equalize)
-    return equal, quantize_vit(equal, found, loaded.preprocessing, W4)
+def quantize(
+    loaded: LoadedModel, images: list[SparseImages], settings: QuantizationSettings = W4
+) -> tuple[ViT, QuantizedViT]:
+    found = calibrate(loaded.vit, images, loaded.preprocessing, settings)
+    equal, found = equalize(loaded.vit, found, settings.equalize)
+    return equal, quantize_vit(equal, found, loaded.preprocessing, settings)
 
 
 def learnt(loaded: LoadedModel, steps: int = 20) -> tuple[QuantizedViT, list[BlockLoss]]:
@@ -62,6 +64,28 @@ def test_no_block_of_any_family_gets_worse(family: Family) -> None:
     loaded = load_model(model, mean=[0.4] * channels, std=[0.25] * channels)
     _, losses = learnt(loaded, 6)
     assert all(0 < loss.after <= loss.before for loss in losses)
+
+
+@pytest.mark.parametrize("attention", ["float", "int8"])
+@torch.no_grad()
+def test_the_integer_block_is_as_good_as_what_was_learnt(
+    loaded: LoadedModel, attention: AttentionMode
+) -> None:
+    images = images_of(loaded)
+    equal, quantized = quantize(loaded, images, dataclasses.replace(W4, attention=attention))
+
+    def error() -> float:
+        tokens = [t for t in _embed(equal, quantized, images) if t.held_out]
+        for batch in tokens:
+            batch.exact = equal.block(0)(batch.exact, batch.at, None)
+        return _error(quantized.block(0), tokens, None)
+
+    before = error()
+    with torch.enable_grad():
+        loss = reconstruct(equal, quantized, images, 60)[0]
+    after = error()
+    assert after < before
+    assert after == pytest.approx(loss.after, rel=0.1)
 
 
 def test_integers_stay_and_the_rest_moves(loaded: LoadedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 import timm
 import torch
 from conftest import make_vit
+from timm.models.vision_transformer import VisionTransformer
 
 import dfq
 from dfq.dataset import SparseImageDataset
-from dfq.errors import SettingError
+from dfq.dataset_settings import MANIFEST, SETTINGS
+from dfq.errors import DatasetError, SettingError
+from dfq.files import write_json
 from dfq.progress import Silent
 from dfq.recipe import InversionSettings
 from dfq.synthesis import make_dataset
@@ -66,3 +70,35 @@ def test_classes_are_chosen_by_a_recipe(tmp_path: Path) -> None:
     result = dfq.invert(model, recipe=tmp_path / "one.toml", out=tmp_path / "images")
     labels = [b.labels for b in SparseImageDataset(Path(result.path)).batches(4)]
     assert torch.cat(labels).unique().tolist() == [2]
+
+
+def test_an_unfinished_run_of_another_machine_is_left_alone_until_it_is_old(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    whole, _ = made(loaded, tmp_path)
+    shards = {p.name: p.read_bytes() for p in whole.path.glob("*.safetensors")}
+    (whole.path / MANIFEST).unlink()
+    write_json(whole.path / SETTINGS, {**whole.settings, "machine": "another"})
+    with pytest.raises(DatasetError, match=f"`dfq cache remove {whole.path.name}`"):
+        made(loaded, tmp_path)
+    assert {p.name for p in whole.path.iterdir()} == {*shards, SETTINGS}
+    for path in (*whole.path.iterdir(), whole.path):
+        os.utime(path, (0, 0))
+    again, found = made(loaded, tmp_path)
+    assert not found
+    assert again.settings == whole.settings
+    assert {p.name: p.read_bytes() for p in again.path.glob("*.safetensors")} == shards
+
+
+def test_a_checkpoint_records_how_its_dataset_was_made(
+    tmp_path: Path, tiny: VisionTransformer
+) -> None:
+    args: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    chosen = {"iterations": 6, "stages": 3, "images": 6, "seed": 5, "threads": 1}
+    dataset = dfq.invert(tiny, out=tmp_path / "images", **chosen, **args)
+    result = dfq.quantize(tiny, calibration=dataset.path, out=tmp_path / "w8", **args)
+    recipe = dfq.load_recipe(Path(result.checkpoint) / "recipe.toml")
+    assert {name: getattr(recipe.inversion, name) for name in chosen} == chosen
+    again = dfq.quantize(tiny, recipe=recipe, out=tmp_path / "again", **args)
+    first, second = (Path(r.checkpoint) / "model.safetensors" for r in (result, again))
+    assert first.read_bytes() == second.read_bytes()

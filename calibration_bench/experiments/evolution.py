@@ -30,6 +30,7 @@ from calibration_bench.variants import VARIANTS
 from calibration_bench.watching import Recorder, draw_attention, kept_share
 from dfq import InversionSettings, LoadedModel, SparseImages
 from dfq.errors import SettingError
+from dfq.files import safe_name
 from dfq.inversion import plan_units, resolve_importance
 
 PICTURES = "pictures"
@@ -177,7 +178,7 @@ def _draw(
     bench: Bench,
 ) -> list[str]:
     """Pictures of a run's first trajectories; returns their names."""
-    model = "".join(c if c.isalnum() or c in "._-" else "-" for c in str(key["model"]))
+    model = safe_name(str(key["model"]))
     name = f"{model}-{key['source']}-seed{key['seed']}"
     place = bench.results / PICTURES
     with tempfile.TemporaryDirectory(dir=scratch(bench)) as directory:

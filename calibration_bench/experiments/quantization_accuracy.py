@@ -97,18 +97,25 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     )
     modes = words(options.attention, "--attention", ("float", "int8"))
     bench.notes.note(f"reading {options.model} and {options.data}")
-    shared = about(options, *load(options))
+    loaded, tested = load(options)
+    shared = about(options, loaded, tested)
+    seeds = numbers(options.seeds, "--seeds")
+    drawn: dict[int, str] = {}
+    if REAL in sources:
+        real = RealImages(loaded, options.real, options.data, None)
+        drawn = {seed: real.identity(options.images, seed, tested) for seed in seeds}
     return [
         {
             **shared,
             "source": source,
+            "real": drawn[seed] if source == REAL else None,
             "iterations": 0 if source in (REAL, "noise") else options.iterations,
             "seed": seed,
             "variant": variant,
             "bits": bits,
             "attention": attention,
         }
-        for seed in numbers(options.seeds, "--seeds")
+        for seed in seeds
         for source in sources
         for variant in variants
         for bits in numbers(options.bits, "--bits", 4)

@@ -19,7 +19,7 @@ from dfq.distillation.student import create, student_arguments
 from dfq.distillation.training import Images, train
 from dfq.errors import SettingError, UnsupportedModelError
 from dfq.evaluation import EVALUATION_BATCH
-from dfq.files import check_writable, write_json
+from dfq.files import check_writable, safe_name, write_json
 from dfq.image_sets import calibration_set, covered
 from dfq.images import ImageSource, load_batches, open_images
 from dfq.inversion.workers import check_alone
@@ -120,7 +120,7 @@ def distill(
     )
     plan = chosen.distillation or DistillationSettings()
     name = teacher if isinstance(teacher, str) else module_name(teacher)
-    place = Path(out) if out is not None else Path(f"{Path(name).name.replace(':', '-')}-student")
+    place = Path(out) if out is not None else Path(f"{safe_name(Path(name).name)}-student")
     check_output(place)
     check_writable(place.parent)
     target = resolve_device(device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.errors import DatasetError
+from dfq.errors import DatasetError, RunError
 from dfq.quantization.observers import RangeObserver
 from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES, layers, range_sites, weight_bits
@@ -98,6 +98,7 @@ def calibrate(
 
     Raises:
         DatasetError: there are no images.
+        RunError: an activation is infinite or not a number.
     """
     arch, device = vit.arch, vit.prefix.device
     observers = {
@@ -130,8 +131,18 @@ def calibrate(
             handle.remove()
     if not images:
         raise DatasetError("The calibration set holds no images.")
+    _check_finite(statistics)
     quantizers = {site: observer.quantizer() for site, observer in observers.items()}
     return Calibration(quantizers, statistics, images, heads)
+
+
+def _check_finite(statistics: dict[str, InputStatistics]) -> None:
+    for name, found in statistics.items():
+        if not bool((torch.isfinite(found.low) & torch.isfinite(found.high)).all()):
+            raise RunError(
+                f"The input of {name!r} is not finite on the calibration images, so it has no "
+                "range. Check the weights, or use other images."
+            )
 
 
 def _linear(vit: ViT, name: str) -> nn.Linear:

@@ -117,7 +117,8 @@ def _resample(pixels: Tensor, size: list[int]) -> Tensor:
 def fractal_noise(count: int, grid: Grid, first: int = 0) -> SparseImages:
     """Whole images of noise whose amplitude falls as 1 / frequency, as in natural images.
 
-    Image ``i`` is always the same; these are ``first`` to ``first + count``.
+    Image ``i`` is always the same, and trajectory ``i``; these are ``first`` to
+    ``first + count``.
     (D. J. Field, J. Opt. Soc. Am. A 4, 2379, 1987.)
     """
     height, width = (n * p for n, p in zip((grid.rows, grid.columns), grid.patch_size, strict=True))
@@ -140,7 +141,7 @@ def fractal_noise(count: int, grid: Grid, first: int = 0) -> SparseImages:
         positions=torch.arange(grid.patches).expand(count, -1).contiguous(),
         labels=torch.full((count,), -1),
         stage=torch.zeros(count, dtype=torch.int64),
-        trajectory=torch.arange(count),
+        trajectory=torch.arange(first, first + count),
     )
 
 
