@@ -1,15 +1,13 @@
 """``dfq`` and ``python -m dfq``: the command line."""
 
-import sys
+from dfq.interrupts import end_at_once
 
 
 def main() -> None:
     """Run the command line, whose modules take a while to load."""
-    try:
-        from dfq.cli import app
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted.\n")
-        sys.exit(130)
+    end_at_once()
+    from dfq.cli import app
+
     app()
 
 

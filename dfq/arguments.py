@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dfq.errors import SettingError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+LONGEST = 255
+"""Bytes of a file's name."""
 
 _NUMBERS: dict[Any, Any] = {int: int, float: (int, float)}
 
@@ -20,7 +25,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     """The function, which then refuses arguments of other types than its annotations name.
 
     Raises:
-        SettingError: an argument has another type.
+        SettingError: an argument has another type, or is text that names nothing.
     """
     signature = inspect.signature(function)
 
@@ -41,9 +46,26 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                     f"{name} is {value!r:.80}, of type {type(value).__name__}; "
                     f"it takes {_names(hint)}."
                 )
+            check_text(name, value)
         return function(*args, **kwargs)
 
     return call
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise :class:`SettingError` for text or a path that can name no model and no file."""
+    if not isinstance(value, str | Path):
+        return
+    if value == "":
+        raise SettingError(f"{name} is empty; leave it out, or give it a value.")
+    if "\0" in str(value):
+        raise SettingError(f"{name} is {str(value)!r:.80}, which holds a null character.")
+    longest = max((len(os.fsencode(part)) for part in Path(value).parts), default=0)
+    if longest > LONGEST:
+        raise SettingError(
+            f"{name} is {str(value)!r:.80}, with a name of {longest} bytes; files and models have "
+            f"at most {LONGEST}."
+        )
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -45,9 +45,12 @@ class CacheEntry:
 
 @checked
 def list_cache(cache: str | Path | None = None) -> list[CacheEntry]:
-    """Every dataset in the cache, by name."""
+    """Every dataset in the cache, by name; DatasetError if the cache is a file."""
     root = cache_directory(cache) / "datasets"
     if not root.is_dir():
+        place = next((p for p in (root, root.parent) if p.exists() and not p.is_dir()), None)
+        if place is not None:
+            raise DatasetError(f"The cache {str(place)!r} is a file, not a directory.")
         return []
     return [_entry(p) for p in sorted(root.iterdir()) if _is_ours(p)]
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 import dfq
 from dfq.errors import GateError, SettingError
+from dfq.interrupts import raise_again
 from dfq.mistakes import Group
 from dfq.tables import (
     benchmark_table,
@@ -410,7 +411,9 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint as ONNX, OpenVINO IR or a torch.export program."""
-    result = dfq.export(checkpoint, format=format, out=out, weights=weights)
+    export_checkpoint = dfq.export
+    raise_again()
+    result = export_checkpoint(checkpoint, format=format, out=out, weights=weights)
     _show(result, json_, quiet, field_table)
 
 

@@ -32,6 +32,7 @@ from dfq.dataset_settings import (
 )
 from dfq.errors import DamagedError, DatasetError, OutputError
 from dfq.files import (
+    check_link,
     explain,
     make_directory,
     remove_abandoned,
@@ -131,6 +132,7 @@ class DatasetWriter:
 
     def _existing(self) -> dict[str, Any] | None:
         try:
+            check_link(self.path)
             if not self.path.exists():
                 return None
         except OSError as error:

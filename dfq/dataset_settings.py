@@ -137,8 +137,8 @@ def read_object(path: Path) -> dict[str, Any]:
         value = read_json(path)
     except (OSError, ValueError) as error:
         raise DatasetError(
-            f"{str(path)!r} cannot be read as JSON: {error}. Remove the dataset's directory and "
-            "make it again."
+            f"{str(path)!r} cannot be read as JSON: {error}. Remove the dataset (`dfq cache "
+            "remove`, if it is in the cache) and make it again."
         ) from error
     if not isinstance(value, dict):
         raise DatasetError(f"{str(path)!r} must hold a JSON object.")

@@ -165,6 +165,15 @@ def check_writable(directory: Path) -> None:
         raise explain(error, directory) from error
 
 
+def check_link(path: Path) -> None:
+    """Raise :class:`OutputError` if ``path`` is a link to what does not exist."""
+    if path.is_symlink() and not path.exists():
+        raise OutputError(
+            f"{str(path)!r} is a link to {os.readlink(path)!r}, which does not exist. Make that "
+            "directory, or name another place."
+        )
+
+
 def check_replaceable(
     path: Path, config: str, format_name: str, what: str, own: Collection[str] | None = None
 ) -> None:
@@ -174,6 +183,7 @@ def check_replaceable(
     ``own`` are the names of all files of that format: a directory with others stays.
     """
     try:
+        check_link(path)
         if not path.exists():
             return
     except OSError as error:
@@ -212,8 +222,10 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     """A new directory that takes the place of ``path`` when the block ends well.
 
     Until then ``path`` is untouched; if the block fails the new directory is removed.
-    The caller has checked that ``path`` may be replaced.
+    The caller has checked that ``path`` may be replaced.  Of a link, what it leads to is
+    replaced.
     """
+    path = path.resolve() if path.is_symlink() else path
     make_directory(path.parent)
     try:
         new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -237,6 +249,8 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(new, path)
+    except OutputError as error:
+        raise OutputError(str(error).replace(str(new), str(path))) from error
     except OSError as error:
         raise explain(error, path) from error
     finally:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, NoReturn, cast
 
 import typer
 from typer.core import TyperGroup
 
-from dfq.errors import DfqError, GateError, OutputError
+from dfq.errors import DfqError, GateError, OutputError, UsageError
+from dfq.interrupts import INTERRUPTED
 from dfq.plain import escape
 from dfq.terminal import err_console, is_first, print_json, wants_json
 
 KEEPS = ("invert", "quantize", "distill")
 """Commands that invert, unit by unit."""
 
-INTERRUPTED, OSERROR = 130, 2
+OSERROR = 2
 
 PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """What the parser raises for wrong usage; typer brings the class along under changing names."""
@@ -41,7 +43,9 @@ class Group(TyperGroup):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Also explains what goes wrong before a command is reached."""
+        given = list(args[0] if args and args[0] is not None else sys.argv[1:])
         try:
+            _check_empty(given)
             return super().main(*args, **options)
         except (DfqError, OSError) as error:
             try:
@@ -56,6 +60,16 @@ class Group(TyperGroup):
         except PARSER_ERROR as error:
             explain(error, options.get("parent") is None)
             raise
+
+
+def _check_empty(words: list[str]) -> None:
+    """Refuse empty words, which paths would take for the working directory."""
+    for before, word in pairwise(["", *words]):
+        flag, equals, value = word.partition("=")
+        if not word or (flag.startswith("--") and equals and not value):
+            name = flag or before
+            what = name if name.startswith("-") else "An argument"
+            raise UsageError(f"{what} is empty; leave it out, or give it a value.")
 
 
 def explain(error: Exception, outermost: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ BACKGROUND = 40
 """Grey level of absent patches and margins, so that black patches can be told apart."""
 
 MARGIN = 2
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MIN_SIDE = 112
 
 
@@ -32,7 +34,8 @@ def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
 
     Raises:
         DatasetError: the dataset cannot be read.
-        OutputError: the file cannot be written, or does not end in ``.png``.
+        OutputError: the file cannot be written, does not end in ``.png``, or what is there is
+            no picture.
         SettingError: ``rows`` is below 1.
     """
     if rows < 1:
@@ -60,6 +63,7 @@ def write_png(pixels: np.ndarray, out: str | Path) -> Path:
     """
     out = Path(out)
     _check_name(out)
+    _check_picture(out)
     make_directory(out.parent)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
@@ -70,6 +74,17 @@ def write_png(pixels: np.ndarray, out: str | Path) -> Path:
 def _check_name(out: Path) -> None:
     if out.suffix.lower() != ".png":
         raise OutputError(f"{str(out)!r} is no name of a PNG file; it must end in .png.")
+
+
+def _check_picture(out: Path) -> None:
+    if not out.exists():
+        return
+    with suppress(OSError), out.open("rb") as file:
+        if file.read(len(SIGNATURE)) in (SIGNATURE, b""):
+            return
+    raise OutputError(
+        f"{str(out)!r} is there and is no PNG file. It was not touched; choose another name."
+    )
 
 
 def _draw(image: SparseImages, source: SparseImageDataset) -> np.ndarray:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from dfq.errors import OutputError
+from dfq.interrupts import raise_again
 from dfq.plain import escape
 
 out_console = Console(highlight=False)
@@ -56,10 +57,14 @@ def _stdout() -> Iterator[None]:
 
 
 class Shown:
-    """Progress for people: bars on a terminal, plain lines elsewhere, on stderr."""
+    """Progress for people: bars on a terminal, plain lines elsewhere, on stderr.
+
+    Long work begins with it, so that Ctrl-C is no longer one of a program that loads.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
+        raise_again()
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

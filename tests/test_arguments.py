@@ -126,3 +126,19 @@ def test_every_public_function_checks_its_arguments() -> None:
     functions = [n for n in dfq.__all__ if inspect.isfunction(getattr(dfq, n))]
     assert functions
     assert all(hasattr(getattr(dfq, name), "__wrapped__") for name in functions)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "calibration is empty; leave it out"),
+        ("a\0b", "holds a null character"),
+        (Path("a\0b"), "holds a null character"),
+        ("x" * 300, "with a name of 300 bytes; files and models have at most 255"),
+        ("images/" + "ü" * 128, "with a name of 256 bytes"),
+    ],
+    ids=["empty", "null", "null in a path", "long", "long in bytes"],
+)
+def test_text_that_names_nothing_is_refused(value: str | Path, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        dfq.quantize("demo", calibration=value)

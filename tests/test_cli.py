@@ -133,6 +133,76 @@ def assert_schema(value: Any, kind: Any) -> None:
         assert_schema(item, hints[name])
 
 
+# ---- arguments that name nothing, links
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["quantize", "demo", "--calibration", ""], "--calibration"),
+        (["quantize", "demo", "--cache="], "--cache"),
+        (["distill", "demo", "--student", ""], "--student"),
+        (["evaluate", "checkpoint", "--data", "", "--json"], "--data"),
+        (["inspect", ""], "An argument"),
+    ],
+    ids=["calibration", "cache", "student", "data", "positional"],
+)
+def test_an_empty_argument_is_not_the_working_directory(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = cli(*words)
+    assert ended.code == 2
+    assert f"{name} is empty; leave it out" in ended.stderr
+    assert not list(tmp_path.iterdir())
+    if "--json" in words:
+        assert ended.json["error"]["type"] == "UsageError"
+
+
+def test_what_a_link_leads_to_is_replaced(cli: Cli, tmp_path: Path, checkpoint: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "v1")
+    (tmp_path / "current").symlink_to("v1")
+    assert cli.quantize(tmp_path / "current", "--calibration", "noise", "--bits", "4").code == 0
+    assert (tmp_path / "current").is_symlink()
+    assert "bits = 4" in (tmp_path / "v1" / "recipe.toml").read_text()
+
+
+@pytest.mark.parametrize("verb", ["quantize", "invert"])
+def test_a_link_to_nothing_is_refused_before_work(cli: Cli, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "out").symlink_to("missing")
+    ended = cli(verb, *cli.model, *FAST, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert "is a link to 'missing', which does not exist" in ended.stderr
+    assert "Inverting" not in ended.stderr
+
+
+def test_a_head_of_another_shape_is_shown(cli: Cli, tmp_path: Path) -> None:
+    state = load_file(cli.weights)
+    state["head.weight"] = state["head.weight"][:, :1].contiguous()
+    save_file(state, tmp_path / "odd.safetensors")
+    ended = cli("quantize", MODEL, "--weights", tmp_path / "odd.safetensors", "--img-size", "32")
+    assert ended.code == 2
+    assert "'head.weight': [5, 1] in the file, [5, 64] in the model" in ended.stderr
+
+
+def test_a_preview_replaces_pictures_alone(cli: Cli, tmp_path: Path) -> None:
+    assert cli.invert("--out", tmp_path / "images").code == 0
+    (tmp_path / "mine.png").write_text("mine")
+    ended = cli("inspect", tmp_path / "images", "--preview", tmp_path / "mine.png")
+    assert ended.code == 2
+    assert "is no PNG file. It was not touched" in ended.stderr
+    assert (tmp_path / "mine.png").read_text() == "mine"
+    for _ in range(2):
+        assert cli("inspect", tmp_path / "images", "--preview", tmp_path / "a.png").code == 0
+
+
+def test_a_cache_that_is_a_file_is_no_empty_cache(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    ended = cli("cache", "list", "--cache", tmp_path / "cache")
+    assert ended.code == 2
+    assert "is a file, not a directory" in ended.stderr
+
+
 # ---- quantize
 
 
@@ -524,7 +594,7 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "meta device": (quantize_with("--device", "meta"), "'meta'", "available: cpu"),
     "two values of mean": (quantize_with("--mean", "0.5,0.5"), "--mean has 2", "3 channels"),
     "mean of words": (quantize_with("--mean", "half"), "--mean is 'half'", "0.5,0.5,0.5"),
-    "empty std": (quantize_with("--std", ""), "--std is ''", "0.5,0.5,0.5"),
+    "empty std": (quantize_with("--std", ""), "--std is empty", "leave it out"),
     "std of 0": (quantize_with("--std", "0,1,1"), "(0.0, 1.0, 1.0)", "above 0"),
     "mean that is no number": (quantize_with("--mean", "nan,0,0"), "--mean", "nan"),
     "bound": (quantize_with("--min-agreement", "90"), "min_agreement is 90", "0 to 1"),

@@ -167,8 +167,8 @@ def _from_directory(
         )
     prepared = dataclasses.replace(
         prepared,
-        mean=tuple(map(float, mean or prepared.mean)),
-        std=tuple(map(float, std or prepared.std)),
+        mean=tuple(map(float, prepared.mean if mean is None else mean)),
+        std=tuple(map(float, prepared.std if std is None else std)),
     )
     _check_channels(model, prepared)
     return LoadedModel(path.name, timm_name, vit, prepared)
@@ -201,7 +201,8 @@ def _demo(
     timm_model = timm.create_model(**args)
     load_into(timm_model, state, name="demo", path=path, resize=False)
     preprocessing = Preprocessing(
-        tuple(map(float, mean or demo.MEAN)), tuple(map(float, std or demo.STD))
+        tuple(map(float, demo.MEAN if mean is None else mean)),
+        tuple(map(float, demo.STD if std is None else std)),
     )
     _check_channels(timm_model, preprocessing)
     return LoadedModel("demo", "demo", convert(timm_model, "demo"), preprocessing)
@@ -331,8 +332,8 @@ def _preprocessing(
 ) -> Preprocessing:
     config = timm.data.resolve_model_data_config(model)
     preprocessing = Preprocessing(
-        mean=tuple(map(float, mean or config["mean"])),
-        std=tuple(map(float, std or config["std"])),
+        mean=tuple(map(float, config["mean"] if mean is None else mean)),
+        std=tuple(map(float, config["std"] if std is None else std)),
         interpolation=_known(config["interpolation"], Interpolation, "bicubic"),
         crop_pct=float(config["crop_pct"]),
         crop_mode=_known(config.get("crop_mode"), CropMode, "center"),

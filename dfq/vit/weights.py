@@ -163,11 +163,12 @@ def _mismatch(
     name: str,
     path: Path,
 ) -> str:
-    if not missing and not unknown and all(k.startswith(("head.", "head_dist.")) for k in shapes):
+    heads = all(k.startswith(("head.", "head_dist.")) for k in shapes)
+    theirs, asked = (len(s.get("head.weight", ())) for s in (state, own))
+    if not missing and not unknown and heads and theirs != asked:
         return (
-            f"{path.name!r} has a head of {state['head.weight'].shape[0]} classes, the model was "
-            f"asked for {own['head.weight'].shape[0]}. Use --num-classes "
-            f"{state['head.weight'].shape[0]}."
+            f"{path.name!r} has a head of {theirs} classes, the model was asked for {asked}. "
+            f"Use --num-classes {theirs}."
         )
     parts = [f"{path.name!r} holds weights of another architecture than {name!r}"]
     if shapes:
