@@ -48,7 +48,10 @@ class InversionSettings:
     beta2: float = _setting(0.99, "decay of Adam's second moment", 0.0, 0.9999)
     tv: float = _setting(5.7e-4, "weight of each image's total variation", 0.0, 1e6)
     jitter: float = _setting(
-        0.125, "largest random roll, as a share of the grid's side; whole patches", 0.0, 0.5
+        0.125,
+        "largest random roll, a share of the grid's side, rounded down to patches",
+        0.0,
+        0.5,
     )
     flip: bool = _setting(True, "flip half of the iterations horizontally")
     importance: Importance = _setting(
@@ -183,7 +186,7 @@ class DistillationSettings:
         2.0, "of teacher's and student's predictions (arXiv 1503.02531, section 2)", 0.01, 1000.0
     )
     jitter: float = _setting(
-        0.125, "largest random roll, as a share of the grid's side; whole patches", 0.0, 0.5
+        0.125, "largest random roll, a share of the grid's side, rounded down to patches", 0.0, 0.5
     )
     flip: bool = _setting(True, "flip half of the batches horizontally")
     contrast: float = _setting(

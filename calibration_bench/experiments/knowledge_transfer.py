@@ -1,4 +1,4 @@
-"""What images teach a student that knows nothing: distillation by source of the images.
+"""What images teach a student: distillation by source of the images.
 
 ``count``: as many images of every method.  ``time``: as many as the same seconds of inversion
 yield.  ``class``: images of one class only; what of the others does the student learn?
