@@ -20,6 +20,10 @@ Metric = Literal["top1", "cosine"]
 cosine of the pooled features."""
 
 
+EVALUATION_BATCH = 50
+"""Images that both models see at once."""
+
+
 def metric_of(arch: Architecture) -> Metric:
     """How agreement with such a model is measured."""
     return "top1" if arch.num_classes else "cosine"

@@ -10,7 +10,7 @@ from torch import nn
 
 from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
-from dfq.comparison import Comparison, compare, dense_batches, metric_of
+from dfq.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.device import resolve_device
 from dfq.errors import GateError, SettingError
 from dfq.images import ImageSource, load_batches, open_images
@@ -20,9 +20,6 @@ from dfq.quantization.scheme import scheme_name
 from dfq.results import EvaluateResult, FloatQuantized, QuantizeResult
 from dfq.vit import Architecture, Preprocessing, ViT
 from dfq.vit.load import load_model
-
-EVALUATION_BATCH = 50
-"""Images that both models see at once."""
 
 
 @checked

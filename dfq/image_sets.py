@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from dfq.comparison import Comparison, compare, metric_of, sparse_batches
+from dfq.comparison import EVALUATION_BATCH, Comparison, compare, metric_of, sparse_batches
 from dfq.dataset import SparseImageDataset
 from dfq.dataset_settings import SETTINGS
 from dfq.errors import DataError, DatasetError, SettingError, nearest
-from dfq.evaluation import EVALUATION_BATCH
 from dfq.images import DenseImages, open_images
 from dfq.progress import Progress
 from dfq.quantization import QuantizedViT

@@ -16,11 +16,11 @@ from torch import nn
 from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
 from dfq.cache import cache_directory
-from dfq.comparison import compare, dense_batches, metric_of
+from dfq.comparison import EVALUATION_BATCH, compare, dense_batches, metric_of
 from dfq.dataset import SparseImageDataset
 from dfq.device import resolve_device
 from dfq.errors import CheckpointError, SettingError, nearest
-from dfq.evaluation import EVALUATION_BATCH, accuracy_pair, check_shares, gate, open_evaluation
+from dfq.evaluation import accuracy_pair, check_shares, gate, open_evaluation
 from dfq.files import check_writable, make_directory, safe_name
 from dfq.image_sets import calibration_set, compare_held_out, covered, held_out_settings
 from dfq.images import DenseImages, load_batches

@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from dfq.arguments import checked
-from dfq.comparison import Comparison, compare, dense_batches
+from dfq.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches
 from dfq.device import resolve_device
 from dfq.distillation.inherit import begin
 from dfq.distillation.student import create, student_arguments
 from dfq.distillation.training import Images, train
 from dfq.errors import SettingError, UnsupportedModelError
-from dfq.evaluation import EVALUATION_BATCH
 from dfq.files import check_writable, safe_name, write_json
 from dfq.image_sets import calibration_set, covered
 from dfq.images import ImageSource, load_batches, open_images
