@@ -14,7 +14,7 @@ import torch
 
 from dfq.cache import cache_directory, list_cache, remove_cached, verify_cache
 from dfq.dataset import DatasetWriter, shard_name
-from dfq.errors import DatasetError, OutputError
+from dfq.errors import DatasetError, OutputError, SettingError
 from dfq.sparse import SparseImages
 
 SETTINGS: dict[str, Any] = {
@@ -251,8 +251,9 @@ def test_unknown_name_removes_nothing(tmp_path: Path, name: str) -> None:
 
 def test_empty_name_removes_nothing(tmp_path: Path) -> None:
     add(tmp_path, "vit-1")
-    with pytest.raises(DatasetError, match="No dataset"):
+    with pytest.raises(SettingError, match="name is empty"):
         remove_cached("", tmp_path)
+    assert [entry.name for entry in list_cache(tmp_path)] == ["vit-1"]
 
 
 def test_removal_that_fails_is_an_output_error(

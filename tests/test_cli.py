@@ -788,7 +788,8 @@ def test_what_a_terminal_obeys_is_printed_as_text(
 def test_a_name_too_long_is_a_message(cli: Cli) -> None:
     ended = cli("inspect", "a" * 300, "--json")
     assert ended.code == 2
-    assert ended.json["error"]["message"].startswith("File name too long: 'aaa")
+    assert ended.json["error"]["message"].startswith("path is 'aaa")
+    assert "300 bytes" in ended.json["error"]["message"]
 
 
 def test_a_dataset_is_calibrated_on_whole(cli: Cli, tmp_path: Path) -> None:

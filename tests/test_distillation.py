@@ -21,7 +21,7 @@ import dfq
 from dfq.distillation.inherit import begin, spaced
 from dfq.distillation.student import tokens
 from dfq.distillation.training import RECORDS, distance, divergence, rate, stretched
-from dfq.errors import DfqError, OutputError, RunError, SettingError, WeightsError
+from dfq.errors import DfqError, OutputError, RunError, SettingError, UsageError, WeightsError
 from dfq.recipe import DistillationSettings
 from dfq.sparse import patchify
 from dfq.vit.load import load_model
@@ -282,8 +282,8 @@ def test_places_that_cannot_be_replaced_are_refused_before_training(
     teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for place, message in ((Path("."), "the working directory"), (Path("x" * 300), "too long")):
-        with pytest.raises(OutputError, match=message):
+    for place, message in ((Path("."), "the working directory"), (Path("x" * 300), "300 bytes")):
+        with pytest.raises(UsageError, match=message):
             distill(teacher, place, settings={"inversion": {}}, images=10_000_000)
     assert not list(tmp_path.iterdir())
 

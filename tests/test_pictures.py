@@ -16,7 +16,7 @@ from torch import Tensor
 from dfq.dataset import DatasetWriter, shard_name
 from dfq.dataset_settings import grid_to_json
 from dfq.errors import DamagedError, DatasetError, DfqError, OutputError, SettingError
-from dfq.pictures import BACKGROUND, MARGIN, MIN_SIDE, preview
+from dfq.pictures import BACKGROUND, MARGIN, MIN_SIDE, SIGNATURE, preview
 from dfq.sparse import Grid, SparseImages, unpatchify
 
 
@@ -171,9 +171,10 @@ def test_path_of_the_picture_is_returned(dataset: Path) -> None:
 
 def test_picture_replaces_an_older_one(dataset: Path) -> None:
     out = dataset.parent / "preview.png"
-    out.write_bytes(b"old")
+    out.write_bytes(SIGNATURE + b"old")
     preview(dataset, out)
-    assert out.read_bytes().startswith(b"\x89PNG")
+    assert out.read_bytes().startswith(SIGNATURE)
+    assert out.stat().st_size > 100
 
 
 def test_dataset_is_left_as_it_is(dataset: Path) -> None:
