@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 from calibration_bench.registry import Curve, Plot, Row, Table
-from calibration_bench.tables import groups
+from calibration_bench.tables import TESTED, groups
 
-ABOUT = ("model", "fingerprint", "data", "data_digest", "test_images", "precision", "threads")
+ABOUT = (*TESTED, "precision", "threads")
 
 STAGES = {
     "source": "images",

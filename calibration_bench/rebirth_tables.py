@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from calibration_bench.registry import Row, Table
-from calibration_bench.tables import groups, mean_over_seeds
+from calibration_bench.tables import TESTED, groups, mean_over_seeds
 from calibration_bench.variants import VARIANTS
 
 COLUMNS = {
@@ -27,11 +27,7 @@ COLUMNS = {
 }
 
 ABOUT = (
-    "model",
-    "fingerprint",
-    "data",
-    "data_digest",
-    "test_images",
+    *TESTED,
     "images",
     "stages",
     "bits",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from calibration_bench.registry import Curve, Plot, Row, Table
-from calibration_bench.tables import groups, mean_over_seeds
+from calibration_bench.tables import TESTED, groups, mean_over_seeds
 
 COLUMNS = {
     "source": "calibrated on",
@@ -25,14 +25,14 @@ COLUMNS = {
 }
 
 
-TESTED = ("model", "fingerprint", "data", "data_digest", "test_images", "float_accuracy")
+ACCURACY = (*TESTED, "float_accuracy", "images", "threads")
 
 
 def accuracy_tables(rows: list[Row]) -> list[Table]:
     """For each model and test set a row for every source, variant, width and attention."""
     found: list[Table] = []
-    for values, same in groups(rows, *TESTED, "images", "threads").items():
-        about = dict(zip((*TESTED, "images", "threads"), values, strict=True))
+    for values, same in groups(rows, *ACCURACY).items():
+        about = dict(zip(ACCURACY, values, strict=True))
         title = (
             f"{about['model']}, {about['images']} calibration images, tested on "
             f"{about['test_images']} of {about['data']}, float top-1 "
@@ -57,7 +57,7 @@ def _row(rows: list[Row]) -> Row:
     }
 
 
-ABOUT = (*TESTED, "threads", "precision")
+ABOUT = (*TESTED, "float_accuracy", "threads", "precision")
 
 SOURCES = {
     "source": "calibrated on",

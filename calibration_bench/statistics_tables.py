@@ -10,9 +10,9 @@ import torch
 
 from calibration_bench.registry import Row, Table
 from calibration_bench.similarity import spearman
-from calibration_bench.tables import groups
+from calibration_bench.tables import TESTED, groups
 
-ABOUT = ("model", "fingerprint", "data", "data_digest", "test_images", "precision", "threads")
+ABOUT = (*TESTED, "precision", "threads")
 
 FIDELITY = {
     "source": "method",

@@ -150,12 +150,11 @@ POINTS, SHARE = 0.2, 0.1
 """What counts as good as the best: percentage points of accuracy, share of the KL."""
 
 
+TESTED = ("model", "fingerprint", "data", "data_digest", "test_images")
+"""What tells apart the models and test images that rows are of."""
+
 QUALITY = (
-    "model",
-    "fingerprint",
-    "data",
-    "data_digest",
-    "test_images",
+    *TESTED,
     "images",
     "bits",
     "threads",

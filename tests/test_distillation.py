@@ -21,7 +21,7 @@ import dfq
 from dfq.distillation.inherit import begin, spaced
 from dfq.distillation.student import tokens
 from dfq.distillation.training import RECORDS, distance, divergence, rate, stretched
-from dfq.errors import DfqError, OutputError, RunError, SettingError, UsageError, WeightsError
+from dfq.errors import DfqError, OutputError, RunError, SettingError, WeightsError
 from dfq.recipe import DistillationSettings
 from dfq.sparse import patchify
 from dfq.vit.load import load_model
@@ -282,8 +282,10 @@ def test_places_that_cannot_be_replaced_are_refused_before_training(
     teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for place, message in ((Path("."), "the working directory"), (Path("x" * 300), "300 bytes")):
-        with pytest.raises(UsageError, match=message):
+    here, long = Path("."), Path("x" * 300)
+    refused = ((here, OutputError, "the working directory"), (long, SettingError, "300 bytes"))
+    for place, kind, message in refused:
+        with pytest.raises(kind, match=message):
             distill(teacher, place, settings={"inversion": {}}, images=10_000_000)
     assert not list(tmp_path.iterdir())
 

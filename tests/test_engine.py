@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_vit
+from timm.models.vision_transformer import VisionTransformer
 
 from dfq.inversion import Engine, Watch, plan_units
 from dfq.inversion.importance import importance_of, resolve_importance
@@ -123,16 +124,20 @@ def test_the_model_is_left_as_it_is(loaded: LoadedModel) -> None:
     assert all(torch.equal(v, before[k]) for k, v in loaded.vit.state_dict().items())
 
 
+@torch.no_grad()
+def last_attention(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+    """Attention ``[B, heads, T, T]`` of the last block of a model of ``make_vit``, by timm."""
+    x = model._pos_embed(model.patch_embed(images))
+    x = model.blocks[-1].norm1(model.blocks[:-1](x))
+    qkv = model.blocks[-1].attn.qkv(x).reshape(*x.shape[:2], 3, 2, 32).permute(2, 0, 3, 1, 4)
+    return (qkv[0] @ qkv[1].transpose(-2, -1) * 32**-0.5).softmax(-1)
+
+
 def test_importance_is_the_class_tokens_attention_in_timm() -> None:
     model = make_vit()
     vit = load_model(model).vit
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    attention = model.blocks[-1].attn
-    with torch.no_grad():
-        x = model._pos_embed(model.patch_embed(images))
-        x = model.blocks[-1].norm1(model.blocks[:-1](x))
-        qkv = attention.qkv(x).reshape(2, 17, 3, 2, 32).permute(2, 0, 3, 1, 4)
-        weights = (qkv[0] @ qkv[1].transpose(-2, -1) * 32**-0.5).softmax(-1)
+    weights = last_attention(model, images)
     positions = torch.arange(16).expand(2, -1)
     found = vit.importance(patchify(images, vit.arch.grid), positions)
     torch.testing.assert_close(found, weights[:, :, 0, 1:].mean(1))
@@ -142,12 +147,7 @@ def test_importance_without_a_class_token_is_mean_attention() -> None:
     model = make_vit(class_token=False, global_pool="avg")
     vit = load_model(model).vit
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    attention = model.blocks[-1].attn
-    with torch.no_grad():
-        x = model._pos_embed(model.patch_embed(images))
-        x = model.blocks[-1].norm1(model.blocks[:-1](x))
-        qkv = attention.qkv(x).reshape(2, 16, 3, 2, 32).permute(2, 0, 3, 1, 4)
-        weights = (qkv[0] @ qkv[1].transpose(-2, -1) * 32**-0.5).softmax(-1)
+    weights = last_attention(model, images)
     positions = torch.arange(16).expand(2, -1)
     found = vit.importance(patchify(images, vit.arch.grid), positions)
     torch.testing.assert_close(found, weights.mean((1, 2)))

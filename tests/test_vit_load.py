@@ -114,6 +114,11 @@ def test_a_name_like_nothing_is_told_where_names_are_listed(name: str) -> None:
         load_model(name)
 
 
+def test_an_empty_name_is_refused() -> None:
+    with pytest.raises(SettingError, match="model is empty"):
+        load_model("")
+
+
 def test_a_wrong_tag_gets_the_tags_there_are() -> None:
     with pytest.raises(UnknownModelError, match=r"'nope'.*augreg_in21k_ft_in1k"):
         load_model("vit_base_patch16_224.nope")
