@@ -496,8 +496,11 @@ def models(
 
 @app.command(epilog="Example: [bold]dfq doctor[/]")
 def doctor(cache: Cache = None, json_: Json = False) -> None:
-    """Say what this machine offers and what is wrong with it."""
-    _show(dfq.doctor(cache), json_, False, field_table)
+    """Say what this machine offers and what is wrong with it; exit 1 if anything is."""
+    report = dfq.doctor(cache)
+    _show(report, json_, False, field_table)
+    if report.problems:
+        raise typer.Exit(1)
 
 
 @cache_app.command("list", epilog="Example: [bold]dfq cache list[/]")

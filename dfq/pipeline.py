@@ -39,11 +39,13 @@ from dfq.results import (
     Bytes,
     CalibrationSource,
     InvertResult,
+    LayerNoise,
     QuantizeResult,
     Seconds,
     to_json,
 )
 from dfq.synthesis import make_dataset, versions
+from dfq.vit import ViT
 from dfq.vit.load import LoadedModel, load_model, module_name
 
 DIAGNOSIS_BATCH, DIAGNOSIS_BATCHES = 4, 4
@@ -184,28 +186,17 @@ def quantize(
     if min_accuracy is not None and eval is None:
         raise SettingError("min_accuracy needs data to measure it on: give eval (--eval DATA).")
     method = calibration if isinstance(calibration, str) and calibration in METHODS else None
-    extra = settings or {}
-    for section in extra:
-        if section not in SECTIONS:
-            raise SettingError(
-                f"settings has an unknown table {section!r}; known: {', '.join(SECTIONS)}."
-                f"{nearest(section, SECTIONS)}"
-            )
-    chosen = make_recipe(
-        recipe,
-        inversion=given(
-            extra.get("inversion"),
-            method=method,
-            images=images,
-            iterations=iterations,
-            stages=stages,
-            seed=seed,
-            threads=threads,
-            precision=precision,
-        ),
-        quantization=given(extra.get("quantization"), bits=bits, attention=attention),
+    inversion = given(
+        None,
+        method=method,
+        images=images,
+        iterations=iterations,
+        stages=stages,
+        seed=seed,
+        threads=threads,
+        precision=precision,
     )
-    chosen = dataclasses.replace(chosen, distillation=None)
+    chosen = _recipe(recipe, settings, inversion, given(None, bits=bits, attention=attention))
     target = resolve_device(device)
     name = model if isinstance(model, str) else module_name(model)
     scheme = scheme_name(chosen.quantization)
@@ -231,29 +222,7 @@ def quantize(
         source, origin = calibration_set(
             loaded, chosen, None if method else calibration, target, cache, progress, images
         )
-    wide = covered(source, chosen.quantization)
-    with clock("calibrate"), progress.task("Calibrating", len(wide)) as advance:
-        found = calibrate(
-            vit,
-            wide.batches(chosen.quantization.batch),
-            loaded.preprocessing,
-            chosen.quantization,
-            advance,
-        )
-    with clock("quantize"), progress.task("Quantizing", len(layers(vit.arch))) as advance:
-        equal, found = equalize(vit, found, chosen.quantization.equalize)
-        quantized = quantize_vit(equal, found, loaded.preprocessing, chosen.quantization, advance)
-        del found
-    steps = chosen.quantization.reconstruct
-    losses: list[BlockLoss] = []
-    if steps:
-        with clock("quantize"), progress.task("Reconstructing", vit.arch.depth) as advance:
-            seen = wide.batches(chosen.quantization.batch)
-            losses = reconstruct(equal, quantized, seen, steps, chosen.inversion.seed, advance)
-    with clock("quantize"):
-        diagnosed = islice(source.batches(DIAGNOSIS_BATCH), DIAGNOSIS_BATCHES)
-        noise = layer_noise(equal, quantized, diagnosed)
-        del equal
+    quantized, noise, losses = _quantized(loaded, vit, source, chosen, clock, progress)
     result = QuantizeResult(
         model=name,
         scheme=scheme,
@@ -294,6 +263,58 @@ def quantize(
     checkpoints.write_report(out, to_json(result))
     gate(result, min_agreement, min_accuracy)
     return result
+
+
+def _recipe(
+    recipe: str | Path | Recipe | None,
+    settings: dict[str, dict[str, Any]] | None,
+    inversion: dict[str, Any],
+    quantization: dict[str, Any],
+) -> Recipe:
+    """A recipe with the tables of ``settings`` and a call's own arguments over it."""
+    extra = settings or {}
+    for section in extra:
+        if section not in SECTIONS:
+            raise SettingError(
+                f"settings has an unknown table {section!r}; known: {', '.join(SECTIONS)}."
+                f"{nearest(section, SECTIONS)}"
+            )
+    made = make_recipe(
+        recipe,
+        inversion=given(extra.get("inversion"), **inversion),
+        quantization=given(extra.get("quantization"), **quantization),
+    )
+    return dataclasses.replace(made, distillation=None)
+
+
+def _quantized(
+    loaded: LoadedModel,
+    vit: ViT,
+    source: SparseImageDataset | DenseImages,
+    recipe: Recipe,
+    clock: _Clock,
+    progress: Progress,
+) -> tuple[QuantizedViT, list[LayerNoise], list[BlockLoss]]:
+    """The model in integers, calibrated on ``source`` and what is laid beside it; what that
+    leaves of every layer's output, and the losses of reconstruction."""
+    settings = recipe.quantization
+    wide = covered(source, settings)
+    with clock("calibrate"), progress.task("Calibrating", len(wide)) as advance:
+        batches = wide.batches(settings.batch)
+        found = calibrate(vit, batches, loaded.preprocessing, settings, advance)
+    with clock("quantize"):
+        with progress.task("Quantizing", len(layers(vit.arch))) as advance:
+            equal, found = equalize(vit, found, settings.equalize)
+            quantized = quantize_vit(equal, found, loaded.preprocessing, settings, advance)
+            del found
+        losses: list[BlockLoss] = []
+        if settings.reconstruct:
+            with progress.task("Reconstructing", vit.arch.depth) as advance:
+                batches, seed = wide.batches(settings.batch), recipe.inversion.seed
+                losses = reconstruct(equal, quantized, batches, settings.reconstruct, seed, advance)
+        diagnosed = islice(source.batches(DIAGNOSIS_BATCH), DIAGNOSIS_BATCHES)
+        noise = layer_noise(equal, quantized, diagnosed)
+    return quantized, noise, losses
 
 
 def _note_replaced(out: Path, name: str, scheme: str, progress: Progress) -> None:

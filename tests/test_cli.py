@@ -486,6 +486,13 @@ def test_the_doctor_says_what_this_machine_offers(cli: Cli) -> None:
     assert found["versions"]["dfq"] == dfq.__version__
 
 
+def test_the_doctor_fails_where_something_is_wrong(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    result = cli("doctor", "--json", "--cache", tmp_path / "file")
+    assert result.code == 1
+    assert any("cannot be written" in p for p in result.json["problems"])
+
+
 def test_an_empty_cache_is_said_to_be_empty(cli: Cli) -> None:
     assert cli("cache", "list").stdout == "The cache holds no datasets.\n"
 
