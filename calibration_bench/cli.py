@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +17,8 @@ from calibration_bench.options import function
 from calibration_bench.report import markdown, report
 from dfq.errors import DfqError
 from dfq.plain import escape
+from dfq.terminal import print_json, print_text, wants_json
 
-out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Results = Annotated[Path, typer.Option(help="Directory of the results.")]
@@ -47,13 +45,16 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except DfqError as error:
-            if "--json" in sys.argv[1:]:
+            if wants_json():
                 kind = type(error).__name__
-                _print_json({"error": {"type": kind, "message": str(error)}})
+                print_json({"error": {"type": kind, "message": str(error)}})
             err_console.print(f"[bold red]error:[/] {escape(str(error))}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            err_console.print("Interrupted. Finished rows are kept; run it again to go on.")
+            text = "Interrupted. Finished rows are kept; run it again to go on."
+            if wants_json():
+                print_json({"error": {"type": "KeyboardInterrupt", "message": text}})
+            err_console.print(text)
             raise typer.Exit(130) from None
 
 
@@ -108,18 +109,18 @@ def _runs() -> None:
 def list_(json_: Json = False) -> None:
     """List the experiments: name, what it answers, what it needs."""
     if json_:
-        _print_json({"rows": [dataclasses.asdict(e) for e in registry.ENTRIES]})
+        print_json({"rows": [dataclasses.asdict(e) for e in registry.ENTRIES]})
         return
     table = RichTable("name", "what it answers", "needs")
     for entry in registry.ENTRIES:
         table.add_row(entry.name, entry.line, entry.needs)
-    out_console.print(table)
+    print_text(table)
 
 
 @app.command("report")
 def report_(results: Results = DEFAULT_RESULTS, plots: Plots = None) -> None:
     """Render the stored results as Markdown tables, and as plots where a place is named."""
-    sys.stdout.write(report(results, plots))
+    _write(report(results, plots))
 
 
 @app.command("rescale")
@@ -139,7 +140,7 @@ def _run(entry: registry.Entry, options: Any, json_: bool, results: Path, again:
 
     outcome = run(entry, options, results, Lines(), again=again)
     if json_:
-        _print_json(outcome)
+        print_json(outcome)
     else:
         _print_tables(outcome)
 
@@ -159,17 +160,17 @@ def _run_all(
         if not json_:
             _print_tables(outcome)
     if json_:
-        _print_json(found)
+        print_json(found)
 
 
 def _print_tables(outcome: dict[str, Any]) -> None:
     tables = [markdown(registry.Table(**table)) for table in outcome["tables"]]
-    sys.stdout.write("\n\n".join(tables) + "\n")
+    _write("\n\n".join(tables) + "\n")
     err_console.print(f"Kept in {outcome['results']}", soft_wrap=True)
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+def _write(text: str) -> None:
+    print_text(text, end="", markup=False, emoji=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from calibration_bench.registry import Curve, Plot, Row, Table
 from calibration_bench.tables import TESTED, groups
+from calibration_bench.variants import VARIANTS
 
 ABOUT = (*TESTED, "precision", "threads")
 
@@ -59,13 +60,23 @@ def evolution_tables(rows: list[Row]) -> list[Table]:
 
 
 def _name(row: Row) -> str:
-    return f"{row['source']}, T = {row['iterations']}" if row["iterations"] else str(row["source"])
+    if not row["iterations"]:
+        return str(row["source"])
+    of = len(row["stages"])
+    v = f", v = {of}" if of > 1 and row["source"] in VARIANTS else ""
+    return f"{row['source']}{v}, T = {row['iterations']}"
+
+
+def _runs(rows: list[Row]) -> list[list[Row]]:
+    """Rows that differ by their seed alone."""
+    counted = [{**row, "of": len(row["stages"])} for row in rows]
+    return list(groups(counted, "source", "iterations", "trajectories", "of").values())
 
 
 def _merged(rows: list[Row]) -> list[Row]:
     """Means over seeds of every stage of every source."""
     found: list[Row] = []
-    for same in groups(rows, "source", "iterations", "trajectories").values():
+    for same in _runs(rows):
         of = len(same[0]["stages"])
         for number in range(of):
             stages = [row["stages"][number] for row in same]
@@ -127,7 +138,7 @@ def _losses(title: str, rows: list[Row]) -> Table:
     columns: dict[str, Any] = {"source": "method", "seeds": "seeds"}
     columns |= {f"q{i}": f"quarter {i} of T" for i in range(1, 5)}
     found = []
-    for same in groups([r for r in rows if r["losses"]], "source", "iterations").values():
+    for same in _runs([r for r in rows if r["losses"]]):
         curve = _curve(same)
         edges = [round(i * len(curve) / 4) for i in range(5)]
         quarters = {
@@ -148,7 +159,7 @@ def evolution_plots(rows: list[Row]) -> list[Plot]:
     found: list[Plot] = []
     for values, same in groups(rows, *ABOUT).items():
         model = values[0]
-        runs = groups([r for r in same if r["losses"]], "source", "iterations").values()
+        runs = _runs([r for r in same if r["losses"]])
         losses = [
             Curve(_name(part[0]), [float(i) for i in range(1, len(c) + 1)], c)
             for part, c in ((part, _curve(part)) for part in runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,15 +71,25 @@ def float_logits(loaded: LoadedModel, data: LabelledImages, directory: Path) -> 
     """The float model's logits, from a file named by the model and the images."""
     name = hashlib.sha256(f"{loaded.fingerprint} {data.digest}".encode()).hexdigest()[:24]
     path = directory / f"{name}.npz"
-    if path.is_file():
-        with np.load(path, allow_pickle=False) as content:
-            return torch.from_numpy(content["logits"])
+    kept = _kept(path, len(data))
+    if kept is not None:
+        return kept
     found = logits(loaded.vit, data, loaded.preprocessing)
     make_directory(directory)
     buffer = io.BytesIO()
     np.savez(buffer, logits=found.numpy())
     write_bytes(path, buffer.getvalue())
     return found
+
+
+def _kept(path: Path, count: int) -> Tensor | None:
+    """What a file holds; None if it is missing, damaged or of another number of images."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
+            found = torch.from_numpy(content["logits"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+    return found if found.ndim == 2 and len(found) == count else None
 
 
 def first_image(data: LabelledImages, path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,11 +22,12 @@ from calibration_bench.logits import (
     open_data,
 )
 from calibration_bench.methods import Method
-from calibration_bench.options import option
+from calibration_bench.options import at_least, option
 from calibration_bench.registry import Bench, Key, Measured, Row
 from dfq import InversionSettings, InvertResult, LoadedModel, QuantizationSettings
 from dfq.device import resolve_precision
 from dfq.files import make_directory
+from dfq.inversion import plan_units
 
 FLOATS = "float-logits"
 """Directory of the float models' logits, in that of the results."""
@@ -71,6 +73,8 @@ def load(options: Subject) -> tuple[LoadedModel, LabelledImages]:
 
 def about(options: Subject, loaded: LoadedModel, data: LabelledImages) -> Key:
     """What all keys of a run share."""
+    at_least(options.threads, 1, "--threads")
+    InversionSettings(precision=cast(Any, options.precision))
     images = {"images": options.images} if isinstance(options, Tested) else {}
     return {
         **images,
@@ -112,6 +116,16 @@ def inversion(method: Method, key: Key, *, iterations: int, seed: int) -> Invers
     given["classes"] = tuple(key.get("classes", ()))
     effort = {} if method.name == "noise" else {"iterations": iterations}
     return method.settings(**given, **effort, seed=seed)
+
+
+def check_inversion(
+    name: str, shared: Key, images: int, iterations: int, loaded: LoadedModel
+) -> None:
+    """Raise SettingError if a source that is inverted cannot be, before anything is measured."""
+    if re.fullmatch(r"dmi|smi|pri\d+", name):
+        key = {**shared, "images": images}
+        settings = inversion(Method(name), key, iterations=iterations, seed=0)
+        plan_units(settings, loaded.vit.arch.grid.patches)
 
 
 @dataclass(frozen=True)

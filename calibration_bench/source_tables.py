@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from calibration_bench.registry import Curve, Plot, Row, Table
-from calibration_bench.tables import TESTED, groups, mean_over_seeds
+from calibration_bench.tables import TESTED, by_file, groups, mean_over_seeds
 
 COLUMNS = {
     "source": "calibrated on",
@@ -38,9 +38,8 @@ def accuracy_tables(rows: list[Row]) -> list[Table]:
             f"{about['test_images']} of {about['data']}, float top-1 "
             f"{100 * float(str(about['float_accuracy'])):.2f} %"
         )
-        named = [{**row, "real": (row.get("real") or "").rsplit(" ", 1)[0]} for row in same]
         alike = ("source", "real", "iterations", "precision", "variant", "bits", "attention")
-        parts = groups(named, *alike)
+        parts = groups(by_file(same), *alike)
         means = [_row(part) for part in parts.values()]
         means.sort(key=lambda r: (r["bits"], r["attention"], r["variant"], r["kl"]))
         found.append(Table(title, COLUMNS, means))
@@ -99,7 +98,7 @@ def source_tables(rows: list[Row]) -> list[Table]:
 def _means(rows: list[Row]) -> list[Row]:
     """Means over seeds of every source (and T) and image count."""
     found = []
-    parts = groups(rows, "source", "iterations", "images", "real")
+    parts = groups(by_file(rows), "source", "iterations", "images", "real")
     for (source, iterations, count, _), same in parts.items():
         means = mean_over_seeds(same)
         name = f"{source}, T = {iterations}" if iterations else str(source)

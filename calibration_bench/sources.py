@@ -76,7 +76,7 @@ class RealImages:
         classes: Sequence[int] = (),
     ) -> None:
         arch, preprocessing = loaded.vit.arch, loaded.preprocessing
-        self.name = real or data
+        self.name, self._given = real or data, real is not None
         self.grid = arch.grid
         self._images: ImageSource = open_images(
             self.name, arch, preprocessing, labelled=real is None or bool(classes)
@@ -87,11 +87,6 @@ class RealImages:
 
     def __len__(self) -> int:
         return len(self._indices)
-
-    def about(self, count: int) -> str:
-        """What they are called and how many there are; DataError if fewer than ``count``."""
-        self.need(count)
-        return f"{len(self)} of {Path(self.name).name}"
 
     def need(self, count: int) -> None:
         """Raise DataError if there are fewer."""
@@ -114,7 +109,8 @@ class RealImages:
             DataError: there are fewer, or one of them is also tested on.
         """
         drawn = [pixels.tobytes() for pixels in self._drawn(count, seed)]
-        if not {pixels.tobytes() for pixels in tested.pixels}.isdisjoint(drawn):
+        known = set(drawn) if self._given else set()
+        if any(pixels.tobytes() in known for pixels in tested.pixels):
             raise DataError(
                 f"{self.name!r} holds images of {tested.name!r}, on which the result is tested. "
                 "Give images to calibrate on that the test set does not have."

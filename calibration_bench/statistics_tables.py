@@ -10,7 +10,7 @@ import torch
 
 from calibration_bench.registry import Row, Table
 from calibration_bench.similarity import spearman
-from calibration_bench.tables import TESTED, groups
+from calibration_bench.tables import TESTED, by_file, groups
 
 ABOUT = (*TESTED, "precision", "threads")
 
@@ -115,7 +115,7 @@ def _fidelity(rows: list[Row]) -> list[Row]:
 
 def _activations(rows: list[Row]) -> list[Row]:
     found: list[Row] = []
-    for same in groups(rows, "source", "iterations", "images").values():
+    for same in groups(by_file(rows), "source", "iterations", "images", "real").values():
         names = list(same[0]["layers"])
         means = {
             figure: {n: statistics.mean(row["layers"][n][figure] for row in same) for n in names}

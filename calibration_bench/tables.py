@@ -58,6 +58,11 @@ def groups(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]
     return found
 
 
+def by_file(rows: Iterable[Row]) -> list[Row]:
+    """Rows whose ``real`` is the file of the real images, without the digest of those drawn."""
+    return [{**row, "real": (row.get("real") or "").rsplit(" ", 1)[0]} for row in rows]
+
+
 def speed_tables(rows: list[Row]) -> list[Table]:
     """A table for each model and setting of a trajectory, and the checks."""
     races = groups(

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from calibration_bench.registry import Row, Table
-from calibration_bench.tables import groups
+from calibration_bench.tables import by_file, groups
 
 ABOUT = (
     "comparison", "model", "fingerprint", "data", "data_digest", "test_images", "float_accuracy",
@@ -78,7 +78,7 @@ def _table(about: dict[str, Any], rows: list[Row]) -> Table:
         f"{about['model']} (top-1 {100 * about['float_accuracy']:.2f} %), tested on "
         f"{about['test_images']} of {about['data']}"
     )
-    means = [_mean(part) for part in groups(rows, "source", "iterations", "real").values()]
+    means = [_mean(part) for part in groups(by_file(rows), "source", "iterations", "real").values()]
     return Table(title, {**COLUMNS, **extra}, means, NOTES[comparison])
 
 

@@ -288,16 +288,19 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: the file is missing, is not TOML, or has an unknown key.
         SettingError: a value is out of its range.
     """
+    return recipe_from_dict(_read_toml(path), f"Recipe {str(path)!r}")
+
+
+def _read_toml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"Recipe {str(path)!r} does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Recipe {str(path)!r} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"Recipe {str(path)!r} is not valid TOML: {error}.") from error
-    return recipe_from_dict(content, f"Recipe {str(path)!r}")
 
 
 def recipe_from_dict(content: Any, source: str = "Recipe") -> Recipe:
@@ -372,6 +375,18 @@ def make_recipe(
     recipe = override(recipe, "inversion", **(inversion or {}))
     recipe = override(recipe, "quantization", **(quantization or {}))
     return override(recipe, "distillation", **distillation) if distillation else recipe
+
+
+def says_images(recipe: str | Path | Recipe | None) -> bool:
+    """Whether a recipe sets the number of images; a :class:`Recipe` always does.
+
+    Raises:
+        RecipeError: the file cannot be read.
+    """
+    if recipe is None or isinstance(recipe, Recipe):
+        return recipe is not None
+    inversion = _read_toml(recipe).get("inversion")
+    return isinstance(inversion, dict) and "images" in inversion
 
 
 def given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:

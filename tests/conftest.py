@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import timm
@@ -15,6 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 from dfq.vit.load import LoadedModel, load_model
 
 THREADS = 1
+
+hypothesis.settings.register_profile("dfq", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("dfq")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,6 +15,7 @@ from calibration_bench.experiments.evolution import PICTURES, Options, _cosines
 from calibration_bench.features import ClassMeans, block_features, confidence, filled
 from calibration_bench.logits import LabelledImages
 from calibration_bench.ours import unit_images
+from calibration_bench.report import report
 from calibration_bench.runner import run
 from calibration_bench.sources import dense
 from calibration_bench.watching import Recorder, draw_attention, kept_share
@@ -46,6 +47,37 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
         "threads": 1,
     }
     return Options(**{**options, **changes})
+
+
+def test_runs_of_other_stages_are_rows_of_their_own(
+    tmp_path: Path, small_weights: Path, labelled_npz: Path
+) -> None:
+    for stages in (4, 2):
+        options = small(small_weights, labelled_npz, methods="pri-random", stages=stages, seeds="0")
+        run(EXPERIMENT, options, tmp_path, Silent())
+    tables = report(tmp_path, None)
+    for stages in (2, 4):
+        assert f"| pri-random, v = {stages}, T = 4 | 1 of {stages} | 3 | 1 |" in tables
+    assert len(list((tmp_path / PICTURES).iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": 0, "methods": "pri4"}, "--stages is 0"),
+        ({"methods": "noise"}, "names 'noise'"),
+        ({"precision": "foo"}, "precision is 'foo'"),
+        ({"threads": -1}, "--threads is -1"),
+        ({"methods": "pri-early", "stages": 4}, "iterations"),
+    ],
+    ids=str,
+)
+def test_further_mistakes_are_refused_before_work(
+    tmp_path: Path, small_weights: Path, labelled_npz: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        run(EXPERIMENT, small(small_weights, labelled_npz, **changes), tmp_path, Silent())
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_stage_is_described(tmp_path: Path, small_weights: Path, labelled_npz: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import dfq
 from calibration_bench import registry
 from calibration_bench.experiments.calibration_sources import SOURCES, Options, _settings
+from calibration_bench.logits import float_logits
 from calibration_bench.quantized import load
 from calibration_bench.runner import run
 from calibration_bench.sources import RealImages, Source, make, uniform
@@ -56,7 +57,9 @@ def test_every_source_count_and_width_is_a_row(
     rows = found["rows"]
     assert len(rows) == 7 * 2 * 2
     assert {row["test_images"] for row in rows} == {12}
-    assert {row["real"] for row in rows} == {None, "8 of images.npz"}
+    drawn = {(row["images"], row["real"]) for row in rows if row["source"] == "real"}
+    assert len(drawn) == 2
+    assert all(name.startswith("images.npz ") for _, name in drawn)
     assert str(tmp_path.parent) not in (tmp_path / "calibration-sources.json").read_text()
     by = {(r["source"], r["images"], r["bits"]): r for r in rows}
     assert by["noise", 4, 8]["dataset_bytes"] == by["noise+coverage", 4, 8]["dataset_bytes"]
@@ -147,6 +150,59 @@ def test_uniform_images_have_one_colour(loaded: LoadedModel) -> None:
     channels = images.reshape(4, 16, 3, 16)
     assert np.ptp(channels, axis=(1, 3)).max() == 0
     assert len(np.unique(channels[:, 0, :, 0])) > 6
+
+
+def test_other_images_under_the_same_name_are_another_row(
+    tmp_path: Path, small_weights: Path, labelled_npz: Path
+) -> None:
+    found = []
+    for level in (0, 200):
+        place = tmp_path / str(level) / "real.npz"
+        place.parent.mkdir()
+        np.savez(place, x=np.full((4, 32, 32, 3), level, dtype=np.uint8))
+        changes: dict[str, Any] = {"sources": "real", "counts": "2", "bits": "8"}
+        options = small(small_weights, labelled_npz, real=str(place), **changes)
+        found += run(EXPERIMENT, options, tmp_path / "results", Silent())["rows"]
+    assert found[0]["real"] != found[1]["real"]
+    assert found[0]["kl"] != found[1]["kl"]
+
+
+def test_test_images_are_refused_as_real(
+    tmp_path: Path, small_weights: Path, labelled_npz: Path
+) -> None:
+    options = small(small_weights, labelled_npz, sources="real", real=str(labelled_npz))
+    with pytest.raises(DataError, match="holds images of"):
+        run(EXPERIMENT, options, tmp_path, Silent())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "foo"}, "precision is 'foo'"),
+        ({"threads": 0}, "--threads is 0"),
+        ({"threads": -1}, "--threads is -1"),
+        ({"sources": "pri400", "iterations": 24}, "400"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_refused_before_work(
+    tmp_path: Path, small_weights: Path, labelled_npz: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        run(EXPERIMENT, small(small_weights, labelled_npz, **changes), tmp_path, Silent())
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_float_logits_are_computed_anew(
+    tmp_path: Path, small_weights: Path, labelled_npz: Path
+) -> None:
+    loaded, data = load(small(small_weights, labelled_npz))
+    whole = float_logits(loaded, data, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:40])
+    assert torch.equal(float_logits(loaded, data, tmp_path), whole)
+    assert torch.equal(float_logits(loaded, data, tmp_path), whole)
 
 
 def test_unknown_sources_are_refused() -> None:

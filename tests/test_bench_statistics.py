@@ -44,7 +44,8 @@ def test_equal_pictures_have_no_finite_psnr() -> None:
 def test_ssim_is_one_for_equal_patches_and_less_for_others() -> None:
     assert ssim(PATCHES, PATCHES) == pytest.approx(1)
     assert ssim(PATCHES, 255 - PATCHES) < 0
-    noisy = PATCHES + torch.randint(-20, 21, PATCHES.shape)
+    noise = torch.randint(-20, 21, PATCHES.shape, generator=torch.Generator().manual_seed(0))
+    noisy = PATCHES + noise
     assert ssim(PATCHES, PATCHES.flip(0)) < ssim(PATCHES, noisy) < 1
 
 

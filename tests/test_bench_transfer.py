@@ -51,7 +51,9 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
 def test_a_run_has_every_comparison_and_goes_on(
     tmp_path: Path, small_weights: Path, labelled_npz: Path
 ) -> None:
-    options = small(small_weights, labelled_npz, real=str(labelled_npz))
+    with np.load(labelled_npz) as content:
+        np.savez(tmp_path / "real.npz", x=255 - content["x"], y=content["y"])
+    options = small(small_weights, labelled_npz, real=str(tmp_path / "real.npz"))
     found = run(EXPERIMENT, options, tmp_path, Silent())
     rows = found["rows"]
     assert [(r["comparison"], r["source"]) for r in rows] == [
@@ -128,6 +130,9 @@ def test_a_budget_of_time_is_spent_in_whole_units(
         ({"class_sources": "noise"}, "images are of no class"),
         ({"one_class": 5}, "--one-class is 5; the model's are 0 to 4"),
         ({"budget": 0.0}, "--budget is 0.0"),
+        ({"budget": float("inf")}, "--budget is inf"),
+        ({"budget": 1e300}, "--budget is 1e.300"),
+        ({"sources": "pri400", "iterations": 24}, "400"),
         ({"steps": 0}, "steps is 0"),
         ({"start": "scratch"}, "start is 'scratch'; allowed: auto, teacher, random"),
         ({"depth": 0}, "--depth is 0"),

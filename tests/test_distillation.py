@@ -22,7 +22,8 @@ from dfq.distillation.inherit import begin, spaced
 from dfq.distillation.student import tokens
 from dfq.distillation.training import RECORDS, distance, divergence, rate, stretched
 from dfq.errors import DfqError, OutputError, RunError, SettingError, WeightsError
-from dfq.recipe import DistillationSettings
+from dfq.progress import Silent
+from dfq.recipe import DistillationSettings, Recipe, says_images
 from dfq.sparse import patchify
 from dfq.vit.load import load_model
 
@@ -378,3 +379,36 @@ def test_a_student_can_be_inspected(written: Path) -> None:
     facts = dfq.inspect(written)
     assert (facts["kind"], facts["architecture"]["depth"]) == ("student", 2)
     assert facts["report"]["path"] == str(written)
+
+
+def test_a_student_does_not_replace_its_teacher(tmp_path: Path) -> None:
+    effort: dict[str, Any] = {"images": 4, "iterations": 4, "steps": 1}
+    first = dfq.distill("demo", depth=2, out=tmp_path / "first", **effort)
+    before = (tmp_path / "first" / "model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="would replace its teacher"):
+        dfq.distill(first.path, depth=1, out=tmp_path / "first", **effort)
+    assert (tmp_path / "first" / "model.safetensors").read_bytes() == before
+    notes: list[str] = []
+
+    class Listening(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    dfq.distill("demo", depth=1, out=tmp_path / "first", progress=Listening(), **effort)
+    assert any("will be replaced" in text for text in notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "images"),
+    [
+        ("[distillation]\nsteps = 3\n", False),
+        ("[inversion]\niterations = 8\n", False),
+        ("[inversion]\nimages = 8\n", True),
+    ],
+)
+def test_a_recipe_says_images_or_leaves_them(tmp_path: Path, text: str, images: bool) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    assert says_images(path) is images
+    assert says_images(None) is False
+    assert says_images(Recipe()) is True

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 from calibration_bench.options import at_least, numbers, option, words
-from calibration_bench.quantized import Subject, about, load, quantize_each
+from calibration_bench.quantized import Subject, about, check_inversion, load, quantize_each
 from calibration_bench.registry import Bench, Experiment, Key, Measured
 from calibration_bench.source_tables import source_plots, source_tables
 from calibration_bench.sources import RealImages, Source, make
@@ -47,23 +47,29 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     sources = [Source(name) for name in words(options.sources, "--sources")]
     counts = numbers(options.counts, "--counts", 1)
     bench.notes.note(f"reading {options.model} and {options.data}")
-    shared = about(options, *load(options))
-    real = None
+    loaded, tested = load(options)
+    shared = about(options, loaded, tested)
+    seeds = numbers(options.seeds, "--seeds")
+    real: dict[tuple[int, int], str] = {}
     if any(source.base == "real" for source in sources):
-        real = _real(options).about(max(counts))
+        images = _real(options)
+        images.need(max(counts))
+        real = {(s, n): images.identity(n, s, tested) for s in seeds for n in counts}
+    for source in sources:
+        check_inversion(source.base, shared, min(counts), options.iterations, loaded)
     bases = [source.base for source in sources]
     sources.sort(key=lambda source: bases.index(source.base))
     return [
         {
             **shared,
             "source": source.name,
-            "real": real if source.base == "real" else None,
+            "real": real.get((seed, count)) if source.base == "real" else None,
             "images": count,
             "iterations": options.iterations if source.inverted else 0,
             "seed": seed,
             "bits": bits,
         }
-        for seed in numbers(options.seeds, "--seeds")
+        for seed in seeds
         for count in counts
         for source in sources
         for bits in _bits(options)

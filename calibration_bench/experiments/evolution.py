@@ -53,24 +53,32 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     """A row for each method and seed, and one of real images."""
     at_least(options.limit, 2, "--limit")
     at_least(options.trajectories, 1, "--trajectories")
+    at_least(options.stages, 1, "--stages")
     methods = {name: _images(name, options.stages) for name in words(options.methods, "--methods")}
     deepest = max(methods.values())
     if options.iterations < deepest:
         raise SettingError(f"--iterations is {options.iterations}; at least {deepest} are needed.")
     bench.notes.note(f"reading {options.model} and {options.data}")
-    shared = about(options, *load(options))
+    loaded, data = load(options)
+    shared = about(options, loaded, data)
     effort = {"trajectories": options.trajectories, "iterations": options.iterations}
     made = [
         {**shared, **effort, "source": name, "stages": stages, "seed": seed}
         for seed in numbers(options.seeds, "--seeds")
         for name, stages in methods.items()
     ]
+    for key in made:
+        plan_units(_settings(key), loaded.vit.arch.grid.patches)
     none = {"trajectories": 0, "iterations": 0, "stages": 1}
     return [{**shared, **none, "source": "real", "seed": 0}, *made]
 
 
 def _images(name: str, v: int) -> int:
     """Images of a trajectory."""
+    if name == "noise":
+        raise SettingError(
+            "--methods names 'noise', which makes no iterations that could be followed."
+        )
     if name not in VARIANTS:
         return Method(name).images
     return 1 if name in ("dmi", "smi", "smi-reranked") else v
@@ -137,22 +145,30 @@ def _trajectories(loaded: LoadedModel, means: ClassMeans, key: Key, bench: Bench
     by_stage = [[unit[stage] for unit in units] for stage in range(len(units[0]))]
     found: list[Row] = []
     for stage, batches in enumerate(by_stage):
-        rankings = [r.rankings[stage] for r in recorders if stage < len(r.rankings)]
-        shares = [kept_share(importance, leaving) for importance, _, leaving in rankings]
+        shares = [
+            (r.trajectories, kept_share(importance, leaving))
+            for r in recorders
+            for importance, _, leaving in r.rankings[stage : stage + 1]
+        ]
         found.append(
             {
                 **_stage(loaded, means, batches),
                 "stage": stage + 1,
-                "attention": sum(shares) / len(shares) if shares and by_attention else None,
+                "attention": _weighted(shares) if shares and by_attention else None,
             }
         )
     weights = [recorder.trajectories for recorder in recorders]
     losses = [
-        sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
+        _weighted(list(zip(weights, values, strict=True)))
         for values in zip(*(recorder.losses for recorder in recorders), strict=True)
     ]
     pictures = _draw(loaded, units, recorders[0], key, bench) if settings.method == "pri" else []
     return {"stages": found, "losses": losses, "live": recorders[0].live, "pictures": pictures}
+
+
+def _weighted(parts: list[tuple[int, float]]) -> float:
+    """Mean of values, each with its weight."""
+    return sum(weight * value for weight, value in parts) / sum(weight for weight, _ in parts)
 
 
 def _stage(loaded: LoadedModel, means: ClassMeans, batches: list[SparseImages]) -> Row:
@@ -179,7 +195,7 @@ def _draw(
 ) -> list[str]:
     """Pictures of a run's first trajectories; returns their names."""
     model = safe_name(str(key["model"]))
-    name = f"{model}-{key['source']}-seed{key['seed']}"
+    name = f"{model}-{key['source']}-v{key['stages']}-T{key['iterations']}-seed{key['seed']}"
     place = bench.results / PICTURES
     with tempfile.TemporaryDirectory(dir=scratch(bench)) as directory:
         path = Path(directory) / "images"

@@ -16,7 +16,7 @@ from calibration_bench import ours
 from calibration_bench.features import network_input, real_input
 from calibration_bench.methods import Method
 from calibration_bench.options import at_least, numbers, option, words
-from calibration_bench.quantized import Subject, about, load, scratch
+from calibration_bench.quantized import Subject, about, check_inversion, load, scratch
 from calibration_bench.registry import Bench, Experiment, Key, Measured, Row
 from calibration_bench.similarity import distances, input_moments, psnr, spearman, ssim
 from calibration_bench.sources import OTHERS, RealImages, Source, make
@@ -61,13 +61,18 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     if options.iterations < deepest:
         raise SettingError(f"--iterations is {options.iterations}; at least {deepest} are needed.")
     bench.notes.note(f"reading {options.model} and {options.data}")
-    shared = about(options, *load(options))
-    real = None
+    loaded, tested = load(options)
+    shared = about(options, loaded, tested)
+    seeds = numbers(options.seeds, "--seeds")
+    real: dict[int, str] = {}
     if any(source.name == "real" for source in sources):
-        real = _real(options).about(options.images)
+        images = _real(options)
+        real = {seed: images.identity(options.images, seed, tested) for seed in seeds}
+    for source in sources:
+        check_inversion(source.base, shared, options.images, options.iterations, loaded)
     effort = {"trajectories": options.trajectories, "iterations": options.iterations}
     keys: list[Key] = []
-    for seed in numbers(options.seeds, "--seeds"):
+    for seed in seeds:
         keys += [
             {**shared, "kind": "fidelity", "source": method.name, **effort, "seed": seed}
             for method in methods
@@ -79,7 +84,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
                 **shared,
                 "kind": "activations",
                 "source": source.name,
-                "real": real if source.name == "real" else None,
+                "real": real.get(seed) if source.name == "real" else None,
                 "images": options.images,
                 "iterations": 0 if source.name in OTHERS else options.iterations,
                 "seed": seed,

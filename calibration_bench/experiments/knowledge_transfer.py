@@ -24,6 +24,7 @@ from calibration_bench.quantized import (
     Made,
     Subject,
     about,
+    check_inversion,
     inversion,
     load,
     model_arguments,
@@ -36,6 +37,8 @@ from dfq import DistillationSettings, DistillResult
 from dfq.errors import SettingError
 
 COMPARISONS = ("count", "time", "class")
+LONGEST = 1e6
+
 PLAIN: dict[str, Any] = {"smooth": (), "fractal": 0}
 
 
@@ -73,8 +76,10 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     for name in ("depth", "width", "heads"):
         if getattr(options, name) is not None:
             at_least(getattr(options, name), 1, f"--{name}")
-    if not options.budget > 0:
-        raise SettingError(f"--budget is {options.budget}; it must be above 0.")
+    if not 0 < options.budget <= LONGEST:
+        raise SettingError(
+            f"--budget is {options.budget}; it must be above 0 and at most {LONGEST:g} seconds."
+        )
     comparisons = words(options.comparisons, "--comparisons", COMPARISONS)
     bench.notes.note(f"reading {options.model} and {options.data}")
     shared = {**about(options, *load(options)), **_student(options)}
@@ -82,7 +87,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
         {**shared, **part, "seed": seed}
         for seed in numbers(options.seeds, "--seeds")
         for comparison in comparisons
-        for part in _parts(options, comparison)
+        for part in _parts(options, comparison, shared, seed)
     ]
 
 
@@ -94,7 +99,7 @@ def _student(options: Options) -> Key:
     return {**{n: getattr(options, n) for n in names}, "steps": plan.steps, "batch": plan.batch}
 
 
-def _parts(options: Options, comparison: str) -> Iterator[Key]:
+def _parts(options: Options, comparison: str, shared: Key, seed: int) -> Iterator[Key]:
     """What tells the rows of a comparison apart, source by source."""
     one = comparison == "class"
     flag = "--class-sources" if one else "--sources"
@@ -110,7 +115,11 @@ def _parts(options: Options, comparison: str) -> Iterator[Key]:
             raise SettingError(f"{flag} has real; name the images with --real.")
         if source.base in ("noise", "uniform", "fractal") and one:
             raise SettingError(f"{flag} has {source.name!r}, whose images are of no class.")
-        real = _real(options, classes).about(options.images) if source.base == "real" else None
+        real = None
+        if source.base == "real":
+            tested = load(options)[1]
+            real = _real(options, classes).identity(options.images, seed, tested)
+        check_inversion(source.base, shared, options.images, options.iterations, load(options)[0])
         yield {
             "comparison": comparison,
             "source": source.name,

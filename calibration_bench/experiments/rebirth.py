@@ -47,6 +47,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     """Seed by seed over the variants, so that they take turns."""
     at_least(options.limit, 1, "--limit")
     names = words(options.variants, "--variants", VARIANTS)
+    QuantizationSettings(bits=cast(Any, options.bits))
     bench.notes.note(f"reading {options.model} and {options.data}")
     loaded, data = load(options)
     shared = {

@@ -17,13 +17,21 @@ from dfq.device import resolve_device
 from dfq.distillation.inherit import begin
 from dfq.distillation.student import create, student_arguments
 from dfq.distillation.training import Images, train
-from dfq.errors import SettingError, UnsupportedModelError
+from dfq.errors import OutputError, SettingError, UnsupportedModelError
 from dfq.files import check_writable, safe_name, write_json
 from dfq.image_sets import calibration_set, covered
 from dfq.images import ImageSource, load_batches, open_images
 from dfq.inversion.workers import check_alone
 from dfq.progress import Progress, Silent
-from dfq.recipe import METHODS, DistillationSettings, Recipe, given, make_recipe, to_dict
+from dfq.recipe import (
+    METHODS,
+    DistillationSettings,
+    Recipe,
+    given,
+    make_recipe,
+    says_images,
+    to_dict,
+)
 from dfq.results import DistillResult, TeacherStudent, to_json
 from dfq.vit import ViT
 from dfq.vit.convert import convert
@@ -102,7 +110,7 @@ def distill(
     if set(extra) - {"inversion", "distillation"}:
         raise SettingError(f"settings has {sorted(extra)}; known: inversion, distillation.")
     method = data if isinstance(data, str) and data in METHODS else None
-    usual = {"images": IMAGES} if recipe is None else {}
+    usual = {} if says_images(recipe) else {"images": IMAGES}
     inversion = {**usual, **(extra.get("inversion") or {})}
     chosen = make_recipe(
         recipe,
@@ -120,8 +128,7 @@ def distill(
     plan = chosen.distillation or DistillationSettings()
     name = teacher if isinstance(teacher, str) else module_name(teacher)
     place = Path(out) if out is not None else Path(f"{safe_name(Path(name).name)}-student")
-    check_output(place)
-    check_writable(place.parent)
+    _check_place(place, teacher, progress)
     target = resolve_device(device)
     loaded = load_model(
         teacher, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
@@ -176,6 +183,19 @@ def distill(
     )
     write_json(place / REPORT, {**facts, **to_json(result)})
     return result
+
+
+def _check_place(place: Path, teacher: str | nn.Module, progress: Progress) -> None:
+    """Refuse a directory that is not free for a student, and say if one will be replaced."""
+    check_output(place)
+    check_writable(place.parent)
+    if not is_saved(place):
+        return
+    if isinstance(teacher, str) and is_saved(teacher) and place.samefile(teacher):
+        raise OutputError(
+            f"The student would replace its teacher {teacher!r}. Give another directory (--out)."
+        )
+    progress.note(f"{str(place)!r} holds another student, which will be replaced")
 
 
 def _pair(measured: Comparison) -> TeacherStudent | None:

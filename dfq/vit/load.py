@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import socket
+import textwrap
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -261,7 +262,7 @@ def _unreachable(name: str, error: Exception) -> PretrainedError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return PretrainedError(
         f"The pretrained weights of {name!r} cannot be downloaded and are not in the local "
-        f"Hugging Face cache ({reason:.160}). Connect to the network, or give a file of weights "
+        f"Hugging Face cache ({textwrap.shorten(reason, 160, placeholder=' ...')}). Connect to the network, or give a file of weights "
         "with --weights FILE."
     )
 

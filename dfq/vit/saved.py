@@ -167,5 +167,6 @@ def read_saved(path: Path) -> tuple[nn.Module, str, Preprocessing]:
 
 
 def _damaged(path: Path, error: Exception) -> WeightsError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[:2]) or type(error).__name__
     return WeightsError(f"The model {str(path)!r} cannot be read: {reason:.200}.")
