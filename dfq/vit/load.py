@@ -259,10 +259,10 @@ def _reach(
 
 
 def _unreachable(name: str, error: Exception) -> PretrainedError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
     return PretrainedError(
         f"The pretrained weights of {name!r} cannot be downloaded and are not in the local "
-        f"Hugging Face cache ({textwrap.shorten(reason, 160, placeholder=' ...')}). Connect to the network, or give a file of weights "
+        f"Hugging Face cache ({reason}). Connect to the network, or give a file of weights "
         "with --weights FILE."
     )
 
