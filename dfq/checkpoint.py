@@ -21,8 +21,8 @@ from dfq.device import resolve_device
 from dfq.errors import CheckpointError, UsageError
 from dfq.files import check_replaceable, read_json, replaced_directory, write_bytes, write_json
 from dfq.quantization.model import QuantizedViT
+from dfq.quantization.qtype import LARGEST_GROUP_SCALE
 from dfq.quantization.quantizer import Quantizer
-from dfq.quantization.rounding import GROUP_LEVELS
 from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
 from dfq.vit.architecture import (
     Architecture,
@@ -262,8 +262,8 @@ def _check_values(name: str, tensor: torch.Tensor, path: Path) -> None:
         raise CheckpointError(f"{str(path)!r}: {name!r} holds NaN or infinite values.")
     if name.endswith(("_scale", ".scales")) and not bool((tensor > 0).all()):
         raise CheckpointError(f"{str(path)!r}: {name!r} holds a scale that is not above 0.")
-    if name.endswith("group_scale") and int(tensor.max()) > GROUP_LEVELS:
-        raise CheckpointError(f"{str(path)!r}: {name!r} holds a scale above {GROUP_LEVELS}.")
+    if name.endswith("group_scale") and int(tensor.max()) > LARGEST_GROUP_SCALE:
+        raise CheckpointError(f"{str(path)!r}: {name!r} holds a scale above {LARGEST_GROUP_SCALE}.")
     if name.endswith("input_zero_point") and not 0 <= int(tensor) <= 255:
         raise CheckpointError(f"{str(path)!r}: {name!r} is {int(tensor)}, outside 0..255.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import textwrap
 from collections.abc import Iterator
@@ -56,12 +57,48 @@ def cpu_has(feature: str) -> bool:
     return probe is not None and bool(probe())
 
 
-def multiplies_bytes(device: torch.device) -> bool:
-    """Whether products of uint8 and int8 are fast and exact here, which takes x86's VNNI.
+def multiplies_bytes(device: torch.device, largest: int = 127) -> bool:
+    """Whether products of uint8 with int8 up to ``largest`` in magnitude are exact and fast here.
 
-    Without it oneDNN adds pairs of products in 16 bits, which saturate.
+    Without VNNI oneDNN adds pairs of them in 16 bits, which saturate unless weights are small.
+    The processor alone does not decide: ``ONEDNN_MAX_CPU_ISA`` limits what oneDNN uses of it.
     """
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and cpu_has("vnni")
+    return device.type == "cpu" and _worst_product_is_exact(largest)
+
+
+@functools.cache
+def _worst_product_is_exact(largest: int) -> bool:
+    """Try the largest and the smallest sums that weights of this magnitude can have."""
+    if not torch.backends.mkldnn.is_available() or not cpu_has("avx2"):
+        return False
+    weight = torch.full((32, 100), largest, dtype=torch.int8)
+    weight[::2] = -largest
+    ones = torch.ones(32, dtype=torch.float32)
+    zeros = torch.zeros(32, dtype=torch.int32)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        for rows in (1, 17):
+            x = torch.full((rows, 100), 255, dtype=torch.uint8)
+            y = torch.ops.onednn.qlinear_pointwise(
+                *(x, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+            )
+            if not torch.equal(y, x.float() @ weight.float().T):
+                return False
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    return True
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is multiplied natively, so that it is faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    native = cpu_has("avx512_bf16") or cpu_has("amx_tile")
+    return native and torch.backends.mkldnn.is_available() and _onednn_takes_bfloat16()
+
+
+def _onednn_takes_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -77,11 +114,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         )
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = cpu_has("avx512_bf16") or cpu_has("amx_tile")
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
 def carrier(precision: str, device: torch.device) -> torch.dtype:

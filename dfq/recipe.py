@@ -135,6 +135,11 @@ class QuantizationSettings:
         0,
         1 << 20,
     )
+    reduce_range: bool = _setting(
+        True,
+        "keep weights within -64..63 (8-bit ones to 7 bits, scales of groups to 8), so that no x86 "
+        "processor and no runtime saturates; false: the full range, for processors with VNNI",
+    )
     bias_correction: bool = _setting(
         True, "shift biases by the mean error of the rounded weights (arXiv 1906.04721, 4.2)"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,7 @@ class IntegerLinear(opaque.Part):
         self.register_buffer("bias", torch.zeros(out_features))
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
+        self._quantizer = Quantizer(1.0, 0, signed=False)
         self._prepared: tuple[Any, ...] | None = None
         self._folded: tuple[nn.LayerNorm, object] | None = None
 
@@ -83,6 +84,7 @@ class IntegerLinear(opaque.Part):
         self.bias.copy_(bias)
         self.input_scale.fill_(quantizer.scale)
         self.input_zero_point.fill_(quantizer.zero_point)
+        self._read_quantizer()
         self.reset()
 
     def integers(self) -> Tensor:
@@ -99,10 +101,14 @@ class IntegerLinear(opaque.Part):
 
     @property
     def input_quantizer(self) -> Quantizer:
-        if self._prepared is not None:
-            params = self._prepared[1]
-            return Quantizer(params.input_scale, params.input_zero_point, signed=False)
-        return Quantizer(float(self.input_scale), int(self.input_zero_point), signed=False)
+        """The quantizer of the input, which must not be read from its tensors while a compiler
+        traces the layer."""
+        return self._quantizer
+
+    def _read_quantizer(self) -> None:
+        if not self.input_scale.is_meta:
+            scale, zero_point = float(self.input_scale), int(self.input_zero_point)
+            self._quantizer = Quantizer(scale, zero_point, signed=False)
 
     def reset(self) -> None:
         """Forget the backend's copies of weight and norm; they are built again when needed."""
@@ -110,18 +116,27 @@ class IntegerLinear(opaque.Part):
 
     def prepare(self) -> tuple[Any, LinearParams, object]:
         """(backend, parameters, the backend's copy of the weight)."""
+        if opaque.exporting():
+            params = self._params()
+            return reference, params, reference.prepack(params)
         if self._prepared is None:
-            kernels = runtime.select(self.weight.device, self.backend)
-            quantizer = self.input_quantizer
-            params = LinearParams(
-                self.integers(),
-                self.weight_scale,
-                self.bias,
-                quantizer.scale,
-                quantizer.zero_point,
-            )
+            params = self._params()
+            kernels = self.select(self.backend, params.weight)
             self._prepared = (kernels, params, kernels.prepack(params))
         return self._prepared
+
+    def select(self, backend: str | None, integers: Tensor | None = None) -> Any:
+        """The named kernels, or the fastest that are exact for this layer's weights.
+
+        Raises:
+            SettingError: no backend of that name, or it is not exact here.
+        """
+        low, high = (self.integers() if integers is None else integers).aminmax()
+        return runtime.select(self.weight.device, backend, max(-int(low), int(high)))
+
+    def _params(self) -> LinearParams:
+        scale, zero_point = self._quantizer.scale, self._quantizer.zero_point
+        return LinearParams(self.integers(), self.weight_scale, self.bias, scale, zero_point)
 
     @property
     def affine(self) -> tuple[Tensor, Tensor] | None:
@@ -139,14 +154,15 @@ class IntegerLinear(opaque.Part):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The float model's input ``[..., in]`` to uint8."""
-        kernels, params, _ = self.prepare()
-        kernels = reference if opaque.compiling() else kernels
-        y: Tensor = kernels.quantize(x, params.input_scale, params.input_zero_point, self.affine)
+        traced = opaque.compiling() or opaque.exporting()
+        kernels = reference if traced else self.prepare()[0]
+        by = self._quantizer
+        y: Tensor = kernels.quantize(x, by.scale, by.zero_point, self.affine)
         return y
 
     def quantize_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """The output of a norm to uint8, for float ``[..., in]`` before it."""
-        if not isinstance(norm, nn.LayerNorm) or opaque.compiling():
+        if not isinstance(norm, nn.LayerNorm) or opaque.compiling() or opaque.exporting():
             return self.quantize_input(norm(x))
         kernels, params, _ = self.prepare()
         if self._folded is None or self._folded[0] is not norm:
@@ -186,8 +202,9 @@ class IntegerLinear(opaque.Part):
         return {**self.__dict__, "_prepared": None, "_folded": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.reset()
         super()._load_from_state_dict(*args, **kwargs)
+        self._read_quantizer()
+        self.reset()
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLinear:
         check_types(fn)
@@ -227,8 +244,23 @@ class AttentionProduct(opaque.Part):
         super().__init__()
         self.integer = integer
         self.backend: str | None = None
+        self._scales = (1.0, 1.0, 1.0)
         if integer:
             self.register_buffer("scales", torch.ones(3))
+
+    def assign(self, scales: Sequence[float]) -> None:
+        """Take the scales of q, k and v."""
+        self.scales.copy_(torch.tensor(scales, dtype=torch.float32))
+        self._read_scales()
+
+    def _read_scales(self) -> None:
+        if self.integer and not self.scales.is_meta:
+            q, k, v = self.scales.tolist()
+            self._scales = (q, k, v)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read_scales()
 
     def forward(
         self,
@@ -245,14 +277,14 @@ class AttentionProduct(opaque.Part):
         time, so that their scores stay in the processor's cache.
         """
         b, h, t, d = q.shape
-        step = max(1, CACHED_SCORES // max(1, h * t * k.shape[2]))
+        step = 1 if opaque.exporting() else max(1, CACHED_SCORES // max(1, h * t * k.shape[2]))
         if opaque.compiling():
-            if self.integer or b > step:
-                return opaque.attention(self, q, k, v, bias, scale)
-            return merge_heads(attend(q, k, v, bias, scale)).float()
-        mixed = torch.empty(b, t, h, d, device=q.device)
+            return opaque.attention(self, q, k, v, bias, scale)
         scale = d**-0.5 if scale is None else scale
         mix = self._integer_mix(q, scale) if self.integer else partial(attend, scale=scale)
+        if opaque.exporting():
+            return merge_heads(mix(q, k, v, bias)).float()
+        mixed = torch.empty(b, t, h, d, device=q.device, dtype=torch.float32)
         for start in range(0, b, step):
             part = slice(start, start + step)
             own = bias if bias is None or len(bias) == 1 else bias[part]
@@ -262,7 +294,8 @@ class AttentionProduct(opaque.Part):
     def _integer_mix(
         self, q: Tensor, scale: float
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-        kernels, scales = runtime.select(q.device, self.backend), self.scales.tolist()
+        chosen = "reference" if opaque.exporting() else self.backend
+        kernels, scales = runtime.select(q.device, chosen, 0), self._scales
         of_scores = scales[0] * scales[1] * scale
 
         def mix(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

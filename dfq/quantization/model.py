@@ -19,6 +19,7 @@ from dfq.quantization.layers import (
     IntegerPatchEmbed,
     check_types,
 )
+from dfq.quantization.qtype import WeightType
 from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES, layers
 from dfq.recipe import QuantizationSettings
@@ -48,7 +49,12 @@ class QuantizedAttention(Attention):
         self.qkv = _linear(arch.embed_dim, 3 * width, settings)
         self.proj = _linear(width, arch.embed_dim, settings)
         self.product = AttentionProduct(settings.attention == "int8")
-        self._float_format: tuple[torch.device, OutputFormat] | None = None
+        self._float_format = OutputFormat(torch.float32)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedAttention:
+        super()._apply(fn, recurse)
+        self._float_format = self._make_float_format(self.qkv.weight.device)
+        return self
 
     def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
         return self.integer_forward(self.qkv.quantize_input(x), at, rows)
@@ -73,13 +79,10 @@ class QuantizedAttention(Attention):
             return self.product.output_format(self.num_heads * self.head_dim)
         if self.product.integer or normed:
             return OutputFormat(torch.float32)
-        device = self.qkv.weight.device
-        if self._float_format is None or self._float_format[0] != device:
-            self._float_format = device, self._make_float_format(device)
-        return self._float_format[1]
+        return OutputFormat(torch.float32) if opaque.exporting() else self._float_format
 
     def _make_float_format(self, device: torch.device) -> OutputFormat:
-        if attention_dtype(device) == torch.float32:
+        if device.type == "meta" or attention_dtype(device) == torch.float32:
             return OutputFormat(torch.float32)
         units = torch.ones(3, self.num_heads * self.head_dim, device=device)
         units[0] = self.head_dim**0.5
@@ -211,16 +214,19 @@ class QuantizedViT(ViT):
 
     @property
     def backend(self) -> str:
-        """Name of the kernels in use."""
-        return runtime.select(self.prefix.device, self._linears()[0].backend).NAME
+        """Name of the kernels in use; names, where layers have different ones."""
+        names = {layer.prepare()[0].NAME for layer in self._linears()}
+        return ", ".join(sorted(names))
 
     def set_backend(self, name: str | None) -> QuantizedViT:
         """Choose the kernels: ``"onednn"``, ``"reference"``, or None for the fastest.
 
         Raises:
-            SettingError: no such backend, or not on this device.
+            SettingError: no such backend, or it is not exact here.
         """
-        runtime.select(self.prefix.device, name)
+        runtime.select(self.prefix.device, name, 0)
+        for layer in self._linears() if name == "onednn" else ():
+            layer.select(name)
         for layer in self._linears():
             layer.backend = name
             layer.reset()
@@ -241,9 +247,6 @@ class QuantizedViT(ViT):
                 f"Compiling takes a C++ compiler ({', '.join(opaque.COMPILERS)}), and none is on "
                 f"the PATH. Install one, or run the model as it is."
             )
-        self(
-            torch.zeros(1, self.arch.in_channels, *self.arch.image_size, device=self.prefix.device)
-        )
         super().compile(*args, **{"fullgraph": True, **kwargs})
 
     @property
@@ -298,7 +301,7 @@ def quantize_vit(
         assert isinstance(linear, nn.Linear)
         target = cast(IntegerLinear, quantized.get_submodule(name))
         if isinstance(target, IntegerPatchEmbed):
-            _fill_patch_embed(target, linear)
+            _fill_patch_embed(target, linear, settings)
         else:
             _fill(
                 target,
@@ -313,14 +316,16 @@ def quantize_vit(
     if settings.attention == "int8":
         for i, product in enumerate(quantized.products()):
             scales = [calibration.quantizers[f"blocks.{i}.{s}"].scale for s in ATTENTION_SITES]
-            product.scales.copy_(torch.tensor(scales))
+            product.assign(scales)
     return quantized
 
 
-def _fill_patch_embed(target: IntegerPatchEmbed, linear: nn.Linear) -> None:
-    weight = linear.weight / target.std
-    scales = rounding.search_scales(weight, target.bits)
-    integers = rounding.round_nearest(weight, scales, target.bits)
+def _fill_patch_embed(
+    target: IntegerPatchEmbed, linear: nn.Linear, settings: QuantizationSettings
+) -> None:
+    weight, qtype = linear.weight / target.std, WeightType(target.bits, settings.reduce_range)
+    scales = rounding.search_scales(weight, qtype)
+    integers = rounding.round_nearest(weight, scales, qtype)
     bias = linear.bias - scales.dequantize(integers) @ target.mean
     target.assign(integers, scales, bias, PIXEL)
 
@@ -335,11 +340,12 @@ def _fill(
 ) -> None:
     hessian = statistics.hessian
     importance = None if hessian is None else hessian.diagonal()
-    scales = rounding.search_scales(weight, target.bits, importance, group=target.group)
+    qtype = WeightType(target.bits, settings.reduce_range)
+    scales = rounding.search_scales(weight, qtype, importance, group=target.group)
     if hessian is not None:
-        integers = rounding.round_gptq(weight, scales, target.bits, hessian, settings.damping)
+        integers = rounding.round_gptq(weight, scales, qtype, hessian, settings.damping)
     else:
-        integers = rounding.round_nearest(weight, scales, target.bits)
+        integers = rounding.round_nearest(weight, scales, qtype)
     if settings.bias_correction:
         rounded = scales.dequantize(integers)
         bias = bias + rounding.bias_correction(weight, rounded, statistics.mean)

@@ -29,6 +29,5 @@ def pack_int4(values: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor, length: int) -> Tensor:
     """The inverse of :func:`pack_int4`: uint8 ``[..., ceil(K / 2)]`` to int8 ``[..., K]``."""
-    signed = packed.view(torch.int8)
-    low = (signed << 4) >> 4
-    return torch.stack([low, signed >> 4], dim=-1).flatten(-2)[..., :length].contiguous()
+    halves = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)[..., :length]
+    return (halves ^ 8).to(torch.int8) - 8

@@ -9,15 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfq.errors import RunError
+from dfq.quantization.qtype import WeightType
 
 CLIP_STEPS = 40
 """Candidates of the clipping search, from the full range downwards."""
-
-CLIP_LOWEST = {4: 0.5, 8: 0.9}
-"""The smallest clipping candidate, as a share of the largest magnitude."""
-
-GROUP_LEVELS = 16
-"""Largest integer scale of a group: 4-bit integers times it still fit in 8 bits."""
 
 SMALLEST = 1e-30
 """Least scale, so that a row of zeros has one."""
@@ -26,18 +21,12 @@ COLUMNS = 128
 """Columns between two updates of the remaining weights (arXiv 2210.17323, 3.3)."""
 
 
-def integer_range(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer of weights: -8..7 or -127..127; the zero point is 0."""
-    high = 2 ** (bits - 1) - 1
-    return (-high - 1 if bits == 4 else -high), high
-
-
 @dataclass(frozen=True)
 class WeightScales:
     """What a weight's integers stand for.
 
     ``channel`` float32 ``[out]``.  With ``group``, uint8 ``[out, ceil(in / size)]`` of values
-    1 to 16, each run of ``size`` inputs has an integer scale of its own within its channel
+    from 1 to 8 or 16, each run of ``size`` inputs has an integer scale of its own within its channel
     (QServe, arXiv 2405.04532, section 4.1): products run on ``integers * group`` as on any
     8-bit weights of one scale per channel.
     """
@@ -65,32 +54,36 @@ class WeightScales:
 
 def expand_groups(group: Tensor, size: int, inputs: int) -> Tensor:
     """The group scale of each weight: ``[out, groups]`` to ``[out, in]``."""
-    return group.repeat_interleave(size, dim=1)[:, :inputs]
+    index = torch.arange(inputs, device=group.device) // size
+    return group[:, index]
 
 
 def search_scales(
-    weight: Tensor, bits: int, importance: Tensor | None = None, *, group: int = 0
+    weight: Tensor, qtype: WeightType, importance: Tensor | None = None, *, group: int = 0
 ) -> WeightScales:
     """Scales that minimise the weighted squared rounding error of ``weight`` ``[out, in]``.
 
     ``group`` is how many inputs share a second, integer scale; 0 for none.  The scale that
-    each group would like best is rounded to a 16th of its channel's largest.
+    each group would like best is rounded to an 8th or a 16th of its channel's largest.
     ``importance`` as in :func:`search_scale`.
     """
     if not group:
-        return WeightScales(search_scale(weight, bits, importance))
+        return WeightScales(search_scale(weight, qtype, importance))
     outputs, inputs = weight.shape
     weights = torch.ones_like(weight[0]) if importance is None else importance
     padding = -inputs % group
     rows = F.pad(weight, (0, padding)).reshape(-1, group)
     shares = F.pad(weights, (0, padding)).reshape(1, -1, group).expand(outputs, -1, -1)
-    wanted = search_scale(rows, bits, shares.reshape(-1, group)).reshape(outputs, -1)
-    channel = wanted.amax(1) / GROUP_LEVELS
-    levels = (wanted / channel[:, None]).round_().clamp_(1, GROUP_LEVELS)
+    wanted = search_scale(rows, qtype, shares.reshape(-1, group)).reshape(outputs, -1)
+    largest = qtype.largest_group_scale
+    channel = wanted.amax(1) / largest
+    levels = (wanted / channel[:, None]).round_().clamp_(1, largest)
     return WeightScales(channel, levels.to(torch.uint8), group)
 
 
-def search_scale(weight: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+def search_scale(
+    weight: Tensor, qtype: WeightType, importance: Tensor | None = None
+) -> Tensor:
     """The scale of each output channel that minimises its squared rounding error.
 
     Args:
@@ -101,12 +94,12 @@ def search_scale(weight: Tensor, bits: int, importance: Tensor | None = None) ->
     Returns:
         float32 ``[out]``, above 0.
     """
-    low, high = integer_range(bits)
+    low, high = qtype.qmin, qtype.qmax
     full = weight.abs().amax(1).clamp_min(SMALLEST) / high
     weights = torch.ones_like(weight[0]) if importance is None else importance.clamp_min(1e-12)
     best = full
     least = torch.full_like(best, torch.inf)
-    for share in torch.linspace(1.0, CLIP_LOWEST[bits], CLIP_STEPS).tolist():
+    for share in torch.linspace(1.0, qtype.smallest_clip, CLIP_STEPS).tolist():
         scale = full * share
         error = weight - (weight / scale[:, None]).round_().clamp_(low, high) * scale[:, None]
         loss = error.square_().mul_(weights).sum(1)
@@ -115,15 +108,18 @@ def search_scale(weight: Tensor, bits: int, importance: Tensor | None = None) ->
     return best
 
 
-def round_nearest(weight: Tensor, scales: WeightScales, bits: int) -> Tensor:
+def round_nearest(weight: Tensor, scales: WeightScales, qtype: WeightType) -> Tensor:
     """int8 ``[out, in]`` nearest to the weights, ties to even."""
-    low, high = integer_range(bits)
     steps = scales.steps(weight.shape[1])
-    return (weight / steps).round_().clamp_(low, high).to(torch.int8)
+    return (weight / steps).round_().clamp_(qtype.qmin, qtype.qmax).to(torch.int8)
 
 
 def round_gptq(
-    weight: Tensor, scales: WeightScales, bits: int, hessian: Tensor, damping: float = 0.01
+    weight: Tensor,
+    scales: WeightScales,
+    qtype: WeightType,
+    hessian: Tensor,
+    damping: float = 0.01,
 ) -> Tensor:
     """Round column by column, each column's error made up for by those not yet rounded.
 
@@ -140,7 +136,6 @@ def round_gptq(
     Returns:
         int8 ``[out, in]``.
     """
-    low, high = integer_range(bits)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     rest = weight[:, order].clone()
     steps = scales.steps(weight.shape[1]).expand_as(weight)[:, order]
@@ -152,7 +147,7 @@ def round_gptq(
         for i in range(end - start):
             row = factor[start + i, start + i : end]
             step = steps[:, start + i]
-            rounded = (block[:, i] / step).round_().clamp_(low, high)
+            rounded = (block[:, i] / step).round_().clamp_(qtype.qmin, qtype.qmax)
             result[:, start + i] = rounded.to(torch.int8)
             errors[:, i] = (block[:, i] - rounded * step) / row[0]
             block[:, i:] -= errors[:, i, None] * row

@@ -1,7 +1,7 @@
 """Integer kernels behind one small interface.
 
 ``reference`` defines the arithmetic in plain torch and runs anywhere; ``onednn`` runs it
-on x86 processors with 8-bit dot products.
+on x86 processors, wherever its products are exact.
 """
 
 from __future__ import annotations
@@ -60,20 +60,26 @@ class Kernels(Protocol):
 BACKENDS: dict[str, Kernels] = {"onednn": onednn, "reference": reference}
 
 
-def select(device: torch.device | str = "cpu", name: str | None = None) -> Kernels:
+def select(
+    device: torch.device | str = "cpu", name: str | None = None, largest: int = 127
+) -> Kernels:
     """The named backend, or the fastest that is exact on this device.
 
+    ``largest`` is the largest magnitude of the integer weights: without VNNI oneDNN is exact
+    up to 64.
+
     Raises:
-        SettingError: no backend of that name, or not on this device.
+        SettingError: no backend of that name, or it is not exact here.
     """
     device = torch.device(device)
     if name is None:
-        return BACKENDS["onednn" if onednn.available(device) else "reference"]
+        return BACKENDS["onednn" if onednn.available(device, largest) else "reference"]
     if name not in BACKENDS:
         raise SettingError(f"Unknown backend {name!r}; there are {sorted(BACKENDS)}.")
-    if name == "onednn" and not onednn.available(device):
+    if name == "onednn" and not onednn.available(device, largest):
         raise SettingError(
-            f"The onednn backend needs an x86 processor with 8-bit dot products (VNNI), not "
-            f"{device.type!r} here. Use 'reference'."
+            f"The onednn backend needs an x86 processor with 8-bit dot products (VNNI), or AVX2 "
+            f"and weights within -64..64; here it is {device.type!r}, and weights reach {largest}. "
+            "Use 'reference', or quantize with reduce_range."
         )
     return BACKENDS[name]

@@ -14,9 +14,13 @@ from dfq.runtime.params import LinearParams, OutputFormat
 NAME = "onednn"
 
 
-def available(device: torch.device) -> bool:
-    """Whether these kernels are exact here."""
-    return multiplies_bytes(device)
+PORTABLE = 64
+"""Weights up to this magnitude are exact without VNNI too: ``2 * 255 * 64 < 2 ** 15``."""
+
+
+def available(device: torch.device, largest: int = 127) -> bool:
+    """Whether these kernels are exact here for weights up to ``largest`` in magnitude."""
+    return multiplies_bytes(device, 127 if largest > PORTABLE else PORTABLE)
 
 
 def prepack(params: LinearParams) -> object:

@@ -53,6 +53,13 @@ def compiling() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
+def exporting() -> bool:
+    """Whether the model is being traced into a program that other processes run."""
+    return bool(
+        torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    )
+
+
 def compiler() -> str | None:
     """A C++ compiler that ``torch.compile`` can use, where there is one."""
     return next((name for name in COMPILERS if shutil.which(name)), None)
