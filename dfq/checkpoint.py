@@ -33,7 +33,8 @@ from dfq.vit.architecture import (
 )
 
 FORMAT = "dfq-checkpoint"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
+READABLE = (5, 6)
 CONFIG, MODEL, REPORT, RECIPE = "config.json", "model.safetensors", "report.json", "recipe.toml"
 
 _SAFETENSORS_NAMES = {
@@ -164,12 +165,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{str(file)!r} is not the configuration of a dfq checkpoint.")
     version = config.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE:
         raise CheckpointError(
             f"{str(file)!r} has format version {version!r}; this dfq reads "
-            f"{FORMAT_VERSION}. Install the dfq that wrote it, or quantize again."
+            f"{' and '.join(map(str, READABLE))}. Install the dfq that wrote it, or quantize again."
         )
+    if version == 5:
+        _say_full_range(config)
     return config
+
+
+def _say_full_range(config: dict[str, Any]) -> None:
+    """Format 5 knew no ``reduce_range``: its weights take the full range."""
+    recipe = config.get("recipe")
+    settings = recipe.get("quantization") if isinstance(recipe, dict) else None
+    if isinstance(settings, dict):
+        settings.setdefault("reduce_range", False)
 
 
 @checked

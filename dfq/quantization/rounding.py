@@ -26,9 +26,9 @@ class WeightScales:
     """What a weight's integers stand for.
 
     ``channel`` float32 ``[out]``.  With ``group``, uint8 ``[out, ceil(in / size)]`` of values
-    from 1 to 8 or 16, each run of ``size`` inputs has an integer scale of its own within its channel
-    (QServe, arXiv 2405.04532, section 4.1): products run on ``integers * group`` as on any
-    8-bit weights of one scale per channel.
+    from 1 to 8 or 16, each run of ``size`` inputs has an integer scale of its own within its
+    channel (QServe, arXiv 2405.04532, section 4.1): products run on ``integers * group`` as on
+    any 8-bit weights of one scale per channel.
     """
 
     channel: Tensor
@@ -81,9 +81,7 @@ def search_scales(
     return WeightScales(channel, levels.to(torch.uint8), group)
 
 
-def search_scale(
-    weight: Tensor, qtype: WeightType, importance: Tensor | None = None
-) -> Tensor:
+def search_scale(weight: Tensor, qtype: WeightType, importance: Tensor | None = None) -> Tensor:
     """The scale of each output channel that minimises its squared rounding error.
 
     Args:

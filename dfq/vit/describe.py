@@ -43,6 +43,7 @@ def describe(model: Any, name: str) -> Architecture:
         raise refusal(name, "its patch embedding is not one fixed-size convolution")
     if not isinstance(model.head, nn.Linear | nn.Identity):
         raise refusal(name, f"its head is {type(model.head).__name__}")
+    _check_modules(model, name)
     for block in blocks:
         _check_block(block, BLOCKS[type(model)], name)
     attn, mlp = blocks[0].attn, blocks[0].mlp
@@ -84,6 +85,27 @@ def describe(model: Any, name: str) -> Architecture:
 def refusal(name: str, why: str) -> UnsupportedModelError:
     """The error for a model that dfq does not know."""
     return UnsupportedModelError(f"{name!r} cannot be quantized: {why}. Supported: {SUPPORTED}.")
+
+
+def _check_modules(model: nn.Module, name: str) -> None:
+    """Refuse layers whose weights do not say alone what they compute.
+
+    Adapters, parametrizations, quantized layers of other libraries and subclasses have classes
+    that are neither PyTorch's own nor timm's; a replaced ``forward`` lies in the instance.
+    """
+    for path, module in model.named_modules():
+        kind = type(module)
+        known = kind.__module__.startswith(("torch.nn.modules.", "timm."))
+        linear = not isinstance(module, nn.Linear) or kind is nn.Linear
+        if known and linear and "forward" not in vars(module):
+            continue
+        what = "has a forward of its own" if known and linear else f"is a {kind.__name__}"
+        raise refusal(
+            name,
+            f"its layer {path or 'model'!r} {what}, and only its plain weights would be copied. "
+            "Merge adapters into the weights (peft: merge_and_unload(); parametrizations: "
+            "torch.nn.utils.parametrize.remove_parametrizations) and pass the plain model",
+        )
 
 
 def _check_block(block: Any, kind: type[nn.Module], name: str) -> None:

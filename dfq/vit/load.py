@@ -358,5 +358,27 @@ def _check_channels(model: Any, preprocessing: Preprocessing) -> None:
     for flag, values in (("--mean", preprocessing.mean), ("--std", preprocessing.std)):
         if not all(map(math.isfinite, values)):
             raise SettingError(f"{flag} must be finite, got {values}.")
-    if any(s <= 0 for s in preprocessing.std):
-        raise SettingError(f"--std must be above 0, got {preprocessing.std}.")
+    _check_pixels(preprocessing)
+
+
+def _check_pixels(preprocessing: Preprocessing) -> None:
+    """Raise :class:`SettingError` unless mean and std can be those of pixels / 255.
+
+    Inputs are clamped to what pixels from 0 to 255 become, so with others every real input
+    would be clamped to a wrong range.
+    """
+    for flag, values, good in (
+        ("--mean", preprocessing.mean, all(0 <= m <= 1 for m in preprocessing.mean)),
+        ("--std", preprocessing.std, all(1 / 256 <= s <= 1 for s in preprocessing.std)),
+    ):
+        if good:
+            continue
+        low = "0" if flag == "--mean" else "1/256"
+        shown = ", ".join(f"{v:g}" for v in values)
+        hint = "Inputs that are no pixels (spectrograms, normalised bands) are not supported."
+        if all(0 <= v <= 255 for v in values) and max(values) > 1:
+            divided = ",".join(f"{v / 255:.4g}" for v in values)
+            hint = f"In units of 0 to 255 these would be {flag} {divided}. {hint}"
+        raise SettingError(
+            f"{flag} is {shown}; it is of pixels / 255, so each value is from {low} to 1. {hint}"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,9 @@ from dfq.vit.convert import check_finite
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 """Where training checkpoints keep weights, in the order in which timm looks for them."""
 
+
+_LAYER_SCALES = re.compile(r"^(blocks\.\d+\.)gamma_([12])$")
+"""Names of layer scale in DeiT-III's published weights."""
 
 POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
 """Ends of the names of parameters whose length follows from the image size."""
@@ -114,6 +118,12 @@ def load_into(
     for key in sorted(own.keys() & state.keys()):
         if own[key].is_floating_point() and not state[key].is_floating_point():
             raise WeightsError(f"{path.name!r}: {key!r} is {state[key].dtype}; weights are floats.")
+    _check_patches(own, state, name, path)
+    state = (
+        {_LAYER_SCALES.sub(r"\1ls\2.gamma", k): v for k, v in state.items()}
+        if any(key.endswith("ls1.gamma") for key in own)
+        else state
+    )
     if not resize:
         for key in sorted(own.keys() & state.keys()):
             if key.endswith(POSITION_TABLES):
@@ -143,6 +153,24 @@ def _filter(model: nn.Module) -> Callable[..., Any]:
     home: Any = homes.get(type(model), vision_transformer)
     translate: Callable[..., Any] = home.checkpoint_filter_fn
     return translate
+
+
+def _check_patches(own: dict[str, Tensor], state: dict[str, Tensor], name: str, path: Path) -> None:
+    """Refuse weights of another patch size, or of another number of channels, before timm
+    resamples them without a word."""
+    key = "patch_embed.proj.weight"
+    if key not in own or key not in state or state[key].ndim != 4:
+        return
+    (_, channels, *patch), (_, wanted, *size) = state[key].shape, own[key].shape
+    if patch != size:
+        raise WeightsError(
+            f"{path.name!r} has patches of {patch[0]} x {patch[1]} pixels, {name!r} of {size[0]} x "
+            f"{size[1]}. Name a model of that patch size."
+        )
+    if channels != wanted:
+        raise WeightsError(
+            f"{path.name!r} takes images of {channels} channels, {name!r} of {wanted}."
+        )
 
 
 def _check_size(own: Tensor, theirs: Tensor, name: str, path: Path) -> None:
