@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dfq.quantization import rounding
+from dfq.quantization.qtype import WeightType
 from dfq.quantization.rounding import WeightScales
+
+INT4 = WeightType(4)
+TYPES = [WeightType(bits, reduce) for bits in (4, 8) for reduce in (False, True)]
+every_type = pytest.mark.parametrize("qtype", TYPES, ids=str)
 
 
 def correlated(samples: int, features: int, seed: int = 0) -> Tensor:
@@ -26,56 +31,72 @@ def output_error(x: Tensor, weight: Tensor, integers: Tensor, scales: WeightScal
     return float(((weight - scales.dequantize(integers)) @ x.T).square().mean())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_searched_scales_are_no_worse_than_the_full_range(bits: int) -> None:
+@every_type
+def test_searched_scales_are_no_worse_than_the_full_range(qtype: WeightType) -> None:
     weight = weights(16, 200)
     weight[:, 0] *= 6
-    high = 2 ** (bits - 1) - 1
 
     def loss(scale: Tensor) -> Tensor:
         scales = WeightScales(scale)
-        rounded = scales.dequantize(rounding.round_nearest(weight, scales, bits))
+        rounded = scales.dequantize(rounding.round_nearest(weight, scales, qtype))
         return (weight - rounded).square().sum(1)
 
-    full = weight.abs().amax(1) / high
-    found = rounding.search_scale(weight, bits)
+    full = weight.abs().amax(1) / qtype.qmax
+    found = rounding.search_scale(weight, qtype)
     assert bool((loss(found) <= loss(full)).all())
-    if bits == 4:
+    if qtype.bits == 4:
         assert bool((found < full).any())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_integers_fill_their_range(bits: int) -> None:
-    low, high = rounding.integer_range(bits)
-    integers = rounding.round_nearest(weights(4, 50) * 100, WeightScales(torch.ones(4)), bits)
-    assert (low, high) == {4: (-8, 7), 8: (-127, 127)}[bits]
-    assert int(integers.min()) == low
-    assert int(integers.max()) == high
+@pytest.mark.parametrize(
+    ("qtype", "low", "high"), list(zip(TYPES, (-8, -8, -127, -63), (7, 7, 127, 63), strict=True))
+)
+def test_integers_fill_their_range(qtype: WeightType, low: int, high: int) -> None:
+    integers = rounding.round_nearest(weights(4, 50) * 100, WeightScales(torch.ones(4)), qtype)
+    assert (int(integers.min()), int(integers.max())) == (low, high)
+
+
+@given(
+    seed=st.integers(0, 99),
+    bits=st.sampled_from([4, 8]),
+    group=st.integers(0, 40),
+    size=st.floats(1e-4, 1e4),
+)
+def test_a_reduced_range_never_saturates_sixteen_bits(
+    seed: int, bits: int, group: int, size: float
+) -> None:
+    """Two products of uint8 and int8 are added in 16 bits on x86 without VNNI."""
+    weight = torch.randn(4, 65, generator=torch.Generator().manual_seed(seed)) * size
+    qtype = WeightType(bits, reduce_range=True)
+    scales = rounding.search_scales(weight, qtype, group=group if bits == 4 else 0)
+    wide = scales.widen(rounding.round_nearest(weight, scales, qtype)).int()
+    assert 2 * 255 * int(wide.max()) < 2**15
+    assert 2 * 255 * int(wide.min()) >= -(2**15)
 
 
 @pytest.mark.parametrize("group", [0, 32, 64])
 def test_second_order_rounding_beats_nearest_on_its_inputs(group: int) -> None:
     x, weight = correlated(500, 150), weights(24, 150)
     hessian = x.T @ x / len(x)
-    scales = rounding.search_scales(weight, 4, hessian.diagonal(), group=group)
-    nearest = rounding.round_nearest(weight, scales, 4)
-    second = rounding.round_gptq(weight, scales, 4, hessian)
+    scales = rounding.search_scales(weight, INT4, hessian.diagonal(), group=group)
+    nearest = rounding.round_nearest(weight, scales, INT4)
+    second = rounding.round_gptq(weight, scales, INT4, hessian)
     assert output_error(x, weight, second, scales) < 0.6 * output_error(x, weight, nearest, scales)
 
 
 def test_second_order_rounding_of_uncorrelated_inputs_is_nearest() -> None:
     weight = weights(8, 40)
-    scales = rounding.search_scales(weight, 4)
+    scales = rounding.search_scales(weight, INT4)
     hessian = torch.rand(40, generator=torch.Generator().manual_seed(0)).add(0.1).diag()
-    found = rounding.round_gptq(weight, scales, 4, hessian)
-    assert torch.equal(found, rounding.round_nearest(weight, scales, 4))
+    found = rounding.round_gptq(weight, scales, INT4, hessian)
+    assert torch.equal(found, rounding.round_nearest(weight, scales, INT4))
 
 
 def test_a_singular_hessian_is_damped() -> None:
     x, weight = correlated(3, 60), weights(5, 60)
     x[:, :10] = 0
-    scales = rounding.search_scales(weight, 4)
-    integers = rounding.round_gptq(weight, scales, 4, x.T @ x)
+    scales = rounding.search_scales(weight, INT4)
+    integers = rounding.round_gptq(weight, scales, INT4, x.T @ x)
     assert output_error(x, weight, integers, scales) < float((weight @ x.T).square().mean())
 
 
@@ -83,32 +104,36 @@ def test_an_all_zero_channel_stays_zero() -> None:
     weight = weights(3, 20)
     weight[1] = 0
     for group in (0, 8):
-        scales = rounding.search_scales(weight, 4, group=group)
+        scales = rounding.search_scales(weight, INT4, group=group)
         assert bool((scales.channel > 0).all())
-        assert rounding.round_nearest(weight, scales, 4)[1].abs().max() == 0
+        assert rounding.round_nearest(weight, scales, INT4)[1].abs().max() == 0
 
 
 def test_bias_correction_takes_the_mean_error_away() -> None:
     x, weight = correlated(300, 30), weights(6, 30)
-    scales = rounding.search_scales(weight, 4)
-    values = scales.dequantize(rounding.round_nearest(weight, scales, 4))
+    scales = rounding.search_scales(weight, INT4)
+    values = scales.dequantize(rounding.round_nearest(weight, scales, INT4))
     shift = rounding.bias_correction(weight, values, x.mean(0))
     exact, rounded = x @ weight.T, x @ values.T + shift
     torch.testing.assert_close(rounded.mean(0), exact.mean(0), rtol=1e-4, atol=1e-4)
 
 
 @given(
-    inputs=st.integers(1, 100), group=st.integers(1, 120), bits=st.just(4), seed=st.integers(0, 99)
+    inputs=st.integers(1, 100),
+    group=st.integers(1, 120),
+    reduce=st.booleans(),
+    seed=st.integers(0, 99),
 )
 def test_groups_are_integers_within_their_channel(
-    inputs: int, group: int, bits: int, seed: int
+    inputs: int, group: int, reduce: bool, seed: int
 ) -> None:
+    qtype = WeightType(4, reduce)
     weight = torch.randn(3, inputs, generator=torch.Generator().manual_seed(seed))
-    scales = rounding.search_scales(weight, bits, group=group)
+    scales = rounding.search_scales(weight, qtype, group=group)
     assert scales.group is not None
     assert scales.group.shape == (3, -(-inputs // group))
-    assert scales.group.amax(1).tolist() == [rounding.GROUP_LEVELS] * 3
-    integers = rounding.round_nearest(weight, scales, bits)
+    assert scales.group.amax(1).tolist() == [8 if reduce else 16] * 3
+    integers = rounding.round_nearest(weight, scales, qtype)
     wide = scales.widen(integers)
     assert wide.dtype == torch.int8
     torch.testing.assert_close(wide.float() * scales.channel[:, None], scales.dequantize(integers))
@@ -118,8 +143,8 @@ def test_groups_lose_less_than_channels() -> None:
     weight = weights(16, 256) * torch.logspace(-1, 0, 256)
 
     def loss(group: int) -> float:
-        scales = rounding.search_scales(weight, 4, group=group)
-        rounded = scales.dequantize(rounding.round_nearest(weight, scales, 4))
+        scales = rounding.search_scales(weight, INT4, group=group)
+        rounded = scales.dequantize(rounding.round_nearest(weight, scales, INT4))
         return float((weight - rounded).square().sum())
 
     assert loss(32) < 0.8 * loss(0)
