@@ -134,7 +134,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dfq' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    from dfq.process_state import fresh_state
+
+    with fresh_state():  # modules make tensors and give warnings as they load
+        value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

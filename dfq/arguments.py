@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dfq.errors import SettingError
+from dfq.process_state import fresh_state
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -22,7 +23,8 @@ _NUMBERS: dict[Any, Any] = {int: int, float: (int, float)}
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, which then refuses arguments of other types than its annotations name.
+    """The function, which then refuses arguments of other types than its annotations name, and
+    runs in a fresh state of the process (:func:`dfq.process_state.fresh_state`).
 
     Raises:
         SettingError: an argument has another type, or is text that names nothing.
@@ -47,7 +49,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                     f"it takes {_names(hint)}."
                 )
             check_text(name, value)
-        return function(*args, **kwargs)
+        with fresh_state():
+            return function(*args, **kwargs)
 
     return call
 
