@@ -18,6 +18,7 @@ from dfq.tables import (
     benchmark_table,
     distill_table,
     entries_table,
+    evaluate_table,
     facts_table,
     field_table,
     layers_of,
@@ -108,10 +109,30 @@ Json = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 MinAgreement = Annotated[
     float | None,
-    typer.Option(help="Fail (exit 1) below this agreement, 0 to 1.", show_default=False),
+    typer.Option(
+        help="Fail (exit 1) if the 95 % interval of agreement begins below, 0 to 1.",
+        show_default=False,
+    ),
 ]
 MinAccuracy = Annotated[
-    float | None, typer.Option(help="Fail (exit 1) below this top-1, 0 to 1.", show_default=False)
+    float | None,
+    typer.Option(
+        help="Fail (exit 1) if the 95 % interval of top-1 begins below, 0 to 1.",
+        show_default=False,
+    ),
+]
+Eval = Annotated[
+    str | None,
+    typer.Option(
+        help="Image folder, with labels as class folders, or .npz, or 'demo'.", show_default=False
+    ),
+]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(
+        help="Indices of class folders: .txt, a name a line, or .json, {name: index}.",
+        show_default=False,
+    ),
 ]
 
 
@@ -162,10 +183,8 @@ def quantize(
         Path | None,
         typer.Option(help="Directory of the checkpoint.", show_default="./MODEL-SCHEME"),
     ] = None,
-    eval: Annotated[
-        str | None,
-        typer.Option(help="Labelled image folder, .npz, or 'demo'.", show_default=False),
-    ] = None,
+    eval: Eval = None,
+    class_map: ClassMap = None,
     seed: Seed = None,
     threads: Threads = None,
     precision: Precision = None,
@@ -194,6 +213,7 @@ def quantize(
             attention=attention,
             out=out,
             eval=eval,
+            class_map=class_map,
             seed=seed,
             threads=threads,
             precision=precision,
@@ -266,8 +286,12 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
     data: Annotated[
         str,
-        typer.Option(help="Labelled image folder, .npz, or 'demo'.", show_default=False),
+        typer.Option(
+            help="Image folder, with labels as class folders, or .npz, or 'demo'.",
+            show_default=False,
+        ),
     ],
+    class_map: ClassMap = None,
     float_: Annotated[
         str | None,
         typer.Option("--float", help="The float model, to measure agreement.", show_default=False),
@@ -283,11 +307,12 @@ def evaluate(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a checkpoint on labelled images."""
+    """Measure a checkpoint on images: accuracy with labels, agreement with the float model."""
     try:
         result = dfq.evaluate(
             checkpoint,
             data=data,
+            class_map=class_map,
             float_model=float_,
             weights=weights,
             img_size=img_size,
@@ -298,9 +323,9 @@ def evaluate(
             progress=Shown(quiet),
         )
     except GateError as error:
-        _show(error.result, json_, quiet, field_table)
+        _show(error.result, json_, quiet, evaluate_table)
         raise
-    _show(result, json_, quiet, field_table)
+    _show(result, json_, quiet, evaluate_table)
 
 
 @app.command(epilog="Example: [bold]dfq distill demo --depth 3 --eval demo[/]")
@@ -347,10 +372,8 @@ def distill(
         Path | None,
         typer.Option(help="Directory of the student.", show_default="./MODEL-student"),
     ] = None,
-    eval: Annotated[
-        str | None,
-        typer.Option(help="Labelled image folder, .npz, or 'demo'.", show_default=False),
-    ] = None,
+    eval: Eval = None,
+    class_map: ClassMap = None,
     seed: Seed = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -379,6 +402,7 @@ def distill(
         std=_floats(std, "--std"),
         out=out,
         eval=eval,
+        class_map=class_map,
         seed=seed,
         threads=threads,
         device=device,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import methodcaller
 from typing import Literal
 
@@ -12,21 +13,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfq.intervals import mean_interval, share_interval
+from dfq.logits import class_logits
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Architecture, Preprocessing, ViT
 
-Metric = Literal["top1", "cosine"]
-"""How agreement is measured: the same top-1 class, or, of models without a classifier, the
-cosine of the pooled features."""
+Metric = Literal["top1", "threshold", "cosine"]
+"""How agreement is measured.
 
+``top1``: the share of images with the same top-1 class.  ``threshold``, of models with one
+logit: the share of images whose logits are on the same side of a threshold.  ``cosine``, of
+models without a classifier: the mean cosine of the pooled features.
+"""
 
 EVALUATION_BATCH = 50
 """Images that both models see at once."""
 
+CONSTANT = 1e-6
+"""Spread of outputs over images, relative to their size, that is rounding alone."""
+
 
 def metric_of(arch: Architecture) -> Metric:
     """How agreement with such a model is measured."""
+    if arch.num_classes == 1:
+        return "threshold"
     return "top1" if arch.num_classes else "cosine"
+
+
+Number = float
+"""The name ``float`` is taken by a field of :class:`Comparison`."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +56,21 @@ class Accuracy:
 class Comparison:
     """A quantized model beside the float model on the same images.
 
-    ``agreement`` is the share of images with the same top-1 class, ``kl`` the mean
-    Kullback-Leibler divergence of the quantized from the float prediction in nats; both
-    None without a float model.  ``seconds`` is the quantized model's own time.  Accuracies
-    are None without labels.  Without a classifier ``agreement`` is the mean cosine of the
-    features, and ``kl`` is None.
+    ``agreement`` as :data:`Metric` says, ``agreeing`` the images that it counts (None of a
+    mean) and ``interval`` its 95 % interval.  ``kl`` is the mean Kullback-Leibler divergence of
+    the quantized from the float prediction in nats, of one logit that of the two Bernoulli
+    distributions; None without a classifier.  ``error_over_spread`` is the root mean square of
+    the difference of the outputs over the standard deviation of the float outputs between
+    images.  All are None without a float model; agreement and error also where the float
+    outputs do not differ between images (``constant``), as any model would agree with them.
+
+    Images on which an output is not finite (``not_finite``) do not agree, are not classified
+    right, and have no part in ``kl`` and ``error_over_spread``.
+
+    ``threshold`` is 0 for labelled images of which the float model puts some on either side;
+    otherwise it lies midway between the two float logits about their median.  Accuracies are
+    None without labels or classifier; of one logit, class 1 is a logit above 0.  ``seconds`` is
+    the quantized model's own time.
     """
 
     images: int
@@ -55,6 +80,12 @@ class Comparison:
     seconds: float
     float: Accuracy | None
     quantized: Accuracy | None
+    agreeing: int | None = None
+    interval: tuple[Number, Number] | None = None
+    threshold: Number | None = None
+    error_over_spread: Number | None = None
+    not_finite: int = 0
+    constant: bool = False
 
 
 Outputs = Callable[[ViT], Tensor]
@@ -73,9 +104,9 @@ def compare(
 
     ``advance`` is called with the number of images after every batch.
     """
-    count, same, divergence, seconds = 0, 0.0, 0.0, 0.0
-    hits = {"quantized": [0, 0], "float": [0, 0]}
-    labelled = metric == "top1"
+    count, seconds, labelled = 0, 0.0, metric != "cosine"
+    hits, float_hits = _Hits(), _Hits()
+    pairs = _Pairs(metric)
     for outputs, labels in batches:
         started = time.perf_counter()
         ours = outputs(quantized).float().cpu()
@@ -83,33 +114,163 @@ def compare(
         count += len(ours)
         theirs = None if reference is None else outputs(reference).float().cpu()
         if theirs is not None:
-            same += _agreeing(ours, theirs, metric)
-            divergence += _divergence(ours, theirs) if metric == "top1" else 0.0
-        if labels is None:
-            labelled = False
-        elif labelled:
-            _count_hits(hits["quantized"], ours, labels)
+            pairs.add(ours, theirs)
+        labelled = labelled and labels is not None
+        if labelled and labels is not None:
+            hits.add(ours, labels)
             if theirs is not None:
-                _count_hits(hits["float"], theirs, labels)
+                float_hits.add(theirs, labels)
         if advance is not None:
             advance(len(ours))
     compared = reference is not None and count > 0
+    agreement = pairs.agreement(labelled) if compared else _Agreement()
     return Comparison(
         images=count,
         metric=metric,
-        agreement=same / count if compared else None,
-        kl=divergence / count if compared and metric == "top1" else None,
-        float=_accuracy(hits["float"], count) if labelled and compared else None,
-        quantized=_accuracy(hits["quantized"], count) if labelled and count else None,
+        agreement=agreement.value,
+        kl=pairs.kl if compared else None,
         seconds=seconds,
+        float=float_hits.accuracy if labelled and compared else None,
+        quantized=hits.accuracy if labelled and count else None,
+        agreeing=agreement.agreeing,
+        interval=agreement.interval,
+        threshold=agreement.threshold,
+        error_over_spread=pairs.error_over_spread if compared else None,
+        not_finite=pairs.not_finite,
+        constant=compared and pairs.constant,
     )
 
 
-def _agreeing(ours: Tensor, theirs: Tensor, metric: Metric) -> float:
-    """Sum over a batch: images of the same class, or cosines."""
+def split_at(logits: Tensor) -> float | None:
+    """A threshold midway between the two of the logits ``[N]`` about their median that differ;
+    None if all are the same."""
+    ordered = logits.double().sort().values
+    steps = (ordered[1:] > ordered[:-1]).nonzero()[:, 0] + 1
+    if not len(steps):
+        return None
+    at = int(steps[(steps - len(ordered) / 2).abs().argmin()])
+    return float((ordered[at - 1] + ordered[at]) / 2)
+
+
+@dataclass(frozen=True)
+class _Agreement:
+    value: float | None = None
+    agreeing: int | None = None
+    interval: tuple[float, float] | None = None
+    threshold: float | None = None
+
+
+@dataclass
+class _Hits:
+    """Labelled images that are classified right, at first and among the first five."""
+
+    images: int = 0
+    first: int = 0
+    five: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        logits = class_logits(logits)
+        top = logits.topk(min(5, logits.shape[1]), dim=-1).indices
+        right = (top == labels[:, None]) & _finite(logits)[:, None]
+        self.images += len(labels)
+        self.first += int(right[:, 0].sum())
+        self.five += int(right.any(-1).sum())
+
+    @property
+    def accuracy(self) -> Accuracy:
+        return Accuracy(self.first / self.images, self.five / self.images)
+
+
+@dataclass
+class _Pairs:
+    """Outputs of two models on the same images, summed up batch by batch."""
+
+    metric: Metric
+    images: int = 0
+    finite: int = 0
+    divergence: float = 0.0
+    squared_error: float = 0.0
+    squares: float = 0.0
+    total: Tensor | None = None
+    scores: list[Tensor] = field(default_factory=list)
+    """Per finite image: whether the classes agree, the cosine, or both logits."""
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        self.images += len(ours)
+        finite = _finite(ours) & _finite(theirs)
+        ours, theirs = ours[finite], theirs[finite]
+        self.finite += len(ours)
+        self.scores.append(_scores(ours, theirs, self.metric))
+        if self.metric != "cosine":
+            self.divergence += _divergence(class_logits(ours), class_logits(theirs))
+        wide = theirs.double()
+        self.squared_error += float((ours.double() - wide).square().sum())
+        self.squares += float(wide.square().sum())
+        self.total = wide.sum(0) + (0 if self.total is None else self.total)
+
+    @property
+    def not_finite(self) -> int:
+        return self.images - self.finite
+
+    @property
+    def kl(self) -> float | None:
+        return self.divergence / self.finite if self.finite and self.metric != "cosine" else None
+
+    @property
+    def _spread(self) -> float:
+        """Squared distances of the float outputs from their mean, summed over the images."""
+        if self.total is None or not self.finite:
+            return 0.0
+        return max(0.0, self.squares - float(self.total.square().sum()) / self.finite)
+
+    @property
+    def constant(self) -> bool:
+        """Whether the float outputs of several images are all the same but for rounding."""
+        return self.finite > 1 and self._spread <= CONSTANT**2 * self.squares
+
+    @property
+    def error_over_spread(self) -> float | None:
+        if self.constant or not self._spread:
+            return None
+        return math.sqrt(self.squared_error / self._spread)
+
+    def agreement(self, labelled: bool) -> _Agreement:
+        """None where the float outputs do not differ between images."""
+        if self.constant:
+            return _Agreement()
+        if not self.finite:
+            return _Agreement(0.0, None if self.metric == "cosine" else 0)
+        scores, threshold = torch.cat(self.scores), None
+        if self.metric == "threshold":
+            ours, theirs = scores.unbind(1)
+            both_sides = 0 < int((theirs > 0).sum()) < len(theirs)
+            threshold = 0.0 if labelled and both_sides else split_at(theirs)
+            if threshold is None:
+                return _Agreement()
+            scores = (ours > threshold) == (theirs > threshold)
+        if self.metric == "cosine":
+            return self._mean(scores.double())
+        count = int(scores.sum())
+        interval = share_interval(count, self.images)
+        return _Agreement(count / self.images, count, interval, threshold)
+
+    def _mean(self, cosines: Tensor) -> _Agreement:
+        values = F.pad(cosines, (0, self.not_finite))
+        mean = float(values.mean())
+        deviation = float(values.std()) if len(values) > 1 else 0.0
+        return _Agreement(mean, interval=mean_interval(mean, deviation, len(values), (-1.0, 1.0)))
+
+
+def _finite(outputs: Tensor) -> Tensor:
+    return outputs.isfinite().all(-1)
+
+
+def _scores(ours: Tensor, theirs: Tensor, metric: Metric) -> Tensor:
     if metric == "top1":
-        return int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    return float(F.cosine_similarity(ours, theirs, dim=-1).sum())
+        return ours.argmax(-1) == theirs.argmax(-1)
+    if metric == "threshold":
+        return torch.cat([ours, theirs], 1).double()
+    return F.cosine_similarity(ours, theirs, dim=-1).clamp(-1, 1)
 
 
 def _divergence(ours: Tensor, theirs: Tensor) -> float:
@@ -117,19 +278,8 @@ def _divergence(ours: Tensor, theirs: Tensor) -> float:
     return float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
 
 
-def _count_hits(hits: list[int], logits: Tensor, labels: Tensor) -> None:
-    top = logits.topk(min(5, logits.shape[1]), dim=-1).indices
-    right = top == labels[:, None].to(top.device)
-    hits[0] += int(right[:, 0].sum())
-    hits[1] += int(right.any(-1).sum())
-
-
-def _accuracy(hits: list[int], count: int) -> Accuracy:
-    return Accuracy(hits[0] / count, hits[1] / count)
-
-
 def dense_batches(
-    batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+    batches: Iterable[tuple[Tensor, Tensor | None]], device: torch.device
 ) -> Iterable[tuple[Outputs, Tensor | None]]:
     """Whole images and their labels, for :func:`compare`."""
     for images, labels in batches:

@@ -30,9 +30,16 @@ from typing import Any
 
 
 class DfqError(Exception):
-    """Base of all errors that dfq raises on purpose."""
+    """Base of all errors that dfq raises on purpose.
+
+    ``advice`` is the end of a message that a caller may want to say in its own words.
+    """
 
     exit_code = 1
+
+    def __init__(self, facts: str, advice: str = "") -> None:
+        super().__init__(f"{facts} {advice}".rstrip())
+        self.facts, self.advice = facts, advice
 
 
 class UsageError(DfqError):

@@ -1,7 +1,8 @@
-"""``dfq.evaluate``: a checkpoint on labelled data, and the bounds that results must keep."""
+"""``dfq.evaluate``: a checkpoint on the user's images."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -10,16 +11,28 @@ from torch import nn
 
 from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
-from dfq.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
+from dfq.comparison import (
+    EVALUATION_BATCH,
+    Comparison,
+    Metric,
+    compare,
+    dense_batches,
+    metric_of,
+)
 from dfq.device import resolve_device
-from dfq.errors import GateError, SettingError
+from dfq.errors import SettingError
+from dfq.gates import check_bounds, check_bounds_decidable, check_shares, doubts, gate
 from dfq.images import ImageSource, load_batches, open_images
+from dfq.intervals import share_interval
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT
 from dfq.quantization.scheme import scheme_name
-from dfq.results import EvaluateResult, FloatQuantized, QuantizeResult
+from dfq.results import AgreementOn, EvaluateResult, FloatQuantized
 from dfq.vit import Architecture, Preprocessing, ViT
 from dfq.vit.load import load_model
+from dfq.vit.saved import is_saved
+
+_NAME_IT = "Name the model that the checkpoint was made from (--float MODEL, --weights FILE)."
 
 
 @checked
@@ -34,20 +47,25 @@ def evaluate(
     backend: str | None = None,
     min_agreement: float | None = None,
     min_accuracy: float | None = None,
+    class_map: str | Path | None = None,
     progress: Progress | None = None,
 ) -> EvaluateResult:
-    """Measure a checkpoint on labelled data, beside the float model where one is named.
+    """Measure a checkpoint on images, beside the float model where one is named.
+
+    Accuracy needs labels, agreement the float model.
 
     Args:
         path: the checkpoint.
-        data: an image folder with one folder a class, an ``.npz`` with ``x`` and ``y``, or
-            ``"demo"``.
+        data: an image folder with one folder a class or with image files alone, an ``.npz``
+            with ``x`` (and ``y``), or ``"demo"``.
         float_model, weights, img_size: the float model, as for :func:`dfq.load_model`.
         backend: integer kernels, ``onednn`` or ``reference``.
-        min_agreement, min_accuracy: bounds from 0 to 1.
+        min_agreement, min_accuracy: bounds from 0 to 1, of the lower ends of 95 % intervals.
+        class_map: a file that numbers the class folders; see
+            :func:`dfq.image_files.read_class_map`.
 
     Raises:
-        GateError: agreement or accuracy is below its bound.
+        GateError: the interval of agreement or accuracy begins below its bound.
         DfqError: one of its other subclasses says what is wrong.
     """
     check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
@@ -60,12 +78,22 @@ def evaluate(
     target = resolve_device(device)
     info = checkpoints.read_info(path)
     model = checkpoints.load(path, device=target).set_backend(backend)
-    source = open_evaluation(data, model.arch, model.preprocessing, min_accuracy)
+    metric = metric_of(model.arch)
+    source = open_evaluation(data, model.arch, model.preprocessing, class_map)
+    check_measurable(source, metric, min_agreement, min_accuracy, "--data")
+    if float_model is None and (source.class_order is None or metric == "cosine"):
+        missing = "a classifier" if metric == "cosine" else f"labels in {source.name!r}"
+        raise SettingError(
+            f"Without {missing} there is agreement alone to measure, and it needs the float model: "
+            "give float_model (--float MODEL)."
+        )
     made_from = str(info.source.get("fingerprint"))
     reference = _float_reference(model, made_from, float_model, weights, img_size, target, progress)
     batches = dense_batches(load_batches(source, model.preprocessing, EVALUATION_BATCH), target)
     with progress.task("Evaluating", len(source)) as advance:
-        comparison = compare(model, reference, batches, advance, metric=metric_of(model.arch))
+        comparison = compare(model, reference, batches, advance, metric=metric)
+    agreement = None if reference is None else agreement_on(comparison, source.name)
+    accuracy = accuracy_pair(comparison, "top1")
     result = EvaluateResult(
         checkpoint=str(path),
         model=info.model,
@@ -75,13 +103,19 @@ def evaluate(
         agreement=comparison.agreement,
         metric=comparison.metric,
         kl=comparison.kl,
-        accuracy=accuracy_pair(comparison, "top1"),
+        accuracy=accuracy,
         accuracy_top5=accuracy_pair(comparison, "top5"),
         backend=model.backend,
         seconds=comparison.seconds,
         images_per_second=comparison.images / comparison.seconds,
+        agreement_on=agreement,
+        class_order=None if accuracy is None else source.class_order,
+        gate=check_bounds(agreement, accuracy, min_agreement, min_accuracy),
+        warnings=doubts(agreement),
     )
-    gate(result, min_agreement, min_accuracy)
+    for warning in result.warnings:
+        progress.note(f"warning: {warning}")
+    gate(result)
     return result
 
 
@@ -97,22 +131,37 @@ def _float_reference(
     if name is None:
         return None
     height, width = model.arch.image_size
-    size = img_size or (height if height == width and name != "demo" else None)
-    classes = model.arch.num_classes
-    loaded = load_model(
-        name,
-        weights=weights,
-        num_classes=classes,
-        img_size=size,
-        mean=model.preprocessing.mean,
-        std=model.preprocessing.std,
-    )
+    named = isinstance(name, str) and name != "demo" and not is_saved(name)
+    size = img_size or (height if height == width and named else None)
+    try:
+        loaded = load_model(
+            name,
+            weights=weights,
+            num_classes=None if model.arch.num_classes else 0,
+            img_size=size,
+            mean=model.preprocessing.mean,
+            std=model.preprocessing.std,
+        )
+    except SettingError as error:
+        if not error.advice:
+            raise
+        channels = model.arch.in_channels
+        raise SettingError(
+            f"The float model takes another number of channels than the checkpoint, which "
+            f"takes {channels}. {_NAME_IT}"
+        ) from error
+    differing = [
+        f"{field.replace('_', ' ')} {theirs!r} instead of {ours!r}"
+        for field, ours in dataclasses.asdict(model.arch).items()
+        if (theirs := getattr(loaded.vit.arch, field)) != ours
+    ]
+    if differing:
+        raise SettingError(
+            f"The float model {loaded.name!r} has another architecture than the checkpoint: "
+            f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. {_NAME_IT}"
+        )
     if loaded.fingerprint != fingerprint:
         progress.note("The float model's weights are not those that the checkpoint was made from.")
-    if loaded.vit.arch != model.arch:
-        raise SettingError(
-            f"The float model {loaded.name!r} has another architecture than the checkpoint."
-        )
     return loaded.vit.to(device)
 
 
@@ -120,17 +169,52 @@ def open_evaluation(
     data: str | Path,
     arch: Architecture,
     preprocessing: Preprocessing,
-    min_accuracy: float | None,
+    class_map: str | Path | None = None,
 ) -> ImageSource:
-    """The images to measure on; labelled where the model has a classifier.
+    """The images to measure on, with labels where there are some and the model has a classifier.
 
     Raises:
-        SettingError: ``min_accuracy`` is asked of a model without one.
+        SettingError: ``class_map`` is given for a model without a classifier.
         DataError: the images cannot be used.
     """
-    if min_accuracy is not None and not arch.num_classes:
+    if class_map is not None and not arch.num_classes:
+        raise SettingError("class_map needs a classifier; the model has none.")
+    labelled = None if arch.num_classes else False
+    return open_images(data, arch, preprocessing, labelled=labelled, class_map=class_map)
+
+
+def check_measurable(
+    source: ImageSource,
+    metric: Metric,
+    min_agreement: float | None,
+    min_accuracy: float | None,
+    flag: str,
+) -> None:
+    """Raise :class:`SettingError` if the images, given by ``flag``, cannot decide a bound."""
+    if min_accuracy is not None and metric == "cosine":
         raise SettingError("min_accuracy needs a classifier; the model has none.")
-    return open_images(data, arch, preprocessing, labelled=bool(arch.num_classes))
+    if min_accuracy is not None and source.class_order is None:
+        raise SettingError(
+            f"min_accuracy needs labels; {source.name!r} has none: no class folders, or no y. "
+            "Bound the agreement (min_agreement), or give labelled images."
+        )
+    check_bounds_decidable(metric, min_agreement, min_accuracy, len(source), flag)
+
+
+def agreement_on(comparison: Comparison, data: str) -> AgreementOn:
+    """What a comparison says of agreement on the images called ``data``."""
+    return AgreementOn(
+        data=data,
+        images=comparison.images,
+        metric=comparison.metric,
+        kl=comparison.kl,
+        agreement=comparison.agreement,
+        agreeing=comparison.agreeing,
+        interval=None if comparison.interval is None else list(comparison.interval),
+        threshold=comparison.threshold,
+        error_over_spread=comparison.error_over_spread,
+        not_finite=comparison.not_finite,
+    )
 
 
 def accuracy_pair(comparison: Comparison, name: Literal["top1", "top5"]) -> FloatQuantized | None:
@@ -138,30 +222,6 @@ def accuracy_pair(comparison: Comparison, name: Literal["top1", "top5"]) -> Floa
     if comparison.quantized is None:
         return None
     reference = None if comparison.float is None else getattr(comparison.float, name)
-    return FloatQuantized(reference, getattr(comparison.quantized, name))
-
-
-def check_shares(**bounds: float | None) -> None:
-    """Raise :class:`SettingError` for a bound that is not from 0 to 1."""
-    for name, value in bounds.items():
-        if value is not None and not 0 <= value <= 1:
-            raise SettingError(f"{name} is {value}; it is a share from 0 to 1.")
-
-
-def gate(
-    result: QuantizeResult | EvaluateResult,
-    min_agreement: float | None,
-    min_accuracy: float | None,
-) -> None:
-    """Raise :class:`GateError`, which carries the result, if it is below a bound."""
-    accuracy = None if result.accuracy is None else result.accuracy.quantized
-    missed = []
-    for what, value, bound in (
-        ("Agreement with the float model", result.agreement, min_agreement),
-        ("Top-1 accuracy", accuracy, min_accuracy),
-    ):
-        if bound is not None and (value is None or not value >= bound):
-            shown = "not measured" if value is None else f"{value:.4f}"
-            missed.append(f"{what} is {shown}, below the bound of {bound}.")
-    if missed:
-        raise GateError(" ".join(missed), result)
+    share, images = getattr(comparison.quantized, name), comparison.images
+    correct = round(share * images)
+    return FloatQuantized(reference, share, correct, images, list(share_interval(correct, images)))

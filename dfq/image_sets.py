@@ -7,14 +7,23 @@ from pathlib import Path
 
 import torch
 
-from dfq.comparison import EVALUATION_BATCH, Comparison, compare, metric_of, sparse_batches
+from dfq.comparison import (
+    EVALUATION_BATCH,
+    Comparison,
+    Metric,
+    compare,
+    metric_of,
+    sparse_batches,
+)
 from dfq.dataset import SparseImageDataset
 from dfq.dataset_settings import SETTINGS
 from dfq.errors import DataError, DatasetError, SettingError, nearest
+from dfq.gates import check_decidable, decides
 from dfq.images import DenseImages, open_images
+from dfq.intervals import images_to_decide
 from dfq.progress import Progress
 from dfq.quantization import QuantizedViT
-from dfq.quantization.coverage import Additions, Coverage
+from dfq.quantization.coverage import Additions, Coverage, fractal_noise, stretched
 from dfq.recipe import METHODS, InversionSettings, Recipe
 from dfq.results import CalibrationSource
 from dfq.synthesis import make_dataset
@@ -22,6 +31,12 @@ from dfq.vit.load import LoadedModel
 
 HELD_OUT_SEED = 1_000_003
 """Added to the seed of the images on which agreement is measured without data."""
+
+OUTSIDE_IMAGES, OUTSIDE_FIRST = 32, 1_000_000
+"""How many images of fractal noise agreement is measured on, and the index of the first, which is
+beyond all that calibration takes."""
+
+OUTSIDE_BATCH = 8
 
 
 def calibration_set(
@@ -88,18 +103,36 @@ def _check_model(dataset: SparseImageDataset, loaded: LoadedModel) -> None:
         )
 
 
-def held_out_settings(settings: InversionSettings, patches: int) -> InversionSettings:
-    """As the calibration set's, but of another seed and never noise."""
+def held_out_settings(
+    settings: InversionSettings,
+    patches: int,
+    metric: Metric = "top1",
+    min_agreement: float | None = None,
+) -> InversionSettings:
+    """As the calibration set's, but of another seed and never noise.
+
+    They make the images of one unit of work; as many as calibration's where fewer cannot
+    decide ``min_agreement``.
+
+    Raises:
+        SettingError: those cannot decide it either.
+    """
     method = settings.method if settings.method != "noise" else InversionSettings().method
     most = min(settings.iterations, patches)
     stages = min(settings.stages, most) if method == "pri" else 1
+    images = settings.unit_size * stages
+    if min_agreement is not None and metric != "cosine" and not decides(min_agreement, images):
+        images = max(images, settings.images)
+        needed = images_to_decide(min_agreement)
+        advice = f"give real ones (--eval DATA), or invert as many (--images {needed})"
+        check_decidable("min_agreement", min_agreement, images, advice)
     return dataclasses.replace(
         settings,
         method=method,
         stages=stages,
         leave_at=settings.leave_at if stages == settings.stages else (),
         seed=(settings.seed + HELD_OUT_SEED) % 2**31,
-        images=settings.unit_size * stages,
+        images=images,
     )
 
 
@@ -111,11 +144,10 @@ def compare_held_out(
     cache: str | Path | None,
     progress: Progress,
 ) -> Comparison:
-    """Compare on images inverted with another seed, which calibration did not see."""
-    fresh = held_out_settings(settings, loaded.vit.arch.grid.patches)
+    """Compare on the images of :func:`held_out_settings`, which calibration did not see."""
     dataset, _ = make_dataset(
         loaded,
-        fresh,
+        settings,
         out=None,
         device=device,
         cache=cache,
@@ -124,3 +156,17 @@ def compare_held_out(
     )
     batches = sparse_batches(dataset.batches(EVALUATION_BATCH), loaded.vit, loaded.preprocessing)
     return compare(quantized, loaded.vit, batches, metric=metric_of(loaded.vit.arch))
+
+
+def compare_outside(loaded: LoadedModel, quantized: QuantizedViT, progress: Progress) -> Comparison:
+    """Compare on images that were made without the model: fractal noise from black to white.
+
+    Inverted images are those that the model is surest of, and calibration has seen their like;
+    these tell whether the quantized model follows the float one elsewhere too.
+    """
+    arch = loaded.vit.arch
+    starts = range(OUTSIDE_FIRST, OUTSIDE_FIRST + OUTSIDE_IMAGES, OUTSIDE_BATCH)
+    images = (stretched(fractal_noise(OUTSIDE_BATCH, arch.grid, first)) for first in starts)
+    batches = sparse_batches(images, loaded.vit, loaded.preprocessing)
+    with progress.task("Comparing on fractal noise", OUTSIDE_IMAGES) as advance:
+        return compare(quantized, loaded.vit, batches, advance, metric=metric_of(arch))

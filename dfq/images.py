@@ -1,8 +1,9 @@
-"""Labelled images for evaluation, and plain images for calibration."""
+"""The user's images: for evaluation with labels or without, and for calibration."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,18 @@ from torch import Tensor
 
 from dfq import demo
 from dfq.errors import DataError
+from dfq.image_files import (
+    EXTENSIONS,
+    class_folders,
+    image_files,
+    map_classes,
+    number_classes,
+    read_class_map,
+)
+from dfq.image_modes import to_eight_bits
+from dfq.logits import label_count
 from dfq.sparse import SparseImages, patchify
 from dfq.vit import Architecture, Preprocessing
-
-EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-IMAGENET_CLASSES = 1000
 
 MOST_PIXELS = 1 << 26
 """Of an image between resizing and cropping."""
@@ -31,6 +39,13 @@ class ImageSource(Protocol):
     @property
     def name(self) -> str:
         """What the data is called."""
+
+    @property
+    def class_order(self) -> str | None:
+        """Where the classes' indices are from; None where there are no labels.
+
+        ``y``, of an array; or as :class:`dfq.image_files.ClassNumbers` says, of folders.
+        """
 
     def __len__(self) -> int: ...
 
@@ -54,6 +69,10 @@ class ArrayImages:
     arch: Architecture
     preprocessing: Preprocessing
 
+    @property
+    def class_order(self) -> str | None:
+        return None if self.y is None else "y"
+
     def __len__(self) -> int:
         return len(self.x)
 
@@ -75,6 +94,7 @@ class FolderImages:
     labels: tuple[int, ...] | None
     arch: Architecture
     preprocessing: Preprocessing
+    class_order: str | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -103,9 +123,7 @@ def fit(
     mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
     if mode is None:
         raise DataError(f"Image files have 1, 3 or 4 channels; the model takes {channels}.")
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert(mode)
+    image = to_eight_bits(image, mode)
     height, width = arch.image_size
     resample = Image.Resampling[preprocessing.interpolation.upper()]
     if not crop:
@@ -140,28 +158,44 @@ def _resized(
 
 
 def open_images(
-    data: str | Path, arch: Architecture, preprocessing: Preprocessing, *, labelled: bool
+    data: str | Path,
+    arch: Architecture,
+    preprocessing: Preprocessing,
+    *,
+    labelled: bool | None,
+    class_map: str | Path | None = None,
 ) -> ImageSource:
     """Open an image folder, an ``.npz``, or ``"demo"`` (the demo's test slice).
 
-    With ``labelled`` a folder has one folder per class (ImageNet synsets map to ImageNet's
-    classes; otherwise classes are the sorted folder names and their number must be the
-    model's) and an ``.npz`` has ``y``.
+    Labels are the folders in an image folder, numbered as :func:`dfq.image_files.number_classes`
+    or the file ``class_map`` says, and ``y`` of an ``.npz``.
+
+    Args:
+        labelled: whether labels are needed (True), read where there are any (None) or not
+            looked at (False).  A folder of image files alone, and an ``.npz`` without ``y``,
+            have none.
 
     Raises:
-        DataError: there is no such data, it is empty or unreadable, or its classes do not
-            fit the model.
+        DataError: there is no such data, it is empty or unreadable, its classes do not
+            fit the model, or ``class_map`` goes with no class folders.
     """
+    path = Path(data)
+    is_folder = str(data) != "demo" and path.is_dir()
+    if class_map is not None and not is_folder:
+        raise DataError(
+            f"A class map numbers class folders; {str(data)!r} is no folder. Leave class_map "
+            "(--class-map) out."
+        )
     if str(data) == "demo":
         if arch.num_classes != len(demo.CLASSES) or arch.in_channels != 1:
             raise DataError(
                 f"The demo's test images have {len(demo.CLASSES)} classes and 1 channel; the "
-                f"model has {arch.num_classes} and {arch.in_channels}. Give --eval your own data."
+                f"model has {arch.num_classes} and {arch.in_channels}. Give your own images "
+                "instead of 'demo'."
             )
         return _open_npz(demo.TEST_SLICE, "demo", arch, preprocessing, labelled)
-    path = Path(data)
-    if path.is_dir():
-        return _open_folder(path, arch, preprocessing, labelled)
+    if is_folder:
+        return _open_folder(path, arch, preprocessing, labelled, class_map)
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path, str(path), arch, preprocessing, labelled)
     what = "has an unknown type" if path.exists() else "does not exist"
@@ -169,7 +203,11 @@ def open_images(
 
 
 def _open_npz(
-    path: Path, name: str, arch: Architecture, preprocessing: Preprocessing, labelled: bool
+    path: Path,
+    name: str,
+    arch: Architecture,
+    preprocessing: Preprocessing,
+    labelled: bool | None,
 ) -> ArrayImages:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
@@ -193,67 +231,57 @@ def _open_npz(
             raise DataError(
                 f"{str(path)!r}: y is {y.dtype} {list(y.shape)}; expected {len(x)} whole numbers."
             )
-        if labelled:
-            _check_labels(int(y.min()), int(y.max()), arch, str(path))
+        if labelled is not False:
+            _check_labels(int(y.min()), int(y.max()), label_count(arch), str(path))
     return ArrayImages(name, x, y, arch, preprocessing)
 
 
-def _check_labels(low: int, high: int, arch: Architecture, name: str) -> None:
-    if low < 0 or high >= arch.num_classes:
+def _check_labels(low: int, high: int, classes: int, name: str) -> None:
+    if low < 0 or high >= classes:
         raise DataError(
-            f"{name!r} has labels from {low} to {high}, but the model has {arch.num_classes} "
-            f"classes (0 to {arch.num_classes - 1})."
+            f"{name!r} has labels from {low} to {high}, but the model has {classes} "
+            f"classes (0 to {classes - 1})."
         )
 
 
 def _open_folder(
-    path: Path, arch: Architecture, preprocessing: Preprocessing, labelled: bool
+    path: Path,
+    arch: Architecture,
+    preprocessing: Preprocessing,
+    labelled: bool | None,
+    class_map: str | Path | None,
 ) -> FolderImages:
-    if not labelled:
-        files = tuple(_image_files(path))
+    folders = [] if labelled is False else class_folders(path)
+    if not folders and (labelled or class_map is not None):
+        raise DataError(f"{str(path)!r} has no class folders; labels are the names of folders.")
+    if not folders:
+        files = tuple(image_files(path))
         if not files:
             raise DataError(f"{str(path)!r} holds no images ({', '.join(sorted(EXTENSIONS))}).")
         return FolderImages(str(path), files, None, arch, preprocessing)
-    classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    numbers = _class_numbers(classes, arch, path)
-    found = [(f, number) for name, number in numbers.items() for f in _image_files(path / name)]
+    names, classes = [folder.name for folder in folders], label_count(arch)
+    if class_map is None:
+        numbers = number_classes(names, classes, str(path))
+    else:
+        named = read_class_map(Path(class_map), classes)
+        numbers = map_classes(names, named, str(path), str(class_map))
+    root = frozenset([os.path.realpath(path)])
+    found = [(f, numbers.index[c.name]) for c in folders for f in image_files(c, root)]
     if not found:
-        raise DataError(f"{str(path)!r} holds no images in its {len(classes)} class folders.")
+        raise DataError(f"{str(path)!r} holds no images in its {len(folders)} class folders.")
     files, labels = zip(*found, strict=True)
-    return FolderImages(str(path), files, labels, arch, preprocessing)
-
-
-def _image_files(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-
-
-def _class_numbers(classes: list[str], arch: Architecture, path: Path) -> dict[str, int]:
-    if not classes:
-        raise DataError(f"{str(path)!r} has no class folders; labels are the names of folders.")
-    if arch.num_classes == IMAGENET_CLASSES:
-        from timm.data import ImageNetInfo
-
-        synsets = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
-        if set(classes) <= set(synsets):
-            return {name: synsets[name] for name in classes}
-    if len(classes) != arch.num_classes:
-        raise DataError(
-            f"{str(path)!r} has {len(classes)} class folders, but the model has "
-            f"{arch.num_classes} classes"
-            + (" and they are not ImageNet synsets." if arch.num_classes == 1000 else ".")
-        )
-    return {name: i for i, name in enumerate(classes)}
+    return FolderImages(str(path), files, labels, arch, preprocessing, numbers.order)
 
 
 def load_batches(
     source: ImageSource, preprocessing: Preprocessing, size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised float32 images ``[B, C, H, W]`` and labels int64 ``[B]``."""
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Normalised float32 images ``[B, C, H, W]`` and labels int64 ``[B]``, None without."""
     mean = torch.tensor(preprocessing.mean)[:, None, None]
     std = torch.tensor(preprocessing.std)[:, None, None]
     for start in range(0, len(source), size):
         pixels, labels = _read(source, range(start, min(start + size, len(source))))
-        yield (pixels.float() / 255 - mean) / std, labels
+        yield (pixels.float() / 255 - mean) / std, None if source.class_order is None else labels
 
 
 def _read(source: ImageSource, indices: Any) -> tuple[Tensor, Tensor]:

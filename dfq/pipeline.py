@@ -16,15 +16,23 @@ from torch import nn
 from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
 from dfq.cache import cache_directory
-from dfq.comparison import EVALUATION_BATCH, compare, dense_batches, metric_of
+from dfq.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.dataset import SparseImageDataset
 from dfq.device import resolve_device
 from dfq.errors import CheckpointError, SettingError, nearest
-from dfq.evaluation import accuracy_pair, check_shares, gate, open_evaluation
+from dfq.evaluation import accuracy_pair, agreement_on, check_measurable, open_evaluation
 from dfq.files import check_writable, make_directory, safe_name
-from dfq.image_sets import calibration_set, compare_held_out, covered, held_out_settings
-from dfq.images import DenseImages, load_batches
+from dfq.gates import check_bounds, check_shares, doubts, gate
+from dfq.image_sets import (
+    calibration_set,
+    compare_held_out,
+    compare_outside,
+    covered,
+    held_out_settings,
+)
+from dfq.images import DenseImages, ImageSource, load_batches
 from dfq.inversion import plan_units
+from dfq.inversion.schedule import fit_stages
 from dfq.inversion.workers import check_alone
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
@@ -32,9 +40,8 @@ from dfq.quantization.diagnosis import layer_noise
 from dfq.quantization.equalization import equalize
 from dfq.quantization.reconstruction import reconstruct
 from dfq.quantization.scheme import layers, scheme_name
-from dfq.recipe import METHODS, SECTIONS, Recipe, given, make_recipe
+from dfq.recipe import METHODS, SECTIONS, InversionSettings, Recipe, given, is_set, make_recipe
 from dfq.results import (
-    AgreementOn,
     BlockLoss,
     Bytes,
     CalibrationSource,
@@ -82,7 +89,8 @@ def invert(
         method: ``pri``, ``smi``, ``dmi`` or ``noise``.
         images: how many to make.
         iterations: of a trajectory.
-        stages: ``pri``: images a trajectory yields.
+        stages: ``pri``: images a trajectory yields; by default 4, or fewer where there are fewer
+            patches or iterations.
         out: a directory for the dataset; without it the cache keeps it.
         seed: of noise, targets and jitter.
         threads: of the optimisation; torch's by default.
@@ -108,6 +116,8 @@ def invert(
     loaded = load_model(
         model, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
     )
+    if not is_set("stages", stages, settings, recipe):
+        chosen = fit_stages(chosen, loaded.vit.arch.grid.patches)
     started = time.perf_counter()
     dataset, cached = make_dataset(
         loaded,
@@ -140,6 +150,7 @@ def quantize(
     attention: str | None = None,
     out: str | Path | None = None,
     eval: str | Path | None = None,
+    class_map: str | Path | None = None,
     recipe: str | Path | Recipe | None = None,
     seed: int | None = None,
     threads: int | None = None,
@@ -169,15 +180,16 @@ def quantize(
         attention: ``float`` or ``int8``.
         out: directory of the checkpoint; ``./MODEL-w4a8`` by default.  A dfq checkpoint
             there is replaced once the new one is complete.
-        eval: labelled data for accuracy; see :func:`dfq.evaluate`.
+        eval: images for agreement and, with labels, accuracy; see :func:`dfq.evaluate`.
+        class_map: a file that numbers their class folders.
         recipe: a TOML file or a :class:`dfq.Recipe`; the arguments override it.
         settings: further fields to override, as ``{"inversion": {...}, "quantization":
             {...}}``.
-        min_agreement, min_accuracy: bounds from 0 to 1; below one the result is refused,
-            though the checkpoint is written.
+        min_agreement, min_accuracy: bounds from 0 to 1, of the lower ends of 95 % intervals;
+            below one the result is refused, though the checkpoint is written.
 
     Raises:
-        GateError: agreement or accuracy is below its bound.
+        GateError: the interval of agreement or accuracy begins below its bound.
         DfqError: one of its other subclasses says what is wrong.
     """
     clock, progress = _Clock(), progress or Silent()
@@ -185,6 +197,10 @@ def quantize(
     check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_accuracy is not None and eval is None:
         raise SettingError("min_accuracy needs data to measure it on: give eval (--eval DATA).")
+    if class_map is not None and eval is None:
+        raise SettingError(
+            "class_map numbers the class folders of eval: give it too (--eval DATA)."
+        )
     method = calibration if isinstance(calibration, str) and calibration in METHODS else None
     inversion = given(
         None,
@@ -209,13 +225,16 @@ def quantize(
             model, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
         )
         vit = loaded.vit.to(target)
-        data = None
+        patches, metric = vit.arch.grid.patches, metric_of(vit.arch)
+        if not is_set("stages", stages, (settings or {}).get("inversion"), recipe):
+            chosen = dataclasses.replace(chosen, inversion=fit_stages(chosen.inversion, patches))
+        measured_on: ImageSource | InversionSettings
         if eval is not None:
-            data = open_evaluation(eval, vit.arch, loaded.preprocessing, min_accuracy)
+            measured_on = open_evaluation(eval, vit.arch, loaded.preprocessing, class_map)
+            check_measurable(measured_on, metric, min_agreement, min_accuracy, "--eval")
         else:
-            plan_units(
-                held_out_settings(chosen.inversion, vit.arch.grid.patches), vit.arch.grid.patches
-            )
+            measured_on = held_out_settings(chosen.inversion, patches, metric, min_agreement)
+            plan_units(measured_on, patches)
     if eval is None:
         make_directory(cache_directory(cache) / "datasets")
     with clock("invert"):
@@ -240,29 +259,60 @@ def quantize(
     )
     result = _save(result, out, quantized, loaded, _as_made(chosen, source, origin))
     with clock("evaluate"):
-        if data is not None:
-            batches = dense_batches(
-                load_batches(data, loaded.preprocessing, EVALUATION_BATCH), target
-            )
-            with progress.task("Evaluating", len(data)) as advance:
-                comparison = compare(quantized, vit, batches, advance, metric=metric_of(vit.arch))
-            measured_on = data.name
-        else:
-            comparison = compare_held_out(
-                loaded, quantized, chosen.inversion, target, cache, progress
-            )
-            measured_on = "inverted"
+        result = _measured(result, loaded, quantized, measured_on, target, cache, progress)
     result = dataclasses.replace(
         result,
-        agreement=comparison.agreement,
-        accuracy=accuracy_pair(comparison, "top1"),
-        accuracy_top5=accuracy_pair(comparison, "top5"),
-        agreement_on=AgreementOn(measured_on, comparison.images, comparison.metric, comparison.kl),
         seconds=clock.seconds(),
+        gate=check_bounds(result.agreement_on, result.accuracy, min_agreement, min_accuracy),
+        warnings=doubts(result.agreement_on, result.agreement_outside),
     )
     checkpoints.write_report(out, to_json(result))
-    gate(result, min_agreement, min_accuracy)
+    for warning in result.warnings:
+        progress.note(f"warning: {warning}")
+    gate(result)
     return result
+
+
+def _measured(
+    result: QuantizeResult,
+    loaded: LoadedModel,
+    quantized: QuantizedViT,
+    data: ImageSource | InversionSettings,
+    device: torch.device,
+    cache: str | Path | None,
+    progress: Progress,
+) -> QuantizeResult:
+    """The result with what was measured on the caller's images, or on images of dfq's making."""
+    outside = None
+    if isinstance(data, InversionSettings):
+        name, class_order = "inverted", None
+        comparison = compare_held_out(loaded, quantized, data, device, cache, progress)
+        outside = agreement_on(compare_outside(loaded, quantized, progress), "fractal noise")
+    else:
+        name, class_order = data.name, data.class_order
+        comparison = _compare_on(data, loaded, quantized, device, progress)
+    accuracy = accuracy_pair(comparison, "top1")
+    return dataclasses.replace(
+        result,
+        agreement=comparison.agreement,
+        accuracy=accuracy,
+        accuracy_top5=accuracy_pair(comparison, "top5"),
+        agreement_on=agreement_on(comparison, name),
+        agreement_outside=outside,
+        class_order=None if accuracy is None else class_order,
+    )
+
+
+def _compare_on(
+    data: ImageSource,
+    loaded: LoadedModel,
+    quantized: QuantizedViT,
+    device: torch.device,
+    progress: Progress,
+) -> Comparison:
+    batches = dense_batches(load_batches(data, loaded.preprocessing, EVALUATION_BATCH), device)
+    with progress.task("Evaluating", len(data)) as advance:
+        return compare(quantized, loaded.vit, batches, advance, metric=metric_of(loaded.vit.arch))
 
 
 def _recipe(

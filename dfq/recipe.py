@@ -382,8 +382,8 @@ def make_recipe(
     return override(recipe, "distillation", **distillation) if distillation else recipe
 
 
-def says_images(recipe: str | Path | Recipe | None) -> bool:
-    """Whether a recipe sets the number of images; a :class:`Recipe` always does.
+def says(recipe: str | Path | Recipe | None, name: str) -> bool:
+    """Whether a recipe sets a field of its inversion; a :class:`Recipe` sets all of them.
 
     Raises:
         RecipeError: the file cannot be read.
@@ -391,7 +391,16 @@ def says_images(recipe: str | Path | Recipe | None) -> bool:
     if recipe is None or isinstance(recipe, Recipe):
         return recipe is not None
     inversion = _read_toml(recipe).get("inversion")
-    return isinstance(inversion, dict) and "images" in inversion
+    return isinstance(inversion, dict) and name in inversion
+
+
+def is_set(name: str, argument: Any, settings: dict[str, Any] | None, recipe: Any) -> bool:
+    """Whether a call, its settings of the inversion or its recipe set a field of the inversion.
+
+    Raises:
+        RecipeError: the recipe's file cannot be read.
+    """
+    return argument is not None or name in (settings or {}) or says(recipe, name)
 
 
 def given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:

@@ -45,26 +45,60 @@ class Bytes:
 
 @dataclass(frozen=True)
 class FloatQuantized:
-    """A share from 0 to 1 for the float and the quantized model."""
+    """A share from 0 to 1 for the float and the quantized model.
+
+    Of the quantized model's, ``correct`` of ``images`` and the 95 % ``interval`` (low, high).
+    """
 
     float: Share | None
     quantized: Share
+    correct: int
+    images: int
+    interval: list[Share]
 
 
 @dataclass(frozen=True)
 class AgreementOn:
-    """What agreement was measured on: ``data`` is the evaluation data's name, or
-    ``"inverted"`` for freshly inverted images that calibration did not see.
+    """Agreement with the float model, and what it was measured on.
 
-    ``metric`` is ``"top1"`` (share of images with the same top-1 class) or, of models
-    without a classifier, ``"cosine"`` (mean cosine of the pooled features).  ``kl`` is the
-    mean Kullback-Leibler divergence from the float model in nats, None for ``"cosine"``.
+    ``data`` is the evaluation data's name, ``"inverted"`` for freshly inverted images that
+    calibration did not see, or ``"fractal noise"``.
+
+    ``metric``: ``top1``, the share of images with the same top-1 class; ``threshold``, of models
+    with one logit, the share of images whose logits are on the same side of ``threshold``;
+    ``cosine``, of models without a classifier, the mean cosine of the pooled features.
+    ``agreeing`` are the images of a share, ``interval`` is the 95 % interval (low, high).
+
+    ``kl`` is the mean Kullback-Leibler divergence from the float model in nats, None for
+    ``cosine``; ``error_over_spread`` the root mean square of the outputs' difference over the
+    standard deviation of the float outputs.  On ``not_finite`` images an output was not finite.
+    Agreement and error are None where the float outputs do not differ between images.
     """
 
     data: str
     images: int
     metric: str
     kl: float | None
+    agreement: float | None
+    agreeing: int | None
+    interval: list[float] | None
+    threshold: float | None
+    error_over_spread: float | None
+    not_finite: int
+
+
+@dataclass(frozen=True)
+class GateCheck:
+    """A bound that the caller set for ``what``, ``agreement`` or ``accuracy``.
+
+    It is ``passed`` if the lower end of the 95 % ``interval`` of the ``value`` is not below it.
+    """
+
+    what: str
+    value: float | None
+    interval: list[float] | None
+    bound: float
+    passed: bool
 
 
 @dataclass(frozen=True)
@@ -94,7 +128,13 @@ class BlockLoss:
 @dataclass(frozen=True)
 class QuantizeResult:
     """Result of :func:`dfq.quantize`; ``layers`` are measured on images of the calibration
-    set."""
+    set.
+
+    ``agreement_outside`` is measured where there is no evaluation data, on images made without
+    the model.  ``class_order`` says where labels' indices are from: ``imagenet synsets``,
+    ``number``, ``name`` or ``class map`` of class folders, ``y`` of an array; None without
+    labels.  ``gate`` holds the bounds that were set, ``warnings`` reasons to distrust the rest.
+    """
 
     model: str
     scheme: str
@@ -109,6 +149,10 @@ class QuantizeResult:
     attention: str
     layers: list[LayerNoise]
     blocks: list[BlockLoss] = field(default_factory=list)
+    agreement_outside: AgreementOn | None = None
+    class_order: str | None = None
+    gate: list[GateCheck] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -127,7 +171,9 @@ class InvertResult:
 @dataclass(frozen=True)
 class EvaluateResult:
     """Result of :func:`dfq.evaluate`; agreement and float accuracy are None without a
-    float model, accuracies without a classifier.  ``metric`` as in :class:`AgreementOn`."""
+    float model, accuracies without labels or a classifier.  ``metric`` as in
+    :class:`AgreementOn`, ``class_order``, ``gate`` and ``warnings`` as in
+    :class:`QuantizeResult`."""
 
     checkpoint: str
     model: str
@@ -142,14 +188,20 @@ class EvaluateResult:
     backend: str
     seconds: float
     images_per_second: float
+    agreement_on: AgreementOn | None = None
+    class_order: str | None = None
+    gate: list[GateCheck] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class TeacherStudent:
-    """A share from 0 to 1 for the teacher and the student."""
+    """A share from 0 to 1 for the teacher and the student; of the student's, the 95 %
+    ``interval`` (low, high)."""
 
     teacher: Share
     student: Share
+    interval: list[Share]
 
 
 @dataclass(frozen=True)
@@ -158,7 +210,8 @@ class DistillResult:
 
     ``start`` says whose weights the student began with, ``teacher`` or ``random``.  ``losses`` are
     means over equal stretches of the training.  ``accuracy`` (top-1) and ``agreement`` with the
-    teacher are None without evaluation data of ``images`` images.
+    teacher are None without evaluation data of ``images`` images, ``accuracy`` also without
+    labels.  ``class_order`` and ``warnings`` as in :class:`QuantizeResult`.
     """
 
     teacher: str
@@ -173,6 +226,9 @@ class DistillResult:
     images: int | None
     seconds: Share
     training_seconds: Share
+    agreement_on: AgreementOn | None = None
+    class_order: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

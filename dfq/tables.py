@@ -86,8 +86,16 @@ def layers_table(values: dict[str, Any]) -> Table:
 
 
 def facts_table(values: dict[str, Any]) -> Table:
-    """The same without a checkpoint's report."""
-    return field_table({k: v for k, v in values.items() if k != "report"})
+    """Facts of a dataset or a checkpoint, of its report what was measured and the verdict."""
+    table = field_table({k: v for k, v in values.items() if k != "report"})
+    try:
+        report = values["report"]
+        rows = [*agreement_rows(report), *verdict_rows(report)]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        rows = []  # none, or one that other programs wrote
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _text(key: str, value: Any) -> str:
@@ -107,7 +115,7 @@ def _text(key: str, value: Any) -> str:
 def quantize_table(r: dict[str, Any]) -> Table:
     """What ``quantize`` did and measured."""
     table = _two_columns()
-    source, size, on = r["calibration"], r["bytes"], r["agreement_on"]
+    source, size = r["calibration"], r["bytes"]
     origin = "from the cache" if source["cached"] else "made now"
     if source["cached"] is None:
         origin = escape(source["path"])
@@ -117,22 +125,102 @@ def quantize_table(r: dict[str, Any]) -> Table:
     table.add_row(
         "size", f"{_size(size['float'])} -> {_size(size['quantized'])} ({ratio:.1f} times smaller)"
     )
-    if r["accuracy"]:
-        accuracy = r["accuracy"]
-        table.add_row(
-            "top-1", f"float {accuracy['float']:.2%}, quantized {accuracy['quantized']:.2%}"
-        )
-    if on:
-        inverted = on["data"] == "inverted"
-        where = "inverted images of another seed" if inverted else f"images of {on['data']}"
-        table.add_row(
-            "agreement" if on["metric"] == "top1" else "cosine of features",
-            f"{r['agreement']:.2%} on {on['images']} {escape(where)}",
-        )
+    for row in (*accuracy_rows(r), *agreement_rows(r), *verdict_rows(r)):
+        table.add_row(*row)
     stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items())
     table.add_row("seconds", stages)
     table.add_row("checkpoint", escape(r["checkpoint"]))
     return table
+
+
+def evaluate_table(r: dict[str, Any]) -> Table:
+    """What ``evaluate`` measured."""
+    table = _two_columns()
+    table.add_row("checkpoint", escape(r["checkpoint"]))
+    table.add_row("model", f"{escape(r['model'])}, {r['scheme']}")
+    table.add_row("data", f"{r['images']} images of {escape(r['data'])}")
+    for row in (*accuracy_rows(r), *agreement_rows(r), *verdict_rows(r)):
+        table.add_row(*row)
+    speed = f"{r['images_per_second']:.1f} images/s on {r['backend']}"
+    table.add_row("seconds", f"{r['seconds']:.1f}, {speed}")
+    return table
+
+
+def accuracy_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
+    """Accuracies of both models, and how the classes are numbered."""
+    rows = []
+    for name, key in (("top-1", "accuracy"), ("top-5", "accuracy_top5")):
+        accuracy = r[key]
+        if accuracy:
+            float_ = "" if accuracy["float"] is None else f"float {accuracy['float']:.2%}, "
+            counts = f"{accuracy['correct']} of {accuracy['images']}"
+            rows.append(
+                (
+                    name,
+                    f"{float_}quantized {accuracy['quantized']:.2%}"
+                    f"{_interval(accuracy['interval'], counts)}",
+                )
+            )
+    return [*rows, ("classes", _class_order(r["class_order"]))] if rows else []
+
+
+_ORDERS = {
+    "imagenet synsets": "folders are ImageNet synsets",
+    "number": "folders in the order of their numbers",
+    "name": "folders in the order of their names",
+    "class map": "folders as the class map says",
+    "y": "y of the array",
+}
+
+
+def _class_order(order: str | None) -> str:
+    return _ORDERS.get(order or "", "not labelled")
+
+
+_METRICS = {
+    "top1": "agreement",
+    "threshold": "agreement",
+    "cosine": "cosine of features",
+}
+_KINDS = {"inverted": "inverted images of another seed", "fractal noise": "images of fractal noise"}
+
+
+def agreement_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
+    """Agreement on each kind of images that it was measured on."""
+    measured = [r.get("agreement_on"), r.get("agreement_outside")]
+    return [row for on in measured if on for row in _agreement_rows(on)]
+
+
+def _agreement_rows(on: dict[str, Any]) -> list[tuple[str, str]]:
+    where = escape(_KINDS.get(on["data"], f"images of {on['data']}"))
+    value = "not measured" if on["agreement"] is None else f"{on['agreement']:.2%}"
+    counts = "" if on["agreeing"] is None else f"{on['agreeing']:d} of {on['images']:d}"
+    side = "" if on["threshold"] is None else f", same side of {on['threshold']:.4g}"
+    rows = [
+        (
+            _METRICS[on["metric"]],
+            f"{value} on {on['images']:d} {where}{_interval(on['interval'], counts)}{side}",
+        )
+    ]
+    if on["metric"] != "top1" and on["error_over_spread"] is not None:
+        rows.append(("error over spread", f"{on['error_over_spread']:.4g}"))
+    return rows
+
+
+def _interval(interval: list[float] | None, counts: str = "") -> str:
+    if interval is None:
+        return ""
+    low, high = interval
+    return f" ({counts}{counts and '; '}95 %: {low:.2%} to {high:.2%})"
+
+
+def verdict_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
+    """Bounds and whether they were kept, and warnings."""
+    rows = []
+    for check in r.get("gate", ()):
+        passed = "kept" if check["passed"] else "[bold red]not kept[/]"
+        rows.append(("gate", f"{escape(check['what'])} of at least {check['bound']:g}: {passed}"))
+    return [*rows, *(("warning", escape(text)) for text in r.get("warnings", ()))]
 
 
 def distill_table(r: dict[str, Any]) -> Table:
@@ -146,10 +234,14 @@ def distill_table(r: dict[str, Any]) -> Table:
     table.add_row("loss", f"{r['losses'][0]:.3g} -> {r['losses'][-1]:.3g}")
     if r["accuracy"]:
         accuracy = r["accuracy"]
+        interval = _interval(accuracy["interval"])
         table.add_row(
-            "top-1", f"teacher {accuracy['teacher']:.2%}, student {accuracy['student']:.2%}"
+            "top-1",
+            f"teacher {accuracy['teacher']:.2%}, student {accuracy['student']:.2%}{interval}",
         )
-        table.add_row("agreement", f"{r['agreement']:.2%} on {r['images']} images")
+        table.add_row("classes", _class_order(r["class_order"]))
+    for row in (*agreement_rows(r), *verdict_rows(r)):
+        table.add_row(*row)
     table.add_row("seconds", f"{r['seconds']:.1f}, of them training {r['training_seconds']:.1f}")
     table.add_row("written to", escape(r["path"]))
     return table

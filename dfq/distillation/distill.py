@@ -12,15 +12,19 @@ import torch
 from torch import nn
 
 from dfq.arguments import checked
-from dfq.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches
+from dfq.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.device import resolve_device
 from dfq.distillation.inherit import begin
 from dfq.distillation.student import create, student_arguments
 from dfq.distillation.training import Images, train
 from dfq.errors import OutputError, SettingError, UnsupportedModelError
+from dfq.evaluation import agreement_on, open_evaluation
 from dfq.files import check_writable, safe_name, write_json
+from dfq.gates import unmeasured
 from dfq.image_sets import calibration_set, covered
-from dfq.images import ImageSource, load_batches, open_images
+from dfq.images import ImageSource, load_batches
+from dfq.intervals import share_interval
+from dfq.inversion.schedule import fit_stages
 from dfq.inversion.workers import check_alone
 from dfq.progress import Progress, Silent
 from dfq.recipe import (
@@ -28,8 +32,9 @@ from dfq.recipe import (
     DistillationSettings,
     Recipe,
     given,
+    is_set,
     make_recipe,
-    says_images,
+    says,
     to_dict,
 )
 from dfq.results import DistillResult, TeacherStudent, to_json
@@ -61,6 +66,7 @@ def distill(
     start: str | None = None,
     out: str | Path | None = None,
     eval: str | Path | None = None,
+    class_map: str | Path | None = None,
     recipe: str | Path | Recipe | None = None,
     seed: int | None = None,
     threads: int | None = None,
@@ -92,7 +98,9 @@ def distill(
         steps: of training.
         start: ``teacher``, ``random``, or ``auto``: whose weights the student begins with.
         out: directory of the student; ``./TEACHER-student`` by default.
-        eval: labelled data on which teacher and student are measured.
+        eval: images on which teacher and student are compared and, with labels, their accuracies
+            measured; see :func:`dfq.evaluate`.
+        class_map: a file that numbers their class folders.
         recipe: a TOML file or a :class:`dfq.Recipe`, of which ``inversion`` and
             ``distillation`` are read; the arguments override it.
         seed: of the student's weights, the batches and the images.
@@ -106,11 +114,15 @@ def distill(
     """
     started, progress = time.perf_counter(), progress or Silent()
     check_alone("distill", "--data")
+    if class_map is not None and eval is None:
+        raise SettingError(
+            "class_map numbers the class folders of eval: give it too (--eval DATA)."
+        )
     extra = settings or {}
     if set(extra) - {"inversion", "distillation"}:
         raise SettingError(f"settings has {sorted(extra)}; known: inversion, distillation.")
     method = data if isinstance(data, str) and data in METHODS else None
-    usual = {} if says_images(recipe) else {"images": IMAGES}
+    usual = {} if says(recipe, "images") else {"images": IMAGES}
     inversion = {**usual, **(extra.get("inversion") or {})}
     chosen = make_recipe(
         recipe,
@@ -138,6 +150,9 @@ def distill(
         raise UnsupportedModelError(
             f"{name!r} has no classifier; distillation needs the teacher's predictions."
         )
+    if not is_set("stages", stages, inversion, recipe):
+        fitting = fit_stages(chosen.inversion, arch.grid.patches)
+        chosen = dataclasses.replace(chosen, inversion=fitting)
     shape = {"depth": depth, "embed_dim": width, "num_heads": heads}
     named = None if student is None else ALIASES.get(student, student)
     written = Path(teacher) if isinstance(teacher, str) and is_saved(teacher) else None
@@ -145,7 +160,9 @@ def distill(
     model, student_arch = create(arguments, arch, plan.seed)
     begun = begin(model, student_arch, loaded.vit, plan.start)
     model.to(target)
-    tested = None if eval is None else open_images(eval, arch, loaded.preprocessing, labelled=True)
+    tested = None
+    if eval is not None:
+        tested = open_evaluation(eval, arch, loaded.preprocessing, class_map)
     loaded.vit.to(target)
     source, origin = calibration_set(
         loaded, chosen, None if method else data, target, cache, progress, images
@@ -174,14 +191,20 @@ def distill(
     if tested is None:
         return result
     measured = _measure(loaded, convert(model.cpu(), name).to(target), tested, target, progress)
+    agreement = agreement_on(measured, tested.name)
     result = dataclasses.replace(
         result,
         accuracy=_pair(measured),
         agreement=measured.agreement,
         images=measured.images,
         seconds=time.perf_counter() - started,
+        agreement_on=agreement,
+        class_order=tested.class_order,
+        warnings=unmeasured(agreement),
     )
     write_json(place / REPORT, {**facts, **to_json(result)})
+    for warning in result.warnings:
+        progress.note(f"warning: {warning}")
     return result
 
 
@@ -201,7 +224,9 @@ def _check_place(place: Path, teacher: str | nn.Module, progress: Progress) -> N
 def _pair(measured: Comparison) -> TeacherStudent | None:
     if measured.float is None or measured.quantized is None:
         return None
-    return TeacherStudent(measured.float.top1, measured.quantized.top1)
+    share, images = measured.quantized.top1, measured.images
+    interval = share_interval(round(share * images), images)
+    return TeacherStudent(measured.float.top1, share, list(interval))
 
 
 def _measure(
@@ -213,4 +238,5 @@ def _measure(
 ) -> Comparison:
     images = load_batches(source, loaded.preprocessing, EVALUATION_BATCH)
     with progress.task("Evaluating", len(source)) as advance:
-        return compare(student, loaded.vit, dense_batches(images, device), advance)
+        batches, metric = dense_batches(images, device), metric_of(loaded.vit.arch)
+        return compare(student, loaded.vit, batches, advance, metric=metric)

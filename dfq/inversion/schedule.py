@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -97,7 +98,7 @@ def _pri(settings: InversionSettings, patches: int) -> tuple[Event, ...]:
         if stages > limit:
             raise SettingError(
                 f"stages is {stages}, but there are only {limit} {what}; "
-                f"at most one stage for each of the {what}."
+                f"give at most {limit} (stages = {limit}, --stages {limit})."
             )
     return tuple(
         Event(at, round(k * patches / stages) - round((k - 1) * patches / stages), True)
@@ -118,6 +119,14 @@ def _detachments(settings: InversionSettings) -> list[int]:
             "an iteration after the one before, and the last before the end."
         )
     return found
+
+
+def fit_stages(settings: InversionSettings, patches: int) -> InversionSettings:
+    """The settings with no more stages than there are patches and iterations."""
+    if settings.leave_at:
+        return settings
+    most = min(settings.stages, settings.iterations, patches)
+    return dataclasses.replace(settings, stages=most)
 
 
 def plan_units(settings: InversionSettings, patches: int) -> tuple[Unit, ...]:

@@ -7,6 +7,7 @@ without data: noise with the spectrum of natural images, and both kinds at lower
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -143,6 +144,14 @@ def fractal_noise(count: int, grid: Grid, first: int = 0) -> SparseImages:
         stage=torch.zeros(count, dtype=torch.int64),
         trajectory=torch.arange(first, first + count),
     )
+
+
+def stretched(images: SparseImages) -> SparseImages:
+    """The images with their darkest value at 0 and their brightest at 255, each for itself."""
+    values = images.patches.float()
+    low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
+    pixels = ((values - low) / (high - low).clamp_min(1) * 255).round_()
+    return dataclasses.replace(images, patches=pixels.to(torch.uint8))
 
 
 def _trajectories(unit: list[SparseImages]) -> list[int]:

@@ -353,7 +353,8 @@ def _check_channels(model: Any, preprocessing: Preprocessing) -> None:
         if len(values) != channels:
             raise SettingError(
                 f"The model takes {channels} channels but {flag} has {len(values)} values "
-                f"({values}). Give {flag} {channels} values."
+                f"({values}).",
+                f"Give {flag} {channels} values.",
             )
     for flag, values in (("--mean", preprocessing.mean), ("--std", preprocessing.std)):
         if not all(map(math.isfinite, values)):
