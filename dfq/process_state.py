@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 
 @contextmanager
@@ -134,7 +134,7 @@ _WARNINGS = _Setting(
 def _torch_settings() -> tuple[_Setting, ...]:
     import torch
 
-    cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
+    cuda, mkldnn = torch.backends.cuda, cast(Any, torch.backends.mkldnn)
 
     def always(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> _Setting:
         return _Setting(read, write, lambda _: value)
