@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from exporting import images_for, quantized, spread
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dfq import runtime
+from dfq import device, runtime
 from dfq.errors import SettingError
 from dfq.runtime import onednn, reference
 from dfq.runtime.params import LinearParams, OutputFormat
 
-needs_vnni = pytest.mark.skipif(
-    not onednn.available(torch.device("cpu")), reason="this processor has no VNNI"
+CPU = torch.device("cpu")
+LARGEST = 127 if onednn.available(CPU) else onednn.PORTABLE
+"""Largest magnitude of the weights for which oneDNN is exact here."""
+
+needs_onednn = pytest.mark.skipif(
+    not onednn.available(CPU, onednn.PORTABLE), reason="oneDNN's integers are not exact here"
 )
 
 
 def make(rows: int, inputs: int, outputs: int, seed: int, kind: str) -> tuple[Tensor, LinearParams]:
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 256, (rows, inputs), generator=g, dtype=torch.uint8)
-    weight = torch.randint(-127, 128, (outputs, inputs), generator=g, dtype=torch.int8)
+    weight = torch.randint(-LARGEST, LARGEST + 1, (outputs, inputs), generator=g, dtype=torch.int8)
     scale, bias = torch.rand(outputs, generator=g) * 0.01 + 1e-5, torch.randn(outputs, generator=g)
     if kind == "extreme":
-        x, weight = torch.full_like(x, 255), torch.full_like(weight, 127)
-        weight[::2] = -127
+        x, weight = torch.full_like(x, 255), torch.full_like(weight, LARGEST)
+        weight[::2] = -LARGEST
     elif kind == "huge":
         scale = scale * 1e6
     elif kind == "tiny":
@@ -41,7 +51,7 @@ def both(x: Tensor, params: LinearParams, out: OutputFormat) -> tuple[Tensor, Te
     return fast, reference.linear(x, params, reference.prepack(params), out)
 
 
-@needs_vnni
+@needs_onednn
 @given(
     rows=st.integers(1, 9),
     inputs=st.integers(1, 130),
@@ -60,7 +70,7 @@ def test_float_outputs_agree_within_four_units_in_the_last_place(
     assert bool(((fast - exact).abs() <= bound).all())
 
 
-@needs_vnni
+@needs_onednn
 @given(
     seed=st.integers(0, 999),
     inputs=st.integers(1, 200),
@@ -78,7 +88,7 @@ def test_uint8_outputs_agree_within_one_level(
     assert int((fast.int() - exact.int()).abs().max()) <= 1
 
 
-@needs_vnni
+@needs_onednn
 def test_bfloat16_outputs_agree_within_one_rounding() -> None:
     x, params = make(5, 64, 48, 0, "random")
     fast, exact = both(x, params, OutputFormat(torch.bfloat16))
@@ -88,8 +98,8 @@ def test_bfloat16_outputs_agree_within_one_rounding() -> None:
 @pytest.mark.parametrize("backend", sorted(runtime.BACKENDS))
 @pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8), (2, 0, 8), (1, 8), (2, 3, 8)])
 def test_shapes_hold_also_for_empty_batches(backend: str, shape: tuple[int, ...]) -> None:
-    if backend == "onednn" and not onednn.available(torch.device("cpu")):
-        pytest.skip("this processor has no VNNI")
+    if backend == "onednn" and not onednn.available(CPU, onednn.PORTABLE):
+        pytest.skip("oneDNN's integers are not exact here")
     _, params = make(1, 8, 5, 0, "random")
     kernels = runtime.BACKENDS[backend]
     x = torch.zeros(shape, dtype=torch.uint8)
@@ -143,7 +153,7 @@ def test_flat_rows_of_attention_keep_all_levels() -> None:
     torch.testing.assert_close(found, mean, rtol=0, atol=1e-4)
 
 
-@needs_vnni
+@needs_onednn
 @given(
     tokens=st.integers(1, 60),
     seed=st.integers(0, 999),
@@ -160,7 +170,7 @@ def test_fast_integer_attention_is_as_exact_as_bfloat16(tokens: int, seed: int, 
     assert float(error.norm()) <= 2 * float(plain.norm()) + 0.005 * float(exact.norm())
 
 
-@needs_vnni
+@needs_onednn
 @given(
     rows=st.integers(1, 9),
     width=st.integers(1, 130),
@@ -183,7 +193,7 @@ def test_quantized_norms_agree_within_one_level(
     assert int((fast.int() - exact.int()).abs().max()) <= 1
 
 
-@needs_vnni
+@needs_onednn
 @given(
     x=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=50),
     scale=st.floats(1e-6, 1e6),
@@ -196,7 +206,7 @@ def test_quantizing_agrees_within_one_level(x: list[float], scale: float, zero_p
     assert int((fast - reference.quantize(values, scale, zero_point).int()).abs().max()) <= 1
 
 
-@needs_vnni
+@needs_onednn
 @given(seed=st.integers(0, 999), zero_point=st.integers(0, 255))
 @settings(deadline=None, derandomize=True, max_examples=40)
 def test_quantizing_an_affine_agrees_within_one_level(seed: int, zero_point: int) -> None:
@@ -209,7 +219,7 @@ def test_quantizing_an_affine_agrees_within_one_level(seed: int, zero_point: int
     assert int((fast - exact).abs().max()) <= 1
 
 
-@needs_vnni
+@needs_onednn
 @pytest.mark.parametrize("shape", [(1, 24), (2, 3, 24), (0, 3, 24)], ids=str)
 def test_residuals_are_added_last(shape: tuple[int, ...]) -> None:
     _, params = make(1, 24, 10, 0, "random")
@@ -220,7 +230,7 @@ def test_residuals_are_added_last(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(fast, exact, rtol=1e-5, atol=1e-5)
 
 
-@needs_vnni
+@needs_onednn
 @pytest.mark.parametrize("each", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_float_outputs_are_written_in_units_of_the_scale(each: bool, dtype: torch.dtype) -> None:
@@ -235,7 +245,7 @@ def test_float_outputs_are_written_in_units_of_the_scale(each: bool, dtype: torc
     )
 
 
-@needs_vnni
+@needs_onednn
 @given(inputs=st.integers(1, 130), outputs=st.integers(1, 70), seed=st.integers(0, 999))
 @settings(deadline=None, derandomize=True, max_examples=40)
 def test_int8_outputs_with_a_scale_each_agree_within_one_level(
@@ -253,8 +263,45 @@ def test_unknown_backends_are_named() -> None:
         runtime.select("cpu", "fast")
 
 
-def test_without_vnni_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    assert runtime.select("cpu").NAME == "reference"
-    with pytest.raises(SettingError, match="VNNI"):
+def test_where_products_saturate_full_range_weights_run_on_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device, "_worst_product_is_exact", lambda largest: largest <= 64)
+    assert [runtime.select("cpu", largest=n).NAME for n in (127, 65)] == ["reference"] * 2
+    assert runtime.select("cpu", largest=64).NAME == "onednn"
+    with pytest.raises(SettingError, match=r"VNNI.*weights reach 127.*reduce_range"):
         runtime.select("cpu", "onednn")
+
+
+SATURATION = """
+import torch
+from dfq.device import multiplies_bytes, resolve_precision
+cpu = torch.device("cpu")
+print(multiplies_bytes(cpu), multiplies_bytes(cpu, 64), resolve_precision("auto", cpu))
+"""
+
+
+@pytest.mark.skipif(not device.cpu_has("avx2"), reason="this is no x86 processor with AVX2")
+def test_what_onednn_is_limited_to_decides_and_not_the_processor() -> None:
+    """Limited to AVX2, oneDNN saturates on every processor, and takes no bfloat16."""
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    ended = subprocess.run(
+        [sys.executable, "-c", SATURATION],
+        env={**os.environ, **limits},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.split() == ["False", "True", "float32"]
+
+
+@needs_onednn
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_reduced_range_runs_on_onednn_and_as_the_reference_does(bits: int) -> None:
+    model = quantized(FAMILIES[0], bits=bits, attention="float")
+    images = images_for(model)
+    exact = model(images)
+    model.set_backend(None)
+    assert model.backend == "onednn"
+    assert spread(model(images), exact) < 1e-5
+    model.set_backend("reference")
