@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfq.errors import WeightsError
 from dfq.sparse import patchify
-from dfq.vit.describe import describe, refusal
+from dfq.vit.architecture import Architecture
+from dfq.vit.describe import describe
 from dfq.vit.modules import ViT
+from dfq.vit.structure import check_tensors, float_copy, refusal
 from dfq.vit.transfer import transfer
 
-TOLERANCE = 2e-3
-"""Largest accepted difference of the logits from timm's, relative to their largest magnitude."""
+TOLERANCE = 1e-3
+"""Largest accepted difference from timm's float32 values, relative to their largest magnitude."""
 
 
 def convert(model: nn.Module, name: str) -> ViT:
     """Copy a timm model's weights into a float32 :class:`ViT` in eval mode.
 
-    The model is left as it is.  The copy is compared with it on one random image, so
-    that a variant that dfq does not know is refused and never silently wrong.
+    The model is left as it is.  The copy is compared with it in float32, block by block, on
+    two random images, so that a variant that dfq does not know is refused and never silently
+    wrong.
 
     Raises:
         UnsupportedModelError: the model is not a patch ViT that dfq knows.
-        WeightsError: a weight is NaN or infinite.
+        WeightsError: a weight is NaN, infinite, without values or no floating-point number.
     """
     arch = describe(model, name)
-    check_finite(model.state_dict())
+    check_tensors(model, name)
+    check_finite(dict(model.named_parameters()))
+    plain = float_copy(model, name)
     with torch.device("meta"):
         vit = ViT(arch)
     vit.to_empty(device="cpu")
-    transfer(model, vit)
+    transfer(plain, vit)
     vit.eval().requires_grad_(False)
-    _compare(model, vit, name)
+    _compare(plain, vit, name)
     return vit
 
 
@@ -52,22 +59,49 @@ def check_finite(state: dict[str, Any]) -> None:
 
 
 def _compare(model: Any, vit: ViT, name: str) -> None:
-    """Compare every token after the last norm, and the output, on one random image.
-
-    Both in float32, whatever the model's type: in a narrower one the difference that an
-    adapter makes would be lost in rounding.
-    """
-    generator = torch.Generator().manual_seed(0)
-    arch = vit.arch
-    image = torch.randn(1, arch.in_channels, *arch.image_size, generator=generator)
-    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    tokens: list[Tensor] = []
-    model.norm.register_forward_hook(lambda *given: tokens.append(given[-1]))
+    """Compare the tokens after every block and after the last norm, and the output."""
+    images = probes(vit.arch)
+    try:
+        with torch.inference_mode():
+            theirs = _stages(model, lambda: model(images))
+    except Exception as error:  # a caller's change that only running shows
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise refusal(name, f"its forward fails: {reason:.200}") from error
+    patches = patchify(images, vit.arch.grid)
     with torch.inference_mode():
-        theirs = model(image)
-        ours = vit.tokens(patchify(image, arch.grid))
-        pairs = [(vit.norm(ours), tokens[0]), (vit.classify(ours), theirs)]
-    for found, expected in pairs:
+        ours = _stages(vit, lambda: vit.classify(vit.tokens(patches)))
+    for stage, expected in theirs.items():
+        found = ours[stage]
         worst = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
         if not worst <= TOLERANCE:
-            raise refusal(name, f"its output differs from what its parts compute (by {worst:.2g})")
+            raise refusal(
+                name,
+                f"{stage} differs from what its parts compute, by {worst:.2g} of the largest value",
+            )
+
+
+def probes(arch: Architecture) -> Tensor:
+    """Two normalised images ``[2, C, H, W]``: Gaussian noise, and a smooth one of large areas."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, arch.in_channels, *arch.image_size, generator=generator)
+    coarse = torch.randn(1, arch.in_channels, 3, 3, generator=generator)
+    smooth = F.interpolate(coarse, arch.image_size, mode="bilinear", align_corners=True)
+    return torch.cat([noise, smooth])
+
+
+def _stages(model: Any, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """What the parts of a model, timm's or dfq's, give on the way to its output."""
+    found: dict[str, Tensor] = {}
+    watched = {f"the output of block {i}": block for i, block in enumerate(model.blocks)}
+    watched["the output of its last norm"] = model.norm
+
+    def keep(stage: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        found[stage] = output
+
+    handles = [m.register_forward_hook(partial(keep, s)) for s, m in watched.items()]
+    try:
+        found["its output"] = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -4,30 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import GELU, GELUTanh, GluMlp, Mlp, PatchEmbed, QuickGELU, SwiGLU
-from timm.layers.attention import Attention, AttentionRope
+from timm.layers import GELU, GELUTanh, Mlp, QuickGELU
 from timm.layers.attention_pool import AttentionPoolLatent
-from timm.models import beit, deit, eva, vision_transformer
+from timm.models import deit, eva
 from torch import nn
 
-from dfq.errors import UnsupportedModelError
 from dfq.vit.architecture import Activation, Architecture, Pool
-
-SUPPORTED = (
-    "timm's vision transformers with fixed-size patches: ViT, DeiT (also distilled), DeiT-III, "
-    "DINOv2, DINOv3, CLIP and SigLIP towers, BEiT, EVA-02"
-)
-
-BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
-    vision_transformer.VisionTransformer: vision_transformer.Block,
-    deit.VisionTransformerDistilled: vision_transformer.Block,
-    beit.Beit: beit.Block,
-    eva.Eva: eva.EvaBlock,
-}
-"""Each class of models that is known, with the one kind of blocks that it may have."""
-
-ATTENTIONS = (Attention, beit.Attention, eva.EvaAttention, AttentionRope)
-MLPS = (Mlp, GluMlp, SwiGLU)
+from dfq.vit.structure import check_kind, check_parts, classifier, refusal
 
 
 def describe(model: Any, name: str) -> Architecture:
@@ -36,21 +19,23 @@ def describe(model: Any, name: str) -> Architecture:
     Raises:
         UnsupportedModelError: the model is not a patch ViT that dfq knows.
     """
-    if type(model) not in BLOCKS:
-        raise refusal(name, f"it is a {type(model).__name__}")
+    check_kind(model, name)
     embed, blocks = model.patch_embed, list(model.blocks)
-    if type(embed) is not PatchEmbed or embed.img_size is None or embed.dynamic_img_pad:
+    if not _is_fixed_grid(embed):
         raise refusal(name, "its patch embedding is not one fixed-size convolution")
-    if not isinstance(model.head, nn.Linear | nn.Identity):
-        raise refusal(name, f"its head is {type(model.head).__name__}")
-    _check_modules(model, name)
-    for block in blocks:
-        _check_block(block, BLOCKS[type(model)], name)
-    attn, mlp = blocks[0].attn, blocks[0].mlp
-    shapes = {(b.attn.num_heads, _head_dim(b.attn), b.mlp.fc2.in_features) for b in blocks}
-    if len(shapes) != 1:
+    rope, pool = _has_rope(model, name), _pool(model, name)
+    check_parts(model, name)
+    for head in (model.head, getattr(model, "head_dist", None)):
+        if isinstance(head, nn.Sequential) and classifier(head) is None:
+            raise refusal(name, f"its head is {len(head)} layers, not one linear layer")
+    if not _is_plain(embed):
+        raise refusal(name, "its patches overlap, or are not those of its patch size")
+    if any(getattr(b.attn, "num_kv_groups", 1) != 1 for b in blocks):
+        raise refusal(name, "its queries share keys (grouped-query attention)")
+    if len({_block_facts(block, name) for block in blocks}) != 1:
         raise refusal(name, "its blocks differ from each other")
-    pool = _pool(model, name)
+    attn, mlp = blocks[0].attn, blocks[0].mlp
+    linear = classifier(model.head)
     return Architecture(
         image_size=_pair(embed.img_size),
         patch_size=_pair(embed.patch_size),
@@ -60,7 +45,7 @@ def describe(model: Any, name: str) -> Architecture:
         num_heads=attn.num_heads,
         head_dim=_head_dim(attn),
         mlp_hidden=mlp.fc2.in_features,
-        num_classes=model.head.out_features if isinstance(model.head, nn.Linear) else 0,
+        num_classes=0 if linear is None else linear.out_features,
         num_prefix_tokens=model.num_prefix_tokens,
         class_token=model.cls_token is not None,
         pool=pool,
@@ -68,61 +53,55 @@ def describe(model: Any, name: str) -> Architecture:
         or bool(getattr(model, "pool_include_prefix", False)),
         activation=_activation(mlp.act, name),
         norm_eps=_norm_eps(model, name),
-        qk_norm=_has_norm(getattr(attn, "q_norm", None), name),
-        patch_norm=_has_norm(embed.norm, name),
-        pre_norm=_has_norm(getattr(model, "norm_pre", None), name),
-        final_norm=_has_norm(model.norm, name),
-        pooled_norm=_has_norm(model.fc_norm, name),
+        qk_norm=_has_norm(getattr(attn, "q_norm", None)),
+        patch_norm=_has_norm(embed.norm),
+        pre_norm=_has_norm(getattr(model, "norm_pre", None)),
+        final_norm=_has_norm(model.norm),
+        pooled_norm=_has_norm(model.fc_norm),
         gated_mlp=not isinstance(mlp, Mlp),
-        attn_norm=_has_norm(getattr(attn, "norm", None), name),
-        mlp_norm=_has_norm(mlp.norm, name),
-        rope=_has_rope(model, name),
+        attn_norm=_has_norm(getattr(attn, "norm", None)),
+        mlp_norm=_has_norm(mlp.norm),
+        rope=rope,
         relative_bias=_has_relative_bias(model, attn),
         **(_attention_pool(model.attn_pool, name) if pool == "map" else {}),
     )
 
 
-def refusal(name: str, why: str) -> UnsupportedModelError:
-    """The error for a model that dfq does not know."""
-    return UnsupportedModelError(f"{name!r} cannot be quantized: {why}. Supported: {SUPPORTED}.")
+def _is_fixed_grid(embed: Any) -> bool:
+    return (
+        hasattr(embed, "proj")
+        and hasattr(embed, "norm")
+        and getattr(embed, "img_size", None) is not None
+        and not getattr(embed, "dynamic_img_pad", False)
+    )
 
 
-def _check_modules(model: nn.Module, name: str) -> None:
-    """Refuse layers whose weights do not say alone what they compute.
-
-    Adapters, parametrizations, quantized layers of other libraries and subclasses have classes
-    that are neither PyTorch's own nor timm's; a replaced ``forward`` lies in the instance.
-    """
-    for path, module in model.named_modules():
-        kind = type(module)
-        known = kind.__module__.startswith(("torch.nn.modules.", "timm."))
-        linear = not isinstance(module, nn.Linear) or kind is nn.Linear
-        if known and linear and "forward" not in vars(module):
-            continue
-        what = "has a forward of its own" if known and linear else f"is a {kind.__name__}"
-        raise refusal(
-            name,
-            f"its layer {path or 'model'!r} {what}, and only its plain weights would be copied. "
-            "Merge adapters into the weights (peft: merge_and_unload(); parametrizations: "
-            "torch.nn.utils.parametrize.remove_parametrizations) and pass the plain model",
-        )
+def _is_plain(embed: Any) -> bool:
+    """Whether the convolution reads every pixel of the grid's patches once."""
+    conv, size = embed.proj, _pair(embed.patch_size)
+    return bool(
+        conv.kernel_size == conv.stride == size
+        and conv.padding in ((0, 0), "valid")
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+    )
 
 
-def _check_block(block: Any, kind: type[nn.Module], name: str) -> None:
-    if type(block) is not kind:
-        raise refusal(name, f"its blocks are {type(block).__name__}")
-    for norm in (block.norm1, block.norm2):
-        if not isinstance(norm, nn.LayerNorm):
-            raise refusal(name, f"its norms are {type(norm).__name__}")
-    attn: Any = block.attn
-    mlp: Any = block.mlp
-    if type(attn) not in ATTENTIONS or getattr(attn, "gate", None) is not None:
-        gated = " with a gate" if getattr(attn, "gate", None) is not None else ""
-        raise refusal(name, f"its attention is {type(attn).__name__}{gated}")
-    if getattr(attn, "num_kv_groups", 1) != 1:
-        raise refusal(name, "its queries share keys (grouped-query attention)")
-    if type(mlp) not in MLPS or not isinstance(mlp.fc2, nn.Linear):
-        raise refusal(name, f"its MLP is {type(mlp).__name__}")
+def _block_facts(block: Any, name: str) -> tuple[Any, ...]:
+    """What all blocks of a model have in common."""
+    attn, mlp = block.attn, block.mlp
+    norms = (getattr(attn, n, None) for n in ("q_norm", "k_norm", "norm"))
+    return (
+        attn.num_heads,
+        _head_dim(attn),
+        mlp.fc2.in_features,
+        isinstance(mlp, Mlp),
+        _activation(mlp.act, name),
+        *map(_has_norm, norms),
+        _has_norm(mlp.norm),
+        getattr(attn, "rotate_half", None),
+        getattr(attn, "relative_position_bias_table", None) is None,
+    )
 
 
 def _pool(model: Any, name: str) -> Pool:
@@ -166,9 +145,7 @@ def _norm_eps(model: nn.Module, name: str) -> float:
     return eps.pop()
 
 
-def _has_norm(norm: nn.Module | None, name: str) -> bool:
-    if norm is not None and not isinstance(norm, nn.LayerNorm | nn.Identity):
-        raise refusal(name, f"its norms are {type(norm).__name__}")
+def _has_norm(norm: nn.Module | None) -> bool:
     return isinstance(norm, nn.LayerNorm)
 
 

@@ -35,9 +35,10 @@ from dfq.errors import (
 )
 from dfq.vit.architecture import CropMode, Interpolation, Preprocessing, to_json
 from dfq.vit.convert import convert
-from dfq.vit.describe import SUPPORTED, describe
+from dfq.vit.describe import describe
 from dfq.vit.modules import ViT
 from dfq.vit.saved import is_saved, read_saved
+from dfq.vit.structure import SUPPORTED, unwrapped
 from dfq.vit.weights import classes_in, load_into, read_weights
 
 ALIASES = {
@@ -113,7 +114,7 @@ def load_model(
         if value is not None and value < least:
             raise SettingError(f"{flag} is {value}; it must be at least {least}.")
     if isinstance(model, nn.Module):
-        loaded = _from_module(model, weights, mean, std)
+        loaded = _from_module(unwrapped(model), weights, mean, std)
         arch = loaded.vit.arch
         if num_classes not in (None, arch.num_classes) or img_size not in (None, *arch.image_size):
             raise SettingError(
@@ -177,6 +178,7 @@ def _from_directory(
 
 def module_name(model: nn.Module) -> str:
     """What a module in memory is called: timm's name of its architecture, or its class."""
+    model = unwrapped(model)
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     return config.get("architecture") or type(model).__name__
 

@@ -9,6 +9,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from dfq.vit.modules import ViT
+from dfq.vit.structure import classifier
 
 
 @torch.no_grad()
@@ -144,9 +145,9 @@ def _copy_pool(ours: Any, theirs: Any) -> None:
 
 def _copy_head(model: Any, vit: Any) -> None:
     if vit.arch.pool != "distilled" or not vit.arch.num_classes:
-        _copy(vit.head, model.head)
+        _copy(vit.head, classifier(model.head))
         return
-    heads = (model.head, model.head_dist)
+    heads: Any = (classifier(model.head), classifier(model.head_dist))
     vit.head.weight.copy_(torch.cat([h.weight / 2 for h in heads], dim=1))
     vit.head.bias.copy_(sum(_bias_or_zeros(h.weight, h.bias) / 2 for h in heads))
 
