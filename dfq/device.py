@@ -6,7 +6,8 @@ import functools
 import os
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -51,6 +52,13 @@ def thread_count(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Every operation in the types of its inputs, where the caller's autocast would change them."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def cpu_has(feature: str) -> bool:
     """Whether this processor has an instruction set, named as torch.cpu's probes are."""
     probe = getattr(torch.cpu, f"_is_{feature}_supported", None)
@@ -71,18 +79,19 @@ def _worst_product_is_exact(largest: int) -> bool:
     """Try the largest and the smallest sums that weights of this magnitude can have."""
     if not torch.backends.mkldnn.is_available() or not cpu_has("avx2"):
         return False
-    weight = torch.full((32, 100), largest, dtype=torch.int8)
+    cpu = torch.device("cpu")
+    weight = torch.full((32, 100), largest, dtype=torch.int8, device=cpu)
     weight[::2] = -largest
-    ones = torch.ones(32, dtype=torch.float32)
-    zeros = torch.zeros(32, dtype=torch.int32)
+    ones = torch.ones(32, dtype=torch.float32, device=cpu)
+    zeros = torch.zeros(32, dtype=torch.int32, device=cpu)
     try:
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
         for rows in (1, 17):
-            x = torch.full((rows, 100), 255, dtype=torch.uint8)
+            x = torch.full((rows, 100), 255, dtype=torch.uint8, device=cpu)
             y = torch.ops.onednn.qlinear_pointwise(
                 *(x, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
             )
-            if not torch.equal(y, x.float() @ weight.float().T):
+            if not torch.equal(y, (x.int() @ weight.int().T).float()):
                 return False
     except (RuntimeError, NotImplementedError, AttributeError):
         return False

@@ -118,7 +118,7 @@ def unpatchify(patches: Tensor, positions: Tensor, grid: Grid, fill: float = 0) 
 
 def channel_values(values: tuple[float, ...], grid: Grid) -> Tensor:
     """Spread one value per channel over the values of a patch: float32 ``[D]``."""
-    return torch.tensor(values, dtype=torch.float32).repeat_interleave(
+    return torch.tensor(values, dtype=torch.float32, device="cpu").repeat_interleave(
         grid.patch_size[0] * grid.patch_size[1]
     )
 

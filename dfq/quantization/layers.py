@@ -24,7 +24,7 @@ CACHED_SCORES = 1 << 20
 
 def check_types(fn: Callable[..., Any]) -> None:
     """Raise :class:`SettingError` if what ``nn.Module._apply`` was given changes types."""
-    if fn(torch.zeros(1)).dtype != torch.float32:
+    if fn(torch.zeros(1, dtype=torch.float32, device="cpu")).dtype != torch.float32:
         raise SettingError(
             "A quantized model cannot change its type: its products are on 8-bit integers, and the "
             "kernels choose the types between them. Leave out half(), bfloat16(), double() and "
@@ -64,9 +64,9 @@ class IntegerLinear(opaque.Part):
             groups = -(-in_features // self.group)
             ones = torch.ones(out_features, groups, dtype=torch.uint8)
             self.register_buffer("group_scale", ones)
-        self.register_buffer("weight_scale", torch.ones(out_features))
-        self.register_buffer("bias", torch.zeros(out_features))
-        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32))
+        self.register_buffer("input_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
         self._quantizer = Quantizer(1.0, 0, signed=False)
         self._prepared: tuple[Any, ...] | None = None
@@ -246,11 +246,11 @@ class AttentionProduct(opaque.Part):
         self.backend: str | None = None
         self._scales = (1.0, 1.0, 1.0)
         if integer:
-            self.register_buffer("scales", torch.ones(3))
+            self.register_buffer("scales", torch.ones(3, dtype=torch.float32))
 
     def assign(self, scales: Sequence[float]) -> None:
         """Take the scales of q, k and v."""
-        self.scales.copy_(torch.tensor(scales, dtype=torch.float32))
+        self.scales.copy_(torch.tensor(scales, dtype=torch.float32, device="cpu"))
         self._read_scales()
 
     def _read_scales(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq import runtime
-from dfq.device import resolve_precision
+from dfq.device import resolve_precision, without_autocast
 from dfq.errors import SettingError
 from dfq.quantization import rounding
 from dfq.quantization.layers import (
@@ -84,7 +84,7 @@ class QuantizedAttention(Attention):
     def _make_float_format(self, device: torch.device) -> OutputFormat:
         if device.type == "meta" or attention_dtype(device) == torch.float32:
             return OutputFormat(torch.float32)
-        units = torch.ones(3, self.num_heads * self.head_dim, device=device)
+        units = torch.ones(3, self.num_heads * self.head_dim, dtype=torch.float32, device=device)
         units[0] = self.head_dim**0.5
         return OutputFormat(torch.bfloat16, units.flatten())
 
@@ -209,7 +209,8 @@ class QuantizedViT(ViT):
     @torch.no_grad()
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
         """As :meth:`dfq.vit.ViT.forward_sparse`, of normalised patches."""
-        logits = super().forward_sparse(patches, positions)
+        with without_autocast(self.prefix.device):
+            logits = super().forward_sparse(patches, positions)
         return logits + (patches - patches).sum((1, 2), dtype=logits.dtype)[:, None]
 
     @property

@@ -25,7 +25,7 @@ def available(device: torch.device, largest: int = 127) -> bool:
 
 def prepack(params: LinearParams) -> object:
     """oneDNN's blocked copy of the weight, and its scales and zero points."""
-    zero_points = torch.zeros(params.weight.shape[0], dtype=torch.int32)
+    zero_points = torch.zeros_like(params.weight_scale, dtype=torch.int32)
     weight = torch.ops.onednn.qlinear_prepack(params.weight.contiguous(), None)
     return weight, params.weight_scale, zero_points, params.bias
 
