@@ -17,6 +17,7 @@ from torch import Tensor
 from dfq import LoadedModel
 from dfq.files import make_directory, write_bytes
 from dfq.images import open_images
+from dfq.logits import class_logits
 from dfq.vit import Preprocessing
 
 BATCH = 50
@@ -102,6 +103,7 @@ def first_image(data: LabelledImages, path: Path) -> None:
 def compare(ours: Tensor, reference: Tensor, labels: Tensor) -> dict[str, float]:
     """Shares from 0 to 1 of right and of equal top-1 classes, and the mean KL divergence
     of the quantized from the float prediction in nats."""
+    ours, reference = class_logits(ours), class_logits(reference)
     top, float_top = ours.argmax(-1), reference.argmax(-1)
     p, q = reference.double().log_softmax(-1), ours.double().log_softmax(-1)
     return {

@@ -122,7 +122,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "algorithm_version": _is_count,
     "model": _is_model,
     "preprocessing": _is_preprocessing,
-    "objective": lambda value: value in ("class", "direction"),
+    "objective": lambda value: value in ("class", "binary", "direction"),
     "inversion": _is_inversion,
     "threads": _is_count,
     "machine": _is_word,

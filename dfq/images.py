@@ -257,7 +257,9 @@ def _open_folder(
     if not folders:
         files = tuple(image_files(path))
         if not files:
-            raise DataError(f"{str(path)!r} holds no images ({', '.join(sorted(EXTENSIONS))}).")
+            nor = " and no class folders" if labelled is None else ""
+            endings = ", ".join(sorted(EXTENSIONS))
+            raise DataError(f"{str(path)!r} holds no images ({endings}){nor}.")
         return FolderImages(str(path), files, None, arch, preprocessing)
     names, classes = [folder.name for folder in folders], label_count(arch)
     if class_map is None:

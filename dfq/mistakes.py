@@ -38,7 +38,7 @@ class Group(TyperGroup):
             err_console.print(message)
             raise typer.Exit(INTERRUPTED) from None
         except (DfqError, PARSER_ERROR, MemoryError, RuntimeError, OSError) as error:
-            explain(error, ctx.parent is None)
+            explain(error, ctx.parent is None, ctx.invoked_subcommand)
             raise
 
     def main(self, *args: Any, **options: Any) -> Any:
@@ -72,7 +72,7 @@ def _check_empty(words: list[str]) -> None:
             raise UsageError(f"{what} is empty; leave it out, or give it a value.")
 
 
-def explain(error: Exception, outermost: bool) -> None:
+def explain(error: Exception, outermost: bool, verb: str | None = None) -> None:
     """Exit with a message; return where the error is the parser's to show, or nobody's."""
     if isinstance(error, PARSER_ERROR):
         if outermost:
@@ -89,10 +89,9 @@ def explain(error: Exception, outermost: bool) -> None:
         _fail(message, OSERROR)
     elif _is_out_of_memory(error):
         reason = (str(error).strip().splitlines() or ["no more"])[0]
-        message = (
-            f"Out of memory ({reason:.200}). Use a smaller model or --img-size, or in a recipe a "
-            "smaller unit_size or batch."
-        )
+        smaller = "model or --img-size, or in a recipe a smaller unit_size or batch"
+        advice = f"Use a smaller {smaller if verb in KEEPS else 'model, or more memory'}."
+        message = f"Out of memory ({reason:.200}). {advice}"
         _report("MemoryError", message)
         _fail(message, 1)
 

@@ -217,7 +217,8 @@ def test_json_of_quantize_with_data_has_accuracies(
 ) -> None:
     found = cli.quantize(tmp_path / "out", "--eval", labelled_npz, "--json").json
     assert_schema(found, QuantizeResult)
-    assert set(found["accuracy"]) == {"float", "quantized"}
+    assert found["accuracy"]["images"] == 20
+    assert found["accuracy"]["correct"] == round(20 * found["accuracy"]["quantized"])
     assert found["agreement_on"]["images"] == 20
 
 
@@ -323,14 +324,16 @@ def test_an_older_checkpoint_is_replaced(cli: Cli, tmp_path: Path) -> None:
 def test_a_gate_that_fails_exits_with_1_and_prints_the_result(
     cli: Cli, tmp_path: Path, labelled_npz: Path
 ) -> None:
-    ended = cli.quantize(tmp_path / "out", "--eval", labelled_npz, "--min-accuracy", "1", "--json")
+    ended = cli.quantize(
+        tmp_path / "out", "--eval", labelled_npz, "--min-accuracy", "0.8", "--json"
+    )
     assert ended.code == 1
     assert_schema(ended.json, QuantizeResult)
-    assert "below the bound of 1.0" in ended.stderr
+    assert "below the bound of 0.8" in ended.stderr
 
 
 def test_a_gate_that_fails_shows_the_table(cli: Cli, tmp_path: Path, labelled_npz: Path) -> None:
-    ended = cli.quantize(tmp_path / "out", "--eval", labelled_npz, "--min-accuracy", "1")
+    ended = cli.quantize(tmp_path / "out", "--eval", labelled_npz, "--min-accuracy", "0.8")
     assert ended.code == 1
     assert "top-1" in ended.stdout
 
@@ -410,7 +413,7 @@ def test_evaluation_beside_the_float_model_has_agreement(
 def test_a_gate_of_evaluate_exits_with_1_and_prints_the_result(
     cli: Cli, checkpoint: Path, labelled_npz: Path
 ) -> None:
-    ended = cli("evaluate", checkpoint, "--data", labelled_npz, "--min-accuracy", "1", "--json")
+    ended = cli("evaluate", checkpoint, "--data", labelled_npz, "--min-accuracy", "0.8", "--json")
     assert ended.code == 1
     assert_schema(ended.json, EvaluateResult)
 
@@ -632,7 +635,7 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "unsupported model": (lambda p: ["quantize", "resnet18", "--out", p.tmp / "out"],
                           "ResNet", "Supported"),
     "missing data": (quantize_with("--eval", "none.npz"), "'none.npz'", "give an image folder"),
-    "empty data": (quantize_at("--eval", lambda p: p.folder()), "data'", "class folders"),
+    "empty data": (quantize_at("--eval", lambda p: p.folder()), "data'", "no class folders"),
     "data without images": (quantize_at("--eval", lambda p: p.folder("a", "b", "c", "d", "e")),
                             "data'", "no images in its 5 class folders"),
     "data of other classes": (quantize_at("--eval", lambda p: p.folder("a", "b")),

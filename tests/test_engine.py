@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dfq.inversion import Engine, Watch, plan_units
 from dfq.inversion.importance import importance_of, resolve_importance
-from dfq.inversion.objective import ClassObjective, DirectionObjective
+from dfq.inversion.objective import BinaryObjective, ClassObjective, DirectionObjective
 from dfq.inversion.plateau import Plateau
 from dfq.recipe import Importance, InversionSettings
 from dfq.sparse import SparseImages, patchify, pixels_to_input
@@ -200,6 +200,33 @@ def test_inversion_without_a_classifier_turns_features_to_their_directions() -> 
     )
     assert images.labels.tolist() == [0, 1, 2, 3]
     assert float(cosines.min()) > 0.3
+
+
+def test_one_logit_is_inverted_towards_both_of_its_classes() -> None:
+    model = load_model(make_vit(num_classes=1))
+    (images,) = run(model, chosen(method="dmi", images=4, unit_size=4, iterations=60))
+    p = model.preprocessing
+    x = pixels_to_input(images.patches, p.mean, p.std, model.vit.arch.grid)
+    logits = model.vit.forward_sparse(x, images.positions)[:, 0]
+    assert sorted(images.labels.tolist()) == [0, 0, 1, 1]
+    assert ((logits > 0) == (images.labels == 1)).all()
+    assert float(logits[images.labels == 1].min() - logits[images.labels == 0].max()) > 1
+
+
+def test_the_score_of_one_logit_grows_towards_the_class() -> None:
+    objective = BinaryObjective(0, 0, 2, range(2))
+    logits = torch.tensor([[0.5], [2.0]])
+    signs = 2 * objective.labels - 1
+    assert float(objective.score(logits)) == float((signs * logits[:, 0]).sum())
+    expected = -F.logsigmoid(signs * logits[:, 0]).sum()
+    torch.testing.assert_close(objective.loss(logits), expected)
+
+
+@pytest.mark.parametrize("classes", [(0,), (1, 0)])
+def test_one_logit_has_two_classes_to_choose(classes: tuple[int, ...]) -> None:
+    model = load_model(make_vit(num_classes=1))
+    (images,) = run(model, chosen(method="dmi", images=2, classes=classes, iterations=2))
+    assert set(images.labels.tolist()) == set(classes)
 
 
 def test_directions_do_not_depend_on_the_unit() -> None:

@@ -18,6 +18,7 @@ from dfq.distillation.student import tokens
 from dfq.errors import RunError
 from dfq.inversion.jitter import draw, mirror, move_table
 from dfq.inversion.objective import seeded
+from dfq.logits import class_logits
 from dfq.recipe import DistillationSettings
 from dfq.sparse import Grid, SparseImages, join, pixels_to_input
 from dfq.vit import Preprocessing, ViT
@@ -138,8 +139,8 @@ def train(
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Mean divergence of logits ``[B, classes]`` at a temperature, times its square."""
-    p = (teacher.float() / temperature).log_softmax(-1)
-    q = (student.float() / temperature).log_softmax(-1)
+    p = (class_logits(teacher.float()) / temperature).log_softmax(-1)
+    q = (class_logits(student.float()) / temperature).log_softmax(-1)
     return F.kl_div(q, p, log_target=True, reduction="batchmean") * temperature**2
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfq.errors import SettingError
+from dfq.logits import label_count
 from dfq.vit import Architecture
 
 DIRECTION_WEIGHT = 10.0
@@ -23,10 +24,13 @@ def seeded(seed: int, what: str, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+Kind = Literal["class", "binary", "direction"]
+
+
 class Objective(Protocol):
     """What the images of one unit of work are optimised for; rows are trajectories."""
 
-    kind: Literal["class", "direction"]
+    kind: Kind
     labels: Tensor
 
     def loss(self, outputs: Tensor) -> Tensor:
@@ -39,7 +43,7 @@ class Objective(Protocol):
 class ClassObjective:
     """Cross-entropy of a target class each (arXiv 1912.08795, section 3.1)."""
 
-    kind: Literal["class", "direction"] = "class"
+    kind: Kind = "class"
 
     def __init__(self, seed: int, first: int, count: int, classes: Sequence[int]) -> None:
         self.labels = _balanced(seed, first, count, classes)
@@ -52,6 +56,24 @@ class ClassObjective:
         return outputs.float().gather(1, self.labels.to(outputs.device)[:, None]).sum()
 
 
+class BinaryObjective:
+    """Cross-entropy of one of the two classes of a single logit each, 0 or 1."""
+
+    kind: Kind = "binary"
+
+    def __init__(self, seed: int, first: int, count: int, classes: Sequence[int]) -> None:
+        self.labels = _balanced(seed, first, count, classes)
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        logits = outputs[:, 0].float()
+        labels = self.labels.to(logits)
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+
+    def score(self, outputs: Tensor) -> Tensor:
+        logits = outputs[:, 0].float()
+        return ((2 * self.labels.to(logits) - 1) * logits).sum()
+
+
 class DirectionObjective:
     """Cosine of the pooled feature with a random direction for each trajectory.
 
@@ -59,7 +81,7 @@ class DirectionObjective:
     vector seeded by (seed, ``t``); the label of its images is ``t``.
     """
 
-    kind: Literal["class", "direction"] = "direction"
+    kind: Kind = "direction"
 
     def __init__(self, seed: int, first: int, count: int, width: int) -> None:
         self.labels = torch.arange(first, first + count)
@@ -75,8 +97,10 @@ class DirectionObjective:
         return F.cosine_similarity(outputs.float(), directions, dim=1).sum()
 
 
-def objective_of(arch: Architecture) -> Literal["class", "direction"]:
+def objective_of(arch: Architecture) -> Kind:
     """What images of such a model are made for."""
+    if arch.num_classes == 1:
+        return "binary"
     return "class" if arch.num_classes else "direction"
 
 
@@ -86,10 +110,11 @@ def check_classes(arch: Architecture, classes: Sequence[int]) -> None:
         raise SettingError(
             f"classes is {tuple(classes)}, but the model has no classifier; leave classes empty."
         )
-    unknown = [c for c in classes if c >= arch.num_classes]
+    count = label_count(arch)
+    unknown = [c for c in classes if c >= count]
     if unknown:
         raise SettingError(
-            f"classes has {unknown[0]}; the model's classes are 0 to {arch.num_classes - 1}."
+            f"classes has {unknown[0]}; the model's classes are 0 to {count - 1}."
         )
 
 
@@ -97,9 +122,11 @@ def make_objective(
     arch: Architecture, seed: int, first: int, count: int, classes: Sequence[int] = ()
 ) -> Objective:
     """The objective of trajectories ``first`` to ``first + count``; no ``classes`` are all."""
-    if objective_of(arch) == "class":
-        return ClassObjective(seed, first, count, classes or range(arch.num_classes))
-    return DirectionObjective(seed, first, count, arch.embed_dim)
+    kind = objective_of(arch)
+    if kind == "direction":
+        return DirectionObjective(seed, first, count, arch.embed_dim)
+    of_classes = BinaryObjective if kind == "binary" else ClassObjective
+    return of_classes(seed, first, count, classes or range(label_count(arch)))
 
 
 def _balanced(seed: int, first: int, count: int, classes: Sequence[int]) -> Tensor:
