@@ -61,7 +61,7 @@ def shard_name(unit: int, patches: int) -> str:
 def encode_shard(images: SparseImages) -> bytes:
     """A shard's bytes; the same images always give the same bytes."""
     tensors = {
-        name: getattr(images, name).to(dtype).contiguous() for name, dtype in _DTYPES.items()
+        name: getattr(images, name).to("cpu", dtype).contiguous() for name, dtype in _DTYPES.items()
     }
     return save(tensors, metadata={"sha256": _content_hash(tensors)})
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, cast
@@ -56,8 +56,7 @@ def _enter() -> None:
     with ExitStack() as stack:
         _process.enter()
         stack.callback(_process.leave)
-        for context in _of_the_thread():
-            stack.enter_context(context)
+        _enter_thread(stack)
         _thread.inside = stack.pop_all()
 
 
@@ -134,7 +133,12 @@ _WARNINGS = _Setting(
 def _torch_settings() -> tuple[_Setting, ...]:
     import torch
 
+<<<<<<< HEAD
     cuda, mkldnn = torch.backends.cuda, cast(Any, torch.backends.mkldnn)
+=======
+    cuda: Any = torch.backends.cuda
+    mkldnn: Any = torch.backends.mkldnn
+>>>>>>> state
 
     def always(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> _Setting:
         return _Setting(read, write, lambda _: value)
@@ -191,16 +195,17 @@ def _random_states() -> list[Callable[[], Any]]:
     return found
 
 
-def _of_the_thread() -> Iterator[AbstractContextManager[Any]]:
-    """Contexts that give this thread the state of a fresh one."""
+def _enter_thread(stack: ExitStack) -> None:
+    """Give this thread the state of a fresh one until the stack is closed."""
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy is not None:
-        yield numpy.errstate(divide="warn", over="warn", under="ignore", invalid="warn")
+        usual = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
+        stack.enter_context(numpy.errstate(**usual))
     if torch is not None:
-        yield _no_function_modes()
-        yield torch.inference_mode(False)  # and with gradients
-        yield torch.autocast("cpu", enabled=False)
-        yield torch.autocast("cuda", enabled=False)
+        stack.enter_context(_no_function_modes())
+        stack.enter_context(torch.inference_mode(False))  # and with gradients
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +15,7 @@ from dfq.dataset import DatasetWriter, SparseImageDataset, decode_shard, encode_
 from dfq.dataset_settings import FORMAT, ORIGIN, SETTINGS
 from dfq.errors import DamagedError, DataError, OutputError, SettingError
 from dfq.files import check_replaceable, replaced_directory
+from dfq.process_state import callers_state
 from dfq.recipe import Method
 from dfq.sparse import Grid, SparseImages
 from dfq.synthesis import dataset_facts, machine_of
@@ -82,8 +83,8 @@ def _write(
     seen = set[int]()
     writer: DatasetWriter | None = None
     sizes: list[dict[int, int]] = []
-    for parts in units:
-        unit = _batches(parts)
+    for unit in _as_the_caller(units):
+        _check_types(unit)
         _check(unit, grid, seen)
         writer = writer or DatasetWriter(path, facts)
         writer.write(len(sizes), unit)
@@ -96,8 +97,22 @@ def _write(
     writer.finish(sizes)
 
 
-def _batches(parts: Any) -> list[SparseImages]:
-    unit = list(parts) if isinstance(parts, Iterable) else [parts]
+def _as_the_caller(units: Iterable[Any]) -> Iterator[list[Any]]:
+    """Units as the caller makes them: in the caller's state of the process."""
+    end = object()
+    with callers_state():
+        rest = iter(units)
+    while True:
+        with callers_state():
+            parts = next(rest, end)
+            if parts is end:
+                return
+            unit = list(parts) if isinstance(parts, Iterable) else [parts]
+        yield unit
+
+
+def _check_types(unit: list[Any]) -> None:
+    """Raise DataError for what is no sparse images, or holds no whole numbers."""
     for batch in unit:
         if not isinstance(batch, SparseImages):
             raise DataError(
@@ -110,7 +125,6 @@ def _batches(parts: Any) -> list[SparseImages]:
                 raise DataError(f"{name} is {values!r:.80}; it must be a tensor of whole numbers.")
             if values.numel() and not -LARGEST <= int(values.min()) <= int(values.max()) <= LARGEST:
                 raise DataError(f"{name} has values beyond {LARGEST}, which 32 bits do not hold.")
-    return unit
 
 
 def _check(unit: list[SparseImages], grid: Grid, seen: set[int]) -> None:

@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from recorded_warnings import (  # noqa: F401 (hooks)
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_warning_recorded,
+)
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 

@@ -113,9 +113,7 @@ def check_classes(arch: Architecture, classes: Sequence[int]) -> None:
     count = label_count(arch)
     unknown = [c for c in classes if c >= count]
     if unknown:
-        raise SettingError(
-            f"classes has {unknown[0]}; the model's classes are 0 to {count - 1}."
-        )
+        raise SettingError(f"classes has {unknown[0]}; the model's classes are 0 to {count - 1}.")
 
 
 def make_objective(

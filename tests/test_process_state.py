@@ -1,0 +1,631 @@
+"""The caller's process: dfq works in it as in a fresh one, and leaves it as it was."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import inspect
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+import dfq
+from dfq.arguments import checked
+from dfq.process_state import callers_state, fresh_state
+
+ROOT = Path(__file__).parents[1]
+
+# ---- states that a caller's process may be in
+
+
+@contextmanager
+def setting(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> Iterator[None]:
+    before = read()
+    write(value)
+    try:
+        yield
+    finally:
+        write(before)
+
+
+def default_type(dtype: torch.dtype) -> AbstractContextManager[None]:
+    return setting(torch.get_default_dtype, torch.set_default_dtype, dtype)
+
+
+@contextmanager
+def default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def both_devices() -> Iterator[None]:
+    with default_device(), torch.device("meta"):
+        yield
+
+
+def cuda_autocast() -> AbstractContextManager[None]:
+    """Also where there is no GPU."""
+    return setting(
+        lambda: torch.is_autocast_enabled("cuda"),
+        lambda on: torch.set_autocast_enabled("cuda", on),
+        True,
+    )
+
+
+@contextmanager
+def float_precision() -> Iterator[None]:
+    with setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"):
+        yield
+
+
+class Refusing(TorchFunctionMode):
+    """A mode of the caller's, in which dfq has no business."""
+
+    def __torch_function__(self, func: Any, *_: Any, **__: Any) -> Any:
+        raise AssertionError(f"{func} is seen by the caller's mode")
+
+
+STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "float64": lambda: default_type(torch.float64),
+    "bfloat16": lambda: default_type(torch.bfloat16),
+    "default device": default_device,
+    "device": lambda: torch.device("meta"),
+    "device in a default device": both_devices,
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
+    "autocast of cuda": cuda_autocast,
+    "deterministic": lambda: setting(
+        torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, "error"
+    ),
+    "anomalies": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+    "float32 products rounded": float_precision,
+    "one attention kernel": lambda: sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
+    "without oneDNN": lambda: setting(
+        lambda: torch.backends.mkldnn.enabled,
+        lambda on: setattr(torch.backends.mkldnn, "enabled", on),
+        False,
+    ),
+    "numpy raises": lambda: np.errstate(all="raise"),
+}
+
+OF_CALLS = {**STATES, "function mode": Refusing}
+"""A caller's function mode sees what a loaded model does, as it should."""
+
+
+def state() -> dict[str, Any]:
+    """Everything that a call must leave as it was."""
+    backends = torch.backends
+    return {
+        "dtype": torch.get_default_dtype(),
+        "modes": list(map(id, _get_current_function_mode_stack())),
+        "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "autocast": [
+            (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+        ],
+        "autocast cache": torch.is_autocast_cache_enabled(),
+        "anomalies": (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        "deterministic": torch.get_deterministic_debug_mode(),
+        "products": (torch.get_float32_matmul_precision(), backends.mkldnn.matmul.fp32_precision),
+        "oneDNN": backends.mkldnn.enabled,
+        "attention": [
+            getattr(backends.cuda, f"{name}_sdp_enabled")()
+            for name in ("math", "flash", "mem_efficient", "cudnn")
+        ],
+        "threads": torch.get_num_threads(),
+        "numpy": np.geterr(),
+        "warnings": (id(warnings.filters), list(warnings.filters)),
+        "random": (
+            random.getstate(),
+            str(np.random.get_state()),
+            _torch_random(),
+        ),
+    }
+
+
+def _torch_random() -> bytes:
+    with torch._C.DisableTorchFunction():
+        return bytes(torch.default_generator.get_state().numpy())
+
+
+# ---- the public functions, and what of their results must be the same
+
+FAST: dict[str, Any] = {"images": 2, "iterations": 1, "stages": 1, "threads": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the functions are called on: files, and a module in memory."""
+
+    root: Path
+    model: torch.nn.Module
+    loaded: dfq.LoadedModel
+    units: list[list[dfq.SparseImages]]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "w4a8"
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    @property
+    def npz(self) -> Path:
+        return self.root / "labelled.npz"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    root = tmp_path_factory.mktemp("given")
+    model = make_vit()
+    found = Given(root, model, dfq.load_model(model), [])
+    dfq.invert(model, out=found.images, **FAST)
+    found.units.extend(dfq.SparseImageDataset(found.images).units())
+    dfq.quantize(model, bits=4, calibration=found.images, out=found.checkpoint, cache=root / "c")
+    x = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    np.savez(found.npz, x=x, y=np.arange(4, dtype=np.uint8))
+    (root / "recipe.toml").write_text("[inversion]\nimages = 9\n")
+    return found
+
+
+def digests(path: Path) -> dict[str, str]:
+    """Every file below a path, or itself, by its SHA-256; ``report.json`` holds times."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.name != "report.json"
+    }
+
+
+def plain(value: Any) -> Any:
+    """A result with its tensors as type, device, bytes, and whether they are of inference mode."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device.type, value.is_inference(), bytes(value.numpy())
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def fields(result: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in names}
+
+
+def quantize(given: Given, out: Path) -> Any:
+    result = dfq.quantize(given.model, bits=4, out=out / "w", cache=out / "c", **FAST)
+    made = [digests(p) for p in sorted((out / "c" / "datasets").iterdir())]
+    return made, digests(out / "w"), fields(result, "agreement", "agreement_on", "layers", "bytes")
+
+
+def invert(given: Given, out: Path) -> Any:
+    dfq.invert(given.model, out=out / "images", method="smi", **FAST)
+    return digests(out / "images")
+
+
+def distill(_: Given, out: Path) -> Any:
+    arguments = {"data": "noise", "images": 2, "threads": 1, "cache": out / "c"}
+    plan = {"steps": 2, "smooth": (), "fractal": 0}
+    result = dfq.distill(
+        "demo", depth=1, out=out / "s", settings={"distillation": plan}, **arguments
+    )
+    return digests(out / "s"), result.losses
+
+
+def evaluate(given: Given, _: Path) -> Any:
+    result = dfq.evaluate(given.checkpoint, data=given.npz)
+    return fields(result, "images", "accuracy", "accuracy_top5", "backend")
+
+
+def load(given: Given, _: Path) -> Any:
+    return dfq.load(given.checkpoint)
+
+
+def load_model(given: Given, _: Path) -> Any:
+    return {m: dfq.load_model(m).vit for m in (given.model, "demo")}
+
+
+def export(given: Given, out: Path) -> Any:
+    return dfq.export(given.checkpoint, out=out / "w.onnx").products, digests(out / "w.onnx")
+
+
+def benchmark(given: Given, _: Path) -> Any:
+    result = dfq.benchmark(
+        given.checkpoint, batch=[1], seconds=1e-3, threads=1, runtimes=["dfq", "torch-fp32"]
+    )
+    return [row.runtime for row in result.rows], result.absent
+
+
+def preview(given: Given, out: Path) -> Any:
+    dfq.preview(given.images, out / "a.png")
+    return digests(out / "a.png")
+
+
+def write_dataset(given: Given, out: Path) -> Any:
+    dfq.write_dataset(out / "set", given.units, given.loaded, origin="copy")
+    return digests(out / "set")
+
+
+def fractal_noise(given: Given, _: Path) -> Any:
+    images = dfq.fractal_noise(2, given.loaded.vit.arch.grid, 5)
+    return vars(images)
+
+
+def caches(given: Given, out: Path) -> Any:
+    dfq.invert(given.model, cache=out, method="noise", images=2, threads=1)
+    listed = [dfq.list_cache(out), dfq.verify_cache(out), dfq.remove_cached("all", out)]
+    return [[(e.name, e.bytes, e.problem) for e in entries] for entries in listed]
+
+
+def doctor(given: Given, _: Path) -> Any:
+    return dfq.doctor(given.root)
+
+
+CALLS: dict[str, Callable[[Given, Path], Any]] = {
+    "benchmark": benchmark,
+    "distill": distill,
+    "doctor": doctor,
+    "evaluate": evaluate,
+    "export": export,
+    "fractal_noise": fractal_noise,
+    "inspect": lambda given, _: (dfq.inspect(given.checkpoint), dfq.inspect(given.images)),
+    "invert": invert,
+    "load": load,
+    "load_model": load_model,
+    "load_recipe": lambda given, _: dfq.load_recipe(given.root / "recipe.toml"),
+    "models": lambda *_: dfq.models("deit"),
+    "preview": preview,
+    "quantize": quantize,
+    "remove_cached": caches,
+    "write_dataset": write_dataset,
+}
+
+
+@pytest.fixture(scope="module")
+def expected(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """What a function gives where nothing is set."""
+    known: dict[str, Any] = {}
+
+    def of(name: str) -> Any:
+        if name not in known:
+            known[name] = plain(CALLS[name](given, tmp_path_factory.mktemp("fresh")))
+        return known[name]
+
+    return of
+
+
+def test_every_public_function_is_called() -> None:
+    public = {n for n in dfq.__all__ if inspect.isfunction(getattr(dfq, n))}
+    assert public - {"list_cache", "verify_cache"} == set(CALLS)
+
+
+@pytest.mark.parametrize("condition", OF_CALLS)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_works_as_in_a_fresh_process_and_leaves_its_own(
+    name: str, condition: str, given: Given, expected: Callable[[str], Any], tmp_path: Path
+) -> None:
+    wanted = expected(name)
+    with OF_CALLS[condition]():
+        before = state()
+        found = CALLS[name](given, tmp_path)
+        after = state()
+    assert after == before
+    assert plain(found) == wanted
+
+
+@pytest.mark.parametrize("format", ["torch", "openvino"])
+def test_other_formats_are_written_as_in_a_fresh_process(
+    format: str, given: Given, tmp_path: Path
+) -> None:
+    if format == "openvino":
+        pytest.importorskip("openvino")
+    name = {"torch": "a.pt2", "openvino": "a.bin"}[format]
+    out = Path(name).with_suffix(".xml" if format == "openvino" else ".pt2")
+    for place in ("fresh", "set"):
+        (tmp_path / place).mkdir()
+    dfq.export(given.checkpoint, format=format, out=tmp_path / "fresh" / out)
+    with default_type(torch.float64), both_devices(), torch.inference_mode(), Refusing():
+        dfq.export(given.checkpoint, format=format, out=tmp_path / "set" / out)
+    assert digests(tmp_path / "set" / name) == digests(tmp_path / "fresh" / name)
+
+
+@pytest.mark.parametrize("condition", ["float64", "bfloat16", "inference"])
+def test_a_model_that_was_built_in_such_a_process_is_taken(condition: str) -> None:
+    with STATES[condition]():
+        model = make_vit()
+        found = dfq.load_model(model).vit
+    again = dfq.load_model(model).vit
+    for vit in (found, again):
+        assert {p.dtype for p in vit.parameters()} == {torch.float32}
+        assert not any(p.is_inference() for p in vit.parameters())
+        assert torch.equal(vit.head.weight, model.head.weight.float())
+
+
+# ---- a loaded model
+
+
+@pytest.fixture(scope="module", params=["float", "int8"])
+def checkpoint(
+    request: pytest.FixtureRequest, given: Given, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Of each kind of attention."""
+    path = tmp_path_factory.mktemp("loaded") / request.param
+    dfq.quantize(given.model, bits=4, attention=request.param, calibration=given.images, out=path)
+    return path
+
+
+IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("condition", STATES)
+def test_a_loaded_model_gives_the_same_logits_in_any_process(
+    checkpoint: Path, condition: str, backend: str | None
+) -> None:
+    wanted = dfq.load(checkpoint).set_backend(backend)(IMAGES)
+    model = dfq.load(checkpoint).set_backend(backend)
+    with STATES[condition]():
+        before = state()
+        first, second = model(IMAGES), model(IMAGES)
+        assert state() == before
+    assert wanted.dtype == first.dtype == torch.float32
+    if condition != "one attention kernel":  # which the caller has chosen
+        assert torch.equal(first, wanted)
+        assert torch.equal(second, wanted)
+    assert torch.equal(model(IMAGES), wanted)
+
+
+@pytest.mark.parametrize("condition", STATES)
+def test_copies_of_a_loaded_model_give_the_same_logits(checkpoint: Path, condition: str) -> None:
+    model = dfq.load(checkpoint)
+    wanted = model(IMAGES)
+    with STATES[condition]():
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        moved = copy.deepcopy(model).to("cpu")
+    for each in (*copies, moved):
+        assert torch.equal(each(IMAGES), wanted)
+
+
+def test_threads_may_be_the_first_to_call_a_model_all_at_once(checkpoint: Path) -> None:
+    wanted = dfq.load(checkpoint)(IMAGES)
+    model, found = dfq.load(checkpoint), []
+    together = threading.Barrier(8)
+
+    def call() -> None:
+        together.wait()
+        found.append(model(IMAGES))
+
+    run_together([call] * 8)
+    assert len(found) == 8
+    assert all(torch.equal(logits, wanted) for logits in found)
+
+
+def run_together(calls: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+
+def test_what_the_processor_can_do_is_asked_once_and_rightly() -> None:
+    from dfq.device import _worst_product_is_exact
+
+    wanted = _worst_product_is_exact(127)
+    for condition in STATES.values():
+        _worst_product_is_exact.cache_clear()
+        with condition():
+            assert _worst_product_is_exact(127) is wanted
+
+
+@pytest.mark.parametrize("condition", STATES)
+def test_a_dataset_is_read_the_same_in_any_process(given: Given, condition: str) -> None:
+    wanted = [image.patches for unit in given.units for image in unit]
+    with STATES[condition]():
+        dataset = dfq.SparseImageDataset(given.images)
+        dataset.verify()
+        found = [image for unit in dataset.units() for image in unit]
+    assert all(torch.equal(a.patches, b) for a, b in zip(found, wanted, strict=True))
+
+
+# ---- the guard itself
+
+
+def test_what_is_set_inside_is_put_back_after_an_error() -> None:
+    @checked
+    def careless() -> None:
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True)
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(3)
+        raise ZeroDivisionError
+
+    before = state()
+    with pytest.raises(ZeroDivisionError):
+        careless()
+    assert state() == before
+
+
+def test_random_numbers_of_gpus_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = ["before"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: kept[-1])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", kept.append)
+    with fresh_state():
+        kept.append("consumed")
+    assert kept == ["before", "consumed", "before"]
+
+
+def test_only_the_outermost_call_sets_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[str] = []
+    monkeypatch.setattr("dfq.process_state._enter_thread", lambda _: entered.append(""))
+
+    @checked
+    def inner() -> None:
+        pass
+
+    @checked
+    def outer() -> None:
+        inner()
+        inner()
+
+    outer()
+    assert len(entered) == 1
+
+
+def test_threads_that_overlap_leave_what_the_first_found() -> None:
+    """In whatever order they leave."""
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    seen: list[torch.dtype] = []
+
+    def first() -> None:
+        with fresh_state():
+            first_in.set()
+            second_in.wait(60)
+        first_out.set()
+
+    def second() -> None:
+        first_in.wait(60)
+        with fresh_state():
+            second_in.set()
+            first_out.wait(60)
+            seen.append(torch.get_default_dtype())
+
+    with default_type(torch.float64):
+        before = state()
+        run_together([first, second])
+        assert state() == before
+    assert seen == [torch.float32]
+
+
+def test_what_another_thread_sets_meanwhile_stays_set() -> None:
+    def other() -> None:
+        torch.set_default_dtype(torch.bfloat16)
+        with fresh_state():
+            assert torch.get_default_dtype() == torch.float32
+
+    with default_type(torch.float64):
+        with fresh_state():
+            run_together([other])
+        assert torch.get_default_dtype() == torch.bfloat16
+
+
+def test_the_callers_code_runs_in_the_callers_state(given: Given, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def units() -> Iterator[list[dfq.SparseImages]]:
+        seen.append((torch.get_default_dtype(), torch.is_grad_enabled(), float(torch.rand(()))))
+        yield from given.units
+        seen.append((torch.get_default_dtype(), torch.is_grad_enabled(), float(torch.rand(()))))
+
+    with default_type(torch.float64), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        wanted = [float(torch.rand(())) for _ in range(3)]
+        torch.manual_seed(0)
+        dfq.write_dataset(tmp_path / "set", units(), given.loaded, origin="mine")
+        after = float(torch.rand(()))
+    assert [place[:2] for place in seen] == [(torch.float64, False)] * 2
+    assert [place[2] for place in seen] + [after] == wanted
+
+
+def test_the_callers_state_is_everywhere_outside() -> None:
+    with default_type(torch.float64), callers_state():
+        assert torch.get_default_dtype() == torch.float64
+
+
+# ---- warnings
+
+
+@checked
+def warns() -> int:
+    warnings.warn("deliberate", UserWarning, stacklevel=1)
+    return 3
+
+
+def test_warnings_are_shown_where_the_caller_has_them_raised() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "quiet")
+        assert warns() == 3
+        assert [str(w.message) for w in shown] == ["deliberate"]
+        with pytest.raises(UserWarning, match="deliberate"):
+            warnings.warn("deliberate", UserWarning, stacklevel=1)
+
+
+def test_what_the_caller_ignores_stays_ignored() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("ignore")
+        assert warns() == 3
+    assert not shown
+
+
+def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *options, "-c", code], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_process_that_raises_warnings_quantizes_all_the_same(given: Given) -> None:
+    """Modules that load give warnings too."""
+    code = f"""
+import warnings, dfq
+print(dfq.load({str(given.checkpoint)!r}).backend, warnings.filters[0][0])
+dfq.inspect({str(given.images)!r})
+"""
+    ended = python(code, "-W", "error")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == [dfq.load(given.checkpoint).backend, "error"]
+
+
+def test_modules_load_as_in_a_fresh_process() -> None:
+    """timm's and ours keep tensors that they make as they load."""
+    code = """
+import torch
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
+import dfq
+print(dfq.load_model("demo").fingerprint, torch.get_default_dtype(), torch.get_default_device())
+"""
+    ended = python(code)
+    wanted = f"{dfq.load_model('demo').fingerprint} torch.float64 meta"
+    assert ended.stdout.strip() == wanted, ended.stderr
+
+
+def test_a_warning_inside_fails_the_tests(tmp_path: Path) -> None:
+    """Warnings are errors in this project's own tests, and a call does not hide them."""
+    (tmp_path / "test_warns.py").write_text(
+        "import warnings\n"
+        "from dfq.arguments import checked\n"
+        "@checked\n"
+        "def warns(): warnings.warn('deliberate')\n"
+        "def test_warns(): warns()\n"
+    )
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "recorded_warnings", "-p", "no:cacheprovider",
+         "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path / "test_warns.py"],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert ended.returncode == 1, ended.stdout
+    assert "1 passed" in ended.stdout
+    assert "WARNED test_warns.py::test_warns: deliberate" in ended.stdout
