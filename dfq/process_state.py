@@ -133,12 +133,8 @@ _WARNINGS = _Setting(
 def _torch_settings() -> tuple[_Setting, ...]:
     import torch
 
-<<<<<<< HEAD
-    cuda, mkldnn = torch.backends.cuda, cast(Any, torch.backends.mkldnn)
-=======
     cuda: Any = torch.backends.cuda
     mkldnn: Any = torch.backends.mkldnn
->>>>>>> state
 
     def always(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> _Setting:
         return _Setting(read, write, lambda _: value)
