@@ -15,12 +15,12 @@ from dfq.arguments import checked
 from dfq.cache import cache_directory
 from dfq.dataset import SparseImageDataset
 from dfq.dataset_settings import SETTINGS
-from dfq.device import cpu_has, resolve_precision
+from dfq.device import cpu_has, multiplies_bytes, resolve_precision
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
 from dfq.quantization.scheme import scheme_name
 from dfq.recipe import to_dict
-from dfq.runtime import opaque
+from dfq.runtime import onednn, opaque
 from dfq.synthesis import versions
 from dfq.vit.architecture import to_json
 from dfq.vit.describe import describe
@@ -162,7 +162,9 @@ def models(pattern: str | None = None) -> list[ModelEntry]:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What this machine offers; ``problems`` is empty where all is well.
+    """What this machine offers.
+
+    ``problems`` is empty where all is well; ``warnings`` name what works and is slow.
 
     ``backend`` names the kernels that checkpoints run on, ``compiler`` the C++ compiler that
     ``dfq.load(..., compiled=True)`` would use, None where there is none.
@@ -178,20 +180,16 @@ class DoctorReport:
     precision: str
     cache: str
     problems: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 @checked
 def doctor(cache: str | Path | None = None) -> DoctorReport:
     """Look at versions, processor, integer kernels, cache directory and demo files."""
     cpu = torch.device("cpu")
-    backend = runtime.select(cpu).NAME
+    backend = runtime.select(cpu, largest=onednn.PORTABLE).NAME
     root = cache_directory(cache)
     problems = []
-    if backend == "reference":
-        problems.append(
-            "This processor has no 8-bit dot products (VNNI): quantized models run on the "
-            "reference kernels, which are correct and slow."
-        )
     if not _writable(root):
         problems.append(f"The cache directory {root} cannot be written; use --cache or $DFQ_CACHE.")
     problems += [f"{p.name} is missing; reinstall dfq." for p in _missing_demo_files()]
@@ -206,7 +204,30 @@ def doctor(cache: str | Path | None = None) -> DoctorReport:
         precision=resolve_precision("auto", cpu),
         cache=str(root),
         problems=tuple(problems),
+        warnings=_slow(cpu),
     )
+
+
+def _slow(device: torch.device) -> tuple[str, ...]:
+    """What makes this processor slow, with what to do."""
+    slow = []
+    if not onednn.available(device, onednn.PORTABLE):
+        slow.append(
+            "This processor multiplies 8-bit integers neither with VNNI nor with AVX2: quantized "
+            "models run on the reference kernels, several times slower than in floating point."
+        )
+    elif not multiplies_bytes(device):
+        slow.append(
+            "This processor has no 8-bit dot products (VNNI), so wide weights would saturate: "
+            "checkpoints quantized with reduce_range (the default) run fast, others on the "
+            "reference kernels, several times slower than in floating point."
+        )
+    if resolve_precision("auto", device) == "float32":
+        slow.append(
+            "This processor does not multiply bfloat16 natively: inversion runs in float32 and "
+            "takes about three times as long as the README says."
+        )
+    return tuple(slow)
 
 
 def _missing_demo_files() -> list[Path]:

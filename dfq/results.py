@@ -237,6 +237,7 @@ class ExportResult:
 
     ``products``: matrix products with quantized inputs in the file; ``integer_products``: how
     many of them OpenVINO runs on 8-bit integers here.  None where it was not looked at.
+    ``warnings``: where the file computes something else.
     """
 
     checkpoint: str
@@ -249,6 +250,7 @@ class ExportResult:
     bytes: int
     products: int | None
     integer_products: int | None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -116,11 +116,13 @@ def unpatchify(patches: Tensor, positions: Tensor, grid: Grid, fill: float = 0) 
     return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c, grid.rows * ph, grid.columns * pw)
 
 
-def channel_values(values: tuple[float, ...], grid: Grid) -> Tensor:
+def channel_values(
+    values: tuple[float, ...], grid: Grid, device: torch.device | str = "cpu"
+) -> Tensor:
     """Spread one value per channel over the values of a patch: float32 ``[D]``."""
-    return torch.tensor(values, dtype=torch.float32, device="cpu").repeat_interleave(
-        grid.patch_size[0] * grid.patch_size[1]
-    )
+    height, width = grid.patch_size
+    by_channel = torch.tensor(values, dtype=torch.float32, device=device)
+    return by_channel[:, None].expand(-1, height * width).flatten()
 
 
 def pixels_to_input(

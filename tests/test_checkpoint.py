@@ -729,6 +729,17 @@ def test_tensors_that_are_not_in_the_file_are_not_allocated(
     assert largest.elements <= 256 * 64
 
 
+def test_format_5_had_the_full_range(checkpoint: Path) -> None:
+    def older(config: dict[str, Any]) -> None:
+        config["format_version"] = 5
+        del config["recipe"]["quantization"]["reduce_range"]
+
+    assert read_info(checkpoint).recipe.quantization.reduce_range
+    change_config(checkpoint, older)
+    assert not read_info(checkpoint).recipe.quantization.reduce_range
+    load(checkpoint)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -1211,17 +1222,21 @@ def test_normalisation_is_folded_into_the_patch_embedding(
     stored = tensors["patch_embed.weight"] * tensors["patch_embed.weight_scale"][:, None]
     bias = loaded.vit.patch_embed.bias.numpy() - stored @ mean
     np.testing.assert_allclose(tensors["patch_embed.bias"], bias, rtol=1e-4, atol=1e-5)
-    assert np.abs(stored - weight).mean() < 0.01 * np.abs(weight).mean()
+    assert np.abs(stored - weight).mean() < 0.02 * np.abs(weight).mean()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_weights_are_in_the_specified_range(tmp_path: Path, loaded: LoadedModel, bits: Any) -> None:
-    model = quantized(loaded, QuantizationSettings(bits=bits))
+@pytest.mark.parametrize(
+    ("bits", "reduced", "low", "high"),
+    [(4, False, -128, 112), (8, False, -127, 127), (4, True, -64, 56), (8, True, -63, 63)],
+)
+def test_weights_are_in_the_specified_range(
+    tmp_path: Path, loaded: LoadedModel, bits: Any, reduced: bool, low: int, high: int
+) -> None:
+    model = quantized(loaded, QuantizationSettings(bits=bits, reduce_range=reduced))
     save(tmp_path / "out", model)
     reader = DocumentedReader(tmp_path / "out")
     for i in range(2):
         for layer, inputs in (("attn.qkv", 64), ("mlp.fc2", 256)):
             weight = reader.weight(f"blocks.{i}.{layer}", inputs)
-            low, high = {4: (-8 * 16, 7 * 16), 8: (-127, 127)}[bits]
             assert low <= weight.min() < low / 2
             assert high / 2 < weight.max() <= high

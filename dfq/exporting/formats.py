@@ -14,10 +14,12 @@ from dfq.errors import OutputError, SettingError
 from dfq.exporting import program
 from dfq.exporting.extras import require
 from dfq.exporting.facts import facts
+from dfq.exporting.forms import integer_layers
 from dfq.files import check_writable, explain, replace_files, write_bytes
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.scheme import scheme_name
 from dfq.results import ExportResult
+from dfq.runtime import onednn
 
 Format = Literal["onnx", "openvino", "torch"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -87,7 +89,28 @@ def export(
         bytes=sum(file.stat().st_size for file in files),
         products=found[0],
         integer_products=found[1],
+        warnings=() if format == "torch" else _saturating(model),
     )
+
+
+def _saturating(model: QuantizedViT) -> tuple[str, ...]:
+    """What of the file ONNX Runtime and OpenVINO compute wrongly on x86 without VNNI.
+
+    They add pairs of products of 8-bit integers in 16 bits there, as oneDNN does.
+    """
+    where = "saturate in ONNX Runtime and OpenVINO on x86 processors without VNNI"
+    warnings = []
+    largest = max(layer.largest_weight() for layer in integer_layers(model).values())
+    if largest > onednn.PORTABLE:
+        warnings.append(
+            f"Weights reach {largest}, which {where}: logits are wrong there. Quantize again with "
+            "reduce_range = true (the default)."
+        )
+    if model.settings.attention == "int8":
+        warnings.append(
+            f"The 8-bit products of attention {where}. Use attention = 'float' for those."
+        )
+    return tuple(warnings)
 
 
 def _weights(weights: str | None, format: str, bits: int) -> str:

@@ -131,8 +131,12 @@ class IntegerLinear(opaque.Part):
         Raises:
             SettingError: no backend of that name, or it is not exact here.
         """
+        return runtime.select(self.weight.device, backend, self.largest_weight(integers))
+
+    def largest_weight(self, integers: Tensor | None = None) -> int:
+        """Largest magnitude of the integers that products multiply."""
         low, high = (self.integers() if integers is None else integers).aminmax()
-        return runtime.select(self.weight.device, backend, max(-int(low), int(high)))
+        return max(-int(low), int(high))
 
     def _params(self) -> LinearParams:
         scale, zero_point = self._quantizer.scale, self._quantizer.zero_point

@@ -185,9 +185,9 @@ class QuantizedViT(ViT):
     def set_normalisation(self) -> None:
         """Derive the patch embedding's constants from the preprocessing."""
         assert isinstance(self.patch_embed, IntegerPatchEmbed)
-        mean, std = self.preprocessing.mean, self.preprocessing.std
-        grid = self.arch.grid
-        self.patch_embed.set_normalisation(channel_values(mean, grid), channel_values(std, grid))
+        values = self.preprocessing.mean, self.preprocessing.std
+        mean, std = (channel_values(v, self.arch.grid, self.prefix.device) for v in values)
+        self.patch_embed.set_normalisation(mean, std)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
