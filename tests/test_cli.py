@@ -605,7 +605,7 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "two values of mean": (quantize_with("--mean", "0.5,0.5"), "--mean has 2", "3 channels"),
     "mean of words": (quantize_with("--mean", "half"), "--mean is 'half'", "0.5,0.5,0.5"),
     "empty std": (quantize_with("--std", ""), "--std is empty", "leave it out"),
-    "std of 0": (quantize_with("--std", "0,1,1"), "(0.0, 1.0, 1.0)", "above 0"),
+    "std of 0": (quantize_with("--std", "0,1,1"), "0, 1, 1", "from 1/256 to 1"),
     "mean that is no number": (quantize_with("--mean", "nan,0,0"), "--mean", "nan"),
     "bound": (quantize_with("--min-agreement", "90"), "min_agreement is 90", "0 to 1"),
     "bound without data": (quantize_with("--min-accuracy", "0.5"), "min_accuracy", "--eval DATA"),

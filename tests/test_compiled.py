@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_vit
 from exporting import MEMBERS, quantized
 
 import dfq
@@ -49,6 +50,33 @@ def test_compiled_models_give_the_same_logits(attention: str, batches: tuple[int
         found, exact = compiled(x), model(x)
         assert found.shape == exact.shape
         assert float((found - exact).norm()) <= 0.03 * float(exact.norm())
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.no_grad()
+def test_a_compiler_may_be_the_first_to_meet_a_model(bits: int, tmp_path: Path) -> None:
+    """Inputs of 48 are no multiple of a group of 32."""
+    module = make_vit(embed_dim=48, num_heads=3)
+    result = dfq.quantize(module, bits=bits, calibration="noise", images=4, out=tmp_path / "out")
+    fresh, x = dfq.load(result.checkpoint), images(dfq.load(result.checkpoint), 2)
+    expected = dfq.load(result.checkpoint)(x)
+    found = torch.compile(fresh, fullgraph=True)(x)
+    assert float((found - expected).norm()) <= 1e-3 * float(expected.norm())
+
+
+@needs_compiler
+@torch.no_grad()
+def test_an_exporter_may_be_the_first_to_meet_a_model(tmp_path: Path) -> None:
+    module = make_vit(embed_dim=48, num_heads=3)
+    result = dfq.quantize(
+        module, bits=4, attention="int8", calibration="noise", images=4, out=tmp_path / "out"
+    )
+    x = images(dfq.load(result.checkpoint), 2)
+    expected = dfq.load(result.checkpoint).set_backend("reference")(x)
+    program = torch.export.export(dfq.load(result.checkpoint), (x,)).module()
+    for found in (program(x), torch.compile(program)(x)):
+        assert float((found - expected).norm()) <= 0.01 * float(expected.norm())
 
 
 @needs_compiler

@@ -544,7 +544,7 @@ def test_mean_and_std_must_be_finite(flag: str, value: float) -> None:
 
 @pytest.mark.parametrize("value", [0.0, -0.5])
 def test_std_must_be_positive(value: float) -> None:
-    with pytest.raises(SettingError, match="--std must be above 0"):
+    with pytest.raises(SettingError, match=r"--std is .*from 1/256 to 1"):
         load_model(timm_model(), std=(0.5, 0.5, value))
 
 
@@ -623,3 +623,52 @@ def test_odd_tensors_are_refused(
     torch.save({**state, key: value}, tmp_path / "odd.pth")
     with pytest.raises(WeightsError, match=r"odd\.pth"):
         load(tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "hint"),
+    [
+        ("mean", (123.675, 116.28, 103.53), r"--mean 0\.485,0\.456,0\.406"),
+        ("std", (58.395, 57.12, 57.375), r"--std 0\.229,0\.224,0\.225"),
+        ("mean", (-4.27, -4.27, -4.27), "spectrograms.*not supported"),
+        ("std", (4.57, 4.57, 4.57), "pixels / 255"),
+        ("std", (1e-3, 1e-3, 1e-3), "1/256 to 1"),
+    ],
+)
+def test_mean_and_std_that_are_not_of_pixels_are_refused(
+    name: str, values: tuple[float, ...], hint: str
+) -> None:
+    with pytest.raises(SettingError, match=rf"(?s)--{name} is .*pixels / 255.*{hint}|{hint}"):
+        load_model(make_vit(), **{name: values})
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("std", [1 / 255, 0.25, 1.0])
+def test_every_usual_mean_and_std_is_taken(mean: float, std: float) -> None:
+    loaded = load_model(make_vit(), mean=[mean] * 3, std=[std] * 3)
+    assert (loaded.preprocessing.mean, loaded.preprocessing.std) == ((mean,) * 3, (std,) * 3)
+
+
+def test_weights_of_another_patch_size_are_refused_before_they_are_resampled(
+    tmp_path: Path,
+) -> None:
+    model = timm.create_model("test_vit", num_classes=5, patch_size=8, img_size=160)
+    save_file(model.state_dict(), tmp_path / "p8.safetensors")
+    with pytest.raises(WeightsError, match=r"patches of 8 x 8 pixels, 'test_vit' of 16 x 16"):
+        load_model("test_vit", weights=tmp_path / "p8.safetensors", img_size=160)
+
+
+@torch.no_grad()
+def test_published_names_of_layer_scale_are_taken(tmp_path: Path) -> None:
+    model = timm.create_model("deit3_small_patch16_224", img_size=32, num_classes=5).eval()
+    for block in model.blocks:
+        block.ls1.gamma.uniform_(0.5, 1.5)
+        block.ls2.gamma.uniform_(0.5, 1.5)
+    state = {
+        key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
+        for key, value in model.state_dict().items()
+    }
+    torch.save({"model": state}, tmp_path / "deit3.pth")
+    found = load_model("deit3_small_patch16_224", weights=tmp_path / "deit3.pth", img_size=32)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.vit(images), model(images), rtol=1e-3, atol=1e-3)
