@@ -203,9 +203,7 @@ def test_a_subclass_of_a_tensor_is_refused() -> None:
     model = make_vit()
     weight = model.blocks[0].mlp.fc1.weight.detach().as_subclass(Odd)
     model.blocks[0].mlp.fc1.weight = nn.Parameter(weight)
-    with pytest.raises(
-        UnsupportedModelError, match=r"'blocks\.0\.mlp\.fc1\.weight' is a \S*Scaled"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"'blocks\.0\.mlp\.fc1\.weight' is a \S*Odd"):
         convert(model, "m")
 
 
