@@ -185,18 +185,21 @@ WHITE: dict[str, Any] = {
 }  # fmt: skip
 
 
+BLACK: dict[str, Any] = {
+    "1": 0, "L": 0, "LA": (0, 255), "RGB": (0,) * 3, "RGBA": (0, 0, 0, 255),
+    "RGBX": (0, 0, 0, 255), "CMYK": (0, 0, 0, 255), "YCbCr": (0, 128, 128), "HSV": (0, 0, 0),
+    "LAB": (0, 128, 128), "La": (0, 255), "RGBa": (0, 0, 0, 255),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 @pytest.mark.parametrize("source", WHITE)
 def test_black_and_white_of_every_mode(source: str, mode: str) -> None:
-    black: Any = {"CMYK": (0, 0, 0, 255), "YCbCr": (0, 128, 128), "LAB": (0, 128, 128)}.get(
-        source,
-        0 if source in ("1", "L") else (0, 255) if source in ("LA", "La") else (0, 0, 0, 255),
-    )
-    black = black[:3] if source in ("RGB", "HSV") else black
-    for value, expected in ((WHITE[source], 255), (black, 0)):
-        found = np.asarray(to_eight_bits(Image.new(source, (1, 1), value), mode))
-        assert set(found.flatten()) <= {expected, 255} if mode == "RGBA" else {expected}
-        assert found.flatten()[0] == expected
+    for values, level in ((WHITE, 255), (BLACK, 0)):
+        found = np.asarray(to_eight_bits(Image.new(source, (1, 1), values[source]), mode))
+        expected = np.full_like(found, level)
+        expected[..., 3:] = 255
+        np.testing.assert_allclose(found, expected, atol=1 if source == "LAB" else 0)
 
 
 @pytest.mark.parametrize("alpha", [False, True])
