@@ -304,4 +304,11 @@ class BenchmarkResult:
 
 def to_json(result: Any) -> dict[str, Any]:
     """A result as nested dicts of JSON types."""
-    return dataclasses.asdict(result)
+    found: dict[str, Any] = _as_json(dataclasses.asdict(result))
+    return found
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return [_as_json(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dfq.device import multiplies_bfloat16
 from dfq.exporting.extras import require
 
 INTEGERS = ("i8", "u8")
@@ -26,8 +29,10 @@ def read_model(openvino: Any, content: bytes) -> Any:
 
 def compile_model(openvino: Any, model: Any, threads: int | None = None) -> Any:
     """The model (or the path of an .xml) ready to run on the processor, from OpenVINO's
-    defaults: floating point may be bfloat16."""
+    defaults: floating point may be bfloat16 where the processor multiplies it."""
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if not multiplies_bfloat16(torch.device("cpu")):
+        options["INFERENCE_PRECISION_HINT"] = "f32"
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     return openvino.Core().compile_model(model, "CPU", options)
