@@ -129,7 +129,7 @@ def test_inversion_quantization_and_the_disk(
     on_pixels = _sparse_images(loaded)
     ours, theirs = quantized.forward_sparse(*on_pixels), loaded.vit.forward_sparse(*on_pixels)
     error = float((ours - theirs).norm() / theirs.norm())
-    assert error < {4: 0.5, 8: 0.15}[bits]
+    assert error < {4: 0.5, 8: 0.2}[bits]
 
 
 def _sparse_images(loaded: LoadedModel) -> tuple[Tensor, Tensor]:
