@@ -122,7 +122,7 @@ def channel_values(
     """Spread one value per channel over the values of a patch: float32 ``[D]``."""
     height, width = grid.patch_size
     by_channel = torch.tensor(values, dtype=torch.float32, device=device)
-    return by_channel[:, None].expand(-1, height * width).flatten()
+    return by_channel.repeat_interleave(height * width)
 
 
 def pixels_to_input(

@@ -46,6 +46,7 @@ def convert(model: nn.Module, name: str) -> ViT:
     return vit
 
 
+@torch.no_grad()
 def check_finite(state: dict[str, Any]) -> None:
     """Raise :class:`WeightsError` if a floating-point tensor holds NaN or infinity."""
     for key, value in state.items():
