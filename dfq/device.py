@@ -103,10 +103,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     native = cpu_has("avx512_bf16") or cpu_has("amx_tile")
-    return native and torch.backends.mkldnn.is_available() and _onednn_takes_bfloat16()
-
-
-def _onednn_takes_bfloat16() -> bool:
+    if not native or not torch.backends.mkldnn.is_available():
+        return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

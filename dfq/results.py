@@ -250,7 +250,7 @@ class ExportResult:
     bytes: int
     products: int | None
     integer_products: int | None
-    warnings: tuple[str, ...] = ()
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -304,11 +304,4 @@ class BenchmarkResult:
 
 def to_json(result: Any) -> dict[str, Any]:
     """A result as nested dicts of JSON types."""
-    found: dict[str, Any] = _as_json(dataclasses.asdict(result))
-    return found
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_json(inner) for key, inner in value.items()}
-    return [_as_json(inner) for inner in value] if isinstance(value, list | tuple) else value
+    return dataclasses.asdict(result)

@@ -89,11 +89,11 @@ def export(
         bytes=sum(file.stat().st_size for file in files),
         products=found[0],
         integer_products=found[1],
-        warnings=() if format == "torch" else _saturating(model),
+        warnings=[] if format == "torch" else _saturating(model),
     )
 
 
-def _saturating(model: QuantizedViT) -> tuple[str, ...]:
+def _saturating(model: QuantizedViT) -> list[str]:
     """What of the file ONNX Runtime and OpenVINO compute wrongly on x86 without VNNI.
 
     They add pairs of products of 8-bit integers in 16 bits there, as oneDNN does.
@@ -110,7 +110,7 @@ def _saturating(model: QuantizedViT) -> tuple[str, ...]:
         warnings.append(
             f"The 8-bit products of attention {where}. Use attention = 'float' for those."
         )
-    return tuple(warnings)
+    return warnings
 
 
 def _weights(weights: str | None, format: str, bits: int) -> str:

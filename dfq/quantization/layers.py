@@ -158,15 +158,14 @@ class IntegerLinear(opaque.Part):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The float model's input ``[..., in]`` to uint8."""
-        traced = opaque.compiling() or opaque.exporting()
-        kernels = reference if traced else self.prepare()[0]
+        kernels = reference if opaque.tracing() else self.prepare()[0]
         by = self._quantizer
         y: Tensor = kernels.quantize(x, by.scale, by.zero_point, self.affine)
         return y
 
     def quantize_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """The output of a norm to uint8, for float ``[..., in]`` before it."""
-        if not isinstance(norm, nn.LayerNorm) or opaque.compiling() or opaque.exporting():
+        if not isinstance(norm, nn.LayerNorm) or opaque.tracing():
             return self.quantize_input(norm(x))
         kernels, params, _ = self.prepare()
         if self._folded is None or self._folded[0] is not norm:

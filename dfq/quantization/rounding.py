@@ -54,6 +54,7 @@ class WeightScales:
 
 def expand_groups(group: Tensor, size: int, inputs: int) -> Tensor:
     """The group scale of each weight: ``[out, groups]`` to ``[out, in]``."""
+    # torch.compile (2.14) repeats and slices bytes wrongly where inputs are no multiple of size
     index = torch.arange(inputs, device=group.device) // size
     return group[:, index]
 

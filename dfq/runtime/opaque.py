@@ -60,6 +60,11 @@ def exporting() -> bool:
     )
 
 
+def tracing() -> bool:
+    """Whether anything traces the model, so that it must stay within plain operators."""
+    return compiling() or exporting()
+
+
 def compiler() -> str | None:
     """A C++ compiler that ``torch.compile`` can use, where there is one."""
     return next((name for name in COMPILERS if shutil.which(name)), None)

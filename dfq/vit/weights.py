@@ -119,11 +119,8 @@ def load_into(
         if own[key].is_floating_point() and not state[key].is_floating_point():
             raise WeightsError(f"{path.name!r}: {key!r} is {state[key].dtype}; weights are floats.")
     _check_patches(own, state, name, path)
-    state = (
-        {_LAYER_SCALES.sub(r"\1ls\2.gamma", k): v for k, v in state.items()}
-        if any(key.endswith("ls1.gamma") for key in own)
-        else state
-    )
+    if any(key.endswith("ls1.gamma") for key in own):
+        state = {_LAYER_SCALES.sub(r"\1ls\2.gamma", k): v for k, v in state.items()}
     if not resize:
         for key in sorted(own.keys() & state.keys()):
             if key.endswith(POSITION_TABLES):
