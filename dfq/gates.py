@@ -5,16 +5,10 @@ from __future__ import annotations
 from dfq.comparison import Metric
 from dfq.errors import GateError, SettingError
 from dfq.intervals import images_to_decide, share_interval
-from dfq.results import AgreementOn, EvaluateResult, FloatQuantized, GateCheck, QuantizeResult
+from dfq.results import MADE, AgreementOn, EvaluateResult, FloatQuantized, GateCheck, QuantizeResult
 
 POOR = 0.9
 """A 95 % interval of agreement wholly below it is worth a warning."""
-
-_MADE = {
-    "inverted": "inverted images of another seed",
-    "fractal noise": "images of fractal noise",
-}
-"""Images that dfq makes, and what they are."""
 
 _ADVICE = " Measure it on real images (--eval DATA)."
 
@@ -137,7 +131,7 @@ def _poor(on: AgreementOn) -> list[str]:
     if on.interval is None or on.interval[1] >= POOR:
         return []
     low, high = on.interval
-    advice = _ADVICE if on.data in _MADE else ""
+    advice = _ADVICE if on.data in MADE else ""
     return [
         f"Agreement with the float model is {on.agreement:.4f} on {_images(on)}, with a 95 % "
         f"interval of {low:.4f} to {high:.4f}.{advice}"
@@ -145,4 +139,4 @@ def _poor(on: AgreementOn) -> list[str]:
 
 
 def _images(on: AgreementOn) -> str:
-    return f"{on.images} {_MADE.get(on.data, f'images of {on.data}')}"
+    return f"{on.images} {MADE.get(on.data, f'images of {on.data}')}"

@@ -57,6 +57,13 @@ class FloatQuantized:
     interval: list[Share]
 
 
+MADE = {
+    "inverted": "inverted images of another seed",
+    "fractal noise": "images of fractal noise",
+}
+"""What :attr:`AgreementOn.data` calls images that dfq makes, and what they are."""
+
+
 @dataclass(frozen=True)
 class AgreementOn:
     """Agreement with the float model, and what it was measured on.

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from dfq.errors import UsageError
 from dfq.plain import escape
+from dfq.results import MADE
 
 LOUDEST = 1000
 """No ratio in decibels is larger; a report that says so is not ours."""
@@ -182,7 +183,6 @@ _METRICS = {
     "threshold": "agreement",
     "cosine": "cosine of features",
 }
-_KINDS = {"inverted": "inverted images of another seed", "fractal noise": "images of fractal noise"}
 
 
 def agreement_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
@@ -192,7 +192,7 @@ def agreement_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _agreement_rows(on: dict[str, Any]) -> list[tuple[str, str]]:
-    where = escape(_KINDS.get(on["data"], f"images of {on['data']}"))
+    where = escape(MADE.get(on["data"], f"images of {on['data']}"))
     value = "not measured" if on["agreement"] is None else f"{on['agreement']:.2%}"
     counts = "" if on["agreeing"] is None else f"{on['agreeing']:d} of {on['images']:d}"
     side = "" if on["threshold"] is None else f", same side of {on['threshold']:.4g}"
