@@ -27,10 +27,10 @@ from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
 from dfq.vit.architecture import (
     Architecture,
     Preprocessing,
-    check_preprocessing,
     from_json,
     to_json,
 )
+from dfq.vit.preprocessing import check_preprocessing
 
 FORMAT = "dfq-checkpoint"
 FORMAT_VERSION = 6

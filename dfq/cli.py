@@ -78,6 +78,15 @@ Mean = Annotated[
     str | None, typer.Option(help="Per channel, of pixels / 255: 0.5,0.5,0.5", show_default=False)
 ]
 Std = Annotated[str | None, typer.Option(help="As --mean.", show_default=False)]
+InputRange = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW,HIGH",
+        help="Lowest and highest value before normalisation, in the units of --mean and --std, "
+        "which are then 0 and 1 by default.",
+        show_default="0,1: pixels / 255",
+    ),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option(help="TOML file of settings; flags override it.", show_default=False)
 ]
@@ -167,6 +176,7 @@ def quantize(
     img_size: ImgSize = None,
     mean: Mean = None,
     std: Std = None,
+    input_range: InputRange = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -206,6 +216,7 @@ def quantize(
             img_size=img_size,
             mean=_floats(mean, "--mean"),
             std=_floats(std, "--std"),
+            input_range=_floats(input_range, "--input-range"),
             calibration=calibration,
             images=images,
             iterations=iterations,
@@ -248,6 +259,7 @@ def invert(
     img_size: ImgSize = None,
     mean: Mean = None,
     std: Std = None,
+    input_range: InputRange = None,
     seed: Seed = None,
     threads: Threads = None,
     precision: Precision = None,
@@ -272,6 +284,7 @@ def invert(
         img_size=img_size,
         mean=_floats(mean, "--mean"),
         std=_floats(std, "--std"),
+        input_range=_floats(input_range, "--input-range"),
         seed=seed,
         device=device,
         cache=cache,
@@ -368,6 +381,7 @@ def distill(
     img_size: ImgSize = None,
     mean: Mean = None,
     std: Std = None,
+    input_range: InputRange = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Directory of the student.", show_default="./MODEL-student"),
@@ -400,6 +414,7 @@ def distill(
         img_size=img_size,
         mean=_floats(mean, "--mean"),
         std=_floats(std, "--std"),
+        input_range=_floats(input_range, "--input-range"),
         out=out,
         eval=eval,
         class_map=class_map,

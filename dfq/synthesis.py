@@ -153,8 +153,9 @@ def dataset_facts(
             "fingerprint": loaded.fingerprint,
         },
         "preprocessing": {
-            "mean": list(loaded.preprocessing.mean),
-            "std": list(loaded.preprocessing.std),
+            k: v
+            for k, v in describe(loaded.preprocessing).items()
+            if k in ("mean", "std", "input_range")
         },
         "grid": grid_to_json(loaded.vit.arch.grid),
         "objective": objective_of(loaded.vit.arch),

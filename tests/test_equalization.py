@@ -33,7 +33,7 @@ def found(loaded: LoadedModel, images: list[SparseImages]) -> Calibration:
 
 def inputs(loaded: LoadedModel, images: list[SparseImages]) -> tuple[Tensor, Tensor]:
     p = loaded.preprocessing
-    x = pixels_to_input(images[0].patches, p.mean, p.std, loaded.vit.arch.grid)
+    x = pixels_to_input(images[0].patches, p, loaded.vit.arch.grid)
     return x, images[0].positions
 
 

@@ -68,8 +68,8 @@ class Engine:
             pack_linears(self.vit, settings.unit_size * self.grid.patches)
         self.importance = resolve_importance(settings.importance, vit.arch)
         self.events = events(settings, self.grid.patches)
-        mean = channel_values(preprocessing.mean, self.grid)
-        std = channel_values(preprocessing.std, self.grid)
+        mean = channel_values(preprocessing.level_mean, self.grid)
+        std = channel_values(preprocessing.level_std, self.grid)
         self.low, self.high = (-mean / std).to(self.device), ((1 - mean) / std).to(self.device)
 
     def run(
@@ -173,9 +173,7 @@ class Engine:
     ) -> SparseImages:
         rows = [t for t, sizes in enumerate(unit.sizes) if stage < len(sizes)]
         patches = state.patches.gather(1, leaving[..., None].expand(-1, -1, state.width))[rows]
-        pixels = input_to_pixels(
-            patches, self.preprocessing.mean, self.preprocessing.std, self.grid
-        )
+        pixels = input_to_pixels(patches, self.preprocessing, self.grid)
         trajectory = torch.tensor(rows, dtype=torch.int64) + unit.first_trajectory
         return SparseImages(
             patches=pixels.cpu(),

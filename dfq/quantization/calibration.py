@@ -121,7 +121,7 @@ def calibrate(
     try:
         for batch in batches:
             moved = batch.to(device)
-            x = pixels_to_input(moved.patches, preprocessing.mean, preprocessing.std, arch.grid)
+            x = pixels_to_input(moved.patches, preprocessing, arch.grid)
             vit.classify(vit.tokens(x, moved.positions))
             images += len(batch)
             if advance is not None:

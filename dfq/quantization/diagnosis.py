@@ -59,7 +59,7 @@ def layer_noise(
     try:
         for batch in batches:
             moved = batch.to(vit.prefix.device)
-            x = pixels_to_input(moved.patches, preprocessing.mean, preprocessing.std, vit.arch.grid)
+            x = pixels_to_input(moved.patches, preprocessing, vit.arch.grid)
             vit.forward_sparse(x, moved.positions)
     finally:
         for handle in handles:

@@ -185,7 +185,7 @@ class QuantizedViT(ViT):
     def set_normalisation(self) -> None:
         """Derive the patch embedding's constants from the preprocessing."""
         assert isinstance(self.patch_embed, IntegerPatchEmbed)
-        values = self.preprocessing.mean, self.preprocessing.std
+        values = self.preprocessing.level_mean, self.preprocessing.level_std
         mean, std = (channel_values(v, self.arch.grid, self.prefix.device) for v in values)
         self.patch_embed.set_normalisation(mean, std)
 
@@ -193,7 +193,7 @@ class QuantizedViT(ViT):
     def forward(self, images: Tensor) -> Tensor:
         """Logits float32 of normalised images ``[B, C, H, W]`` of the model's size.
 
-        Values beyond those of pixels from 0 to 255 count as the nearest of these; an image
+        Values beyond the input range (pixels from 0 to 255) count as the nearest in it; an image
         with a value that is not finite has logits that are NaN.
 
         Raises:
