@@ -206,7 +206,7 @@ def test_one_logit_is_inverted_towards_both_of_its_classes() -> None:
     model = load_model(make_vit(num_classes=1))
     (images,) = run(model, chosen(method="dmi", images=4, unit_size=4, iterations=60))
     p = model.preprocessing
-    x = pixels_to_input(images.patches, p.mean, p.std, model.vit.arch.grid)
+    x = pixels_to_input(images.patches, p, model.vit.arch.grid)
     logits = model.vit.forward_sparse(x, images.positions)[:, 0]
     assert sorted(images.labels.tolist()) == [0, 0, 1, 1]
     assert ((logits > 0) == (images.labels == 1)).all()

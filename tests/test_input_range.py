@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -20,9 +21,10 @@ from dfq.dataset_settings import SETTINGS
 from dfq.errors import CheckpointError, DataError, DatasetError, SettingError
 from dfq.images import load_batches, open_images
 from dfq.inversion import Engine, plan_units
+from dfq.inversion.units import units_of
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.recipe import InversionSettings, QuantizationSettings
-from dfq.sparse import images_to_input, input_to_pixels, pixels_to_input
+from dfq.sparse import Grid, images_to_input, input_to_pixels, patchify, pixels_to_input
 from dfq.vit import Preprocessing
 from dfq.vit.architecture import from_json, to_json
 from dfq.vit.load import LoadedModel, load_model
@@ -54,6 +56,10 @@ def scaled(values: tuple[float, ...], factor: float, shift: float = 0.0) -> tupl
 def levels(count: int = 4) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+
+
+def patches(images: torch.Tensor) -> torch.Tensor:
+    return patchify(images, Grid((16, 16), (4, 4), 3))
 
 
 # ---- metamorphic: units do not matter
@@ -104,6 +110,75 @@ def test_scale_and_offset_of_the_units_do_not_matter(
     torch.testing.assert_close(
         images_to_input(images, other), images_to_input(images, pixels), rtol=1e-5, atol=1e-4
     )
+
+
+def raw(model: VisionTransformer, mean: Any, std: Any, low: float, high: float) -> Any:
+    """The same model, but of values in ``low..high`` as they come and not of normalised pixels."""
+    model = copy.deepcopy(model)
+    proj, width = model.patch_embed.proj, high - low
+    m, s = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (mean, std))
+    with torch.no_grad():
+        weight = proj.weight.double() / s
+        proj.bias.copy_(proj.bias.double() - (weight * (m + low / width)).sum((1, 2, 3)))
+        proj.weight.copy_(weight / width)
+    return model
+
+
+@pytest.mark.parametrize("span", [(0, 255), (-1, 1), (-1024, 3071), (0, 1e-3), (100, 102)])
+def test_a_normalisation_inside_the_network_gives_the_same(span: tuple[float, float]) -> None:
+    """Of a mean and a spread of half and a quarter of the range, which are taken for data whose
+    normalisation is not known: the same images, integers and logits."""
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    ours = load_model(make_vit(), mean=mean, std=std)
+    theirs = load_model(raw(make_vit(), mean, std, *span), input_range=span)
+    x, y = (images_to_input(levels(), loaded.preprocessing) for loaded in (ours, theirs))
+    torch.testing.assert_close(theirs.vit(y), ours.vit(x), rtol=1e-3, atol=1e-3)
+    images = inverted(ours)
+    if units_of(theirs.preprocessing) is not theirs.preprocessing:
+        for a, b in zip(images, inverted(theirs), strict=True):
+            off = (a.patches.int() - b.patches.int()).abs()
+            assert int(off.max()) <= 2
+            assert float((off > 0).float().mean()) < 0.02
+    a, b = quantized(ours, images), quantized(theirs, images)
+    for name, integers in a.state_dict().items():
+        if name.endswith(".weight") and not integers.is_floating_point():
+            same = integers == b.state_dict()[name]
+            assert float(same.float().mean()) > 0.999, name
+    expected = ours.vit(x)
+    assert torch.equal(a(x).argmax(1), b(y).argmax(1))
+    assert float((b(y) - expected).norm()) < 1.5 * float((a(x) - expected).norm())
+
+
+@pytest.mark.parametrize(
+    "of_input",
+    [
+        {"input_range": (0, 255)},
+        {"input_range": (-1024, 3071)},
+        {"input_range": (10, 12)},
+        {"input_range": (0, 1e-4)},
+        {"mean": (0.0,) * 3, "std": (1 / 255,) * 3},
+    ],
+    ids=str,
+)
+def test_images_of_values_as_they_come_fill_the_range(of_input: dict[str, Any]) -> None:
+    """Standard normal noise and steps of a fixed size would stay at one of its edges."""
+    levels_ = torch.cat([b.patches.flatten() for b in inverted(load_model(make_vit(), **of_input))])
+    assert 100 < float(levels_.float().mean()) < 155
+    assert 30 < float(levels_.float().std()) < 100
+
+
+def test_a_range_far_from_0_costs_the_patch_embedding_nothing() -> None:
+    """What rounding its weights loses grows with the distance from where it is exact."""
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    errors = []
+    for span in ((0.0, 1.0), (500.0, 501.0)):
+        loaded = load_model(raw(make_vit(), mean, std, *span), input_range=span)
+        model = quantized(loaded, inverted(loaded))
+        x = patches(images_to_input(levels(), loaded.preprocessing))
+        expected = loaded.vit.double().patch_embed(x.double())
+        spread = (expected - expected.mean((0, 1))).norm()
+        errors.append(float((model.patch_embed(x) - expected).norm() / spread))
+    assert errors[1] < 1.2 * errors[0] < 0.02
 
 
 def test_a_level_stands_for_its_value() -> None:
@@ -292,12 +367,6 @@ def test_values_are_rounded_as_the_patch_embedding_rounds(checkpoint: Path, tmp_
     assert torch.equal(embed.quantize_input(patches(images)), embed.quantize_input(patches(raw)))
     torch.testing.assert_close(model(images), model(raw))
     assert labels is not None
-
-
-def patches(images: torch.Tensor) -> torch.Tensor:
-    from dfq.sparse import Grid, patchify
-
-    return patchify(images, Grid((16, 16), (4, 4), 3))
 
 
 def test_a_model_of_pixels_takes_values_too(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 PIXEL = Quantizer(1 / 255, 0, signed=False)
 
+MIDDLE = 0.5
+"""Of the input range, in widths of it.  Where the mean lies outside the range, the patch embedding
+is exact here."""
+
 
 class QuantizedAttention(Attention):
     """Self-attention with integer linear layers."""
@@ -327,7 +331,9 @@ def _fill_patch_embed(
     weight, qtype = linear.weight / target.std, WeightType(target.bits, settings.reduce_range)
     scales = rounding.search_scales(weight, qtype)
     integers = rounding.round_nearest(weight, scales, qtype)
-    bias = linear.bias - scales.dequantize(integers) @ target.mean
+    mean = target.mean
+    exact = torch.where((mean >= 0) & (mean <= 1), mean, MIDDLE)
+    bias = linear.bias + weight @ (exact - mean) - scales.dequantize(integers) @ exact
     target.assign(integers, scales, bias, PIXEL)
 
 

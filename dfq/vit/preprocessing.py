@@ -92,8 +92,6 @@ def preprocessing_problem(preprocessing: Preprocessing) -> str | None:
         )
     if not 0.05 <= preprocessing.crop_pct <= 1:
         return f"crop_pct is {preprocessing.crop_pct}; it must be from 0.05 to 1."
-    if min(std) <= 0:
-        return f"std (--std) must be above 0, got {_listed(std)}."
     return _problem_of_normalisation(preprocessing)
 
 
