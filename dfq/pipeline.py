@@ -36,7 +36,7 @@ from dfq.inversion.schedule import fit_stages
 from dfq.inversion.workers import check_alone
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
-from dfq.quantization.diagnosis import layer_noise
+from dfq.quantization.diagnosis import layer_noise, poor_layers
 from dfq.quantization.equalization import equalize
 from dfq.quantization.reconstruction import reconstruct
 from dfq.quantization.scheme import layers, scheme_name
@@ -278,7 +278,10 @@ def quantize(
         result,
         seconds=clock.seconds(),
         gate=check_bounds(result.agreement_on, result.accuracy, min_agreement, min_accuracy),
-        warnings=doubts(result.agreement_on, result.agreement_outside),
+        warnings=[
+            *poor_layers(noise, chosen.quantization),
+            *doubts(result.agreement_on, result.agreement_outside),
+        ],
     )
     checkpoints.write_report(out, to_json(result))
     for warning in result.warnings:
