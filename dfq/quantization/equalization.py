@@ -15,6 +15,9 @@ from dfq.quantization.quantizer import LEAST_SCALE, Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES
 from dfq.vit import Architecture, ViT
 
+BAND = 4.0
+"""Of a pair with ``outliers_only``, channels with ratios within so many times their median stay."""
+
 SMALLEST = 1e-6
 """Half-widths and weights are taken to be at least this share of a layer's largest."""
 
@@ -26,7 +29,7 @@ class ScalePair:
 
     ``writer`` is a linear layer or a norm, of which rows ``first`` to ``first + width`` are meant.
     ``reader`` reads them once, or several times one after the other.  ``site`` is where 8-bit
-    attention quantizes them.
+    attention quantizes them.  With ``outliers_only`` channels like most others stay as they are.
     """
 
     writer: str
@@ -34,6 +37,7 @@ class ScalePair:
     width: int
     first: int = 0
     site: str = ""
+    outliers_only: bool = True
 
 
 def norm_layer_pairs(arch: Architecture) -> list[tuple[str, str]]:
@@ -74,9 +78,9 @@ def scale_pairs(arch: Architecture) -> list[ScalePair]:
         width = arch.embed_dim
         pairs.append(ScalePair("attn_pool.kv", "attn_pool.proj", width, width))
     if arch.num_classes and arch.pooled_norm:
-        pairs.append(ScalePair("fc_norm", "head", arch.embed_dim))
+        pairs.append(ScalePair("fc_norm", "head", arch.embed_dim, outliers_only=False))
     elif arch.num_classes and arch.final_norm and arch.pool != "map":
-        pairs.append(ScalePair("norm", "head", arch.embed_dim))
+        pairs.append(ScalePair("norm", "head", arch.embed_dim, outliers_only=False))
     return pairs
 
 
@@ -90,11 +94,13 @@ def equalize(vit: ViT, calibration: Calibration, strength: float) -> tuple[ViT, 
     spans its own observed range, as in RepQ-ViT (arXiv 2212.08254, section 3.2); below 1 channels
     that matter little have room beyond what was observed (SmoothQuant, arXiv 2211.10438, equation
     4).  For any ``s`` the result does not depend on how the model splits a channel's size between
-    the two layers.
+    the two layers, but for the values below.
 
     After the norms of :func:`norm_layer_pairs` channels are also centred by the observed middle.
     Those of :func:`scale_pairs` are not, and ``h`` is their largest magnitude: by measurement
-    (ViT-S) the room on their narrower side is worth more than the finer steps.
+    (ViT-S) the room on their narrower side is worth more than the finer steps.  Of values only
+    channels are scaled whose ``r`` is more than :data:`BAND` times from the median, and only back
+    to that: scaling all costs 4-bit weights more than finer steps give.
 
     Queries and keys of 8-bit attention are scaled against each other, to equal ranges.
 
@@ -124,9 +130,13 @@ def _scale(vit: ViT, pair: ScalePair, moved: Calibration, strength: float) -> No
     writer = vit.get_submodule(pair.writer)
     reader = cast(nn.Linear, vit.get_submodule(pair.reader))
     before = moved.statistics[pair.reader]
-    reach = _reach(before).reshape(-1, pair.width).amax(0)
+    reach = before.reach.reshape(-1, pair.width).amax(0)
     column = reader.weight.norm(dim=0).reshape(-1, pair.width).norm(dim=0)
     ratio = _ratio(reach, column, strength)
+    if pair.outliers_only:
+        ratio = _beyond_band(ratio / ratio.median())
+        if bool((ratio == 1).all()):
+            return
     rows = slice(pair.first, pair.first + pair.width)
     for parameter in (cast(Tensor, writer.weight), cast(Tensor, writer.bias)):
         parameter[rows] /= ratio if parameter.ndim == 1 else ratio[:, None]
@@ -157,6 +167,11 @@ def _ratio(half: Tensor, column: Tensor, strength: float) -> Tensor:
     return half**strength / column ** (1 - strength)
 
 
+def _beyond_band(ratio: Tensor) -> Tensor:
+    """What brings ratios into ``1 / BAND..BAND``; 1 for those that are there."""
+    return ratio / ratio.clamp(1 / BAND, BAND)
+
+
 def _positive(x: Tensor) -> Tensor:
     return x.clamp_min(max(LEAST_SCALE, SMALLEST * float(x.max())))
 
@@ -185,7 +200,7 @@ def _balance(
 ) -> None:
     """Divide each channel of the queries by what its keys are multiplied with."""
     sites = [block + site for site in ATTENTION_SITES[:2]]
-    q, k = (_positive(_reach(heads[site])) for site in sites)
+    q, k = (_positive(heads[site].reach) for site in sites)
     linear = cast(nn.Linear, vit.get_submodule(f"{block}attn.qkv"))
     width = len(q)
     for index, (site, ratio) in enumerate(
@@ -195,8 +210,3 @@ def _balance(
         linear.weight[rows] /= ratio[:, None]
         linear.bias[rows] /= ratio
         _move(heads, quantizers, site, ratio, signed=True)
-
-
-def _reach(found: InputStatistics) -> Tensor:
-    """The largest magnitude of each channel."""
-    return torch.maximum(found.low.abs(), found.high.abs())
