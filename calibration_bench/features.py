@@ -19,7 +19,7 @@ from dfq.vit import ViT
 def network_input(loaded: LoadedModel, images: SparseImages) -> Tensor:
     """Patches normalised for the model, float32 ``[B, L, D]``."""
     p = loaded.preprocessing
-    return pixels_to_input(images.patches, p.mean, p.std, loaded.vit.arch.grid)
+    return pixels_to_input(images.patches, p, loaded.vit.arch.grid)
 
 
 def real_input(loaded: LoadedModel, data: LabelledImages, indices: range) -> Iterator[Tensor]:
@@ -28,7 +28,7 @@ def real_input(loaded: LoadedModel, data: LabelledImages, indices: range) -> Ite
     for start in range(0, len(indices), BATCH):
         chosen = list(indices[start : start + BATCH])
         pixels = torch.from_numpy(data.pixels[chosen]).permute(0, 3, 1, 2)
-        yield pixels_to_input(patchify(pixels, grid), p.mean, p.std, grid)
+        yield pixels_to_input(patchify(pixels, grid), p, grid)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from dfq import LoadedModel
 from dfq.files import make_directory, write_bytes
 from dfq.images import open_images
 from dfq.logits import class_logits
+from dfq.sparse import images_to_input
 from dfq.vit import Preprocessing
 
 BATCH = 50
@@ -60,11 +61,10 @@ def logits(
     model: Callable[[Tensor], Tensor], data: LabelledImages, preprocessing: Preprocessing
 ) -> Tensor:
     """float32 ``[N, classes]`` of a model that takes normalised images."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
     found = []
     for start in range(0, len(data), BATCH):
         pixels = torch.from_numpy(data.pixels[start : start + BATCH]).permute(0, 3, 1, 2)
-        found.append(model((pixels.float() / 255 - mean) / std).float())
+        found.append(model(images_to_input(pixels, preprocessing)).float())
     return torch.cat(found)
 
 

@@ -27,10 +27,10 @@ from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
 from dfq.vit.architecture import (
     Architecture,
     Preprocessing,
-    check_preprocessing,
     from_json,
     to_json,
 )
+from dfq.vit.preprocessing import check_preprocessing
 
 FORMAT = "dfq-checkpoint"
 FORMAT_VERSION = 6
@@ -290,8 +290,8 @@ def _check_ranges(model: QuantizedViT, ranges: Any) -> None:
             isinstance(given, list)
             and len(given) == 2
             and all(type(v) in (int, float) and abs(v) < 1e300 for v in given)
-            and math.isclose(given[0], low, rel_tol=1e-6, abs_tol=1e-12)
-            and math.isclose(given[1], high, rel_tol=1e-6, abs_tol=1e-12)
+            and math.isclose(given[0], low, rel_tol=1e-6)
+            and math.isclose(given[1], high, rel_tol=1e-6)
         )
         if not good:
             raise CheckpointError(

@@ -75,9 +75,22 @@ ImgSize = Annotated[
     int | None, typer.Option(help="Side of the input in pixels.", show_default=False)
 ]
 Mean = Annotated[
-    str | None, typer.Option(help="Per channel, of pixels / 255: 0.5,0.5,0.5", show_default=False)
+    str | None,
+    typer.Option(
+        help="Per channel, of pixels / 255 or in the units of --input-range: 0.5,0.5,0.5",
+        show_default=False,
+    ),
 ]
 Std = Annotated[str | None, typer.Option(help="As --mean.", show_default=False)]
+InputRange = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW,HIGH",
+        help="Lowest and highest value of the data before normalisation, in the units of --mean "
+        "and --std, which are then 0 and 1 by default: 0,255 or -1024,3071.",
+        show_default="0,1: pixels / 255",
+    ),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option(help="TOML file of settings; flags override it.", show_default=False)
 ]
@@ -136,14 +149,14 @@ ClassMap = Annotated[
 ]
 
 
-def _floats(text: str | None, flag: str) -> list[float] | None:
+def _floats(text: str | None, flag: str, example: str = "0.5,0.5,0.5") -> list[float] | None:
     if text is None:
         return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise SettingError(
-            f"{flag} is {text!r}; give numbers with commas, such as 0.5,0.5,0.5."
+            f"{flag} is {text!r}; give numbers with commas, such as {example}."
         ) from None
 
 
@@ -167,6 +180,7 @@ def quantize(
     img_size: ImgSize = None,
     mean: Mean = None,
     std: Std = None,
+    input_range: InputRange = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -206,6 +220,7 @@ def quantize(
             img_size=img_size,
             mean=_floats(mean, "--mean"),
             std=_floats(std, "--std"),
+            input_range=_floats(input_range, "--input-range", "0,255"),
             calibration=calibration,
             images=images,
             iterations=iterations,
@@ -248,6 +263,7 @@ def invert(
     img_size: ImgSize = None,
     mean: Mean = None,
     std: Std = None,
+    input_range: InputRange = None,
     seed: Seed = None,
     threads: Threads = None,
     precision: Precision = None,
@@ -272,6 +288,7 @@ def invert(
         img_size=img_size,
         mean=_floats(mean, "--mean"),
         std=_floats(std, "--std"),
+        input_range=_floats(input_range, "--input-range", "0,255"),
         seed=seed,
         device=device,
         cache=cache,
@@ -368,6 +385,7 @@ def distill(
     img_size: ImgSize = None,
     mean: Mean = None,
     std: Std = None,
+    input_range: InputRange = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Directory of the student.", show_default="./MODEL-student"),
@@ -400,6 +418,7 @@ def distill(
         img_size=img_size,
         mean=_floats(mean, "--mean"),
         std=_floats(std, "--std"),
+        input_range=_floats(input_range, "--input-range", "0,255"),
         out=out,
         eval=eval,
         class_map=class_map,

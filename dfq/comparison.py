@@ -293,5 +293,5 @@ def sparse_batches(
     """Sparse images without labels, for :func:`compare`."""
     for batch in batches:
         moved = batch.to(vit.prefix.device)
-        x = pixels_to_input(moved.patches, preprocessing.mean, preprocessing.std, vit.arch.grid)
+        x = pixels_to_input(moved.patches, preprocessing, vit.arch.grid)
         yield methodcaller("forward_sparse", x, moved.positions), None

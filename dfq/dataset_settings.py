@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,8 @@ from dfq.files import (
 )
 from dfq.recipe import METHODS, InversionSettings
 from dfq.sparse import Grid
+from dfq.vit.architecture import LARGEST, Preprocessing
+from dfq.vit.preprocessing import preprocessing_problem
 
 FORMAT = "dfq-sparse-images"
 FORMAT_VERSION = 1
@@ -73,11 +74,21 @@ def _is_model(value: Any) -> bool:
 
 
 def _is_preprocessing(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key, []), list)
-        and all(type(v) in (int, float) and math.isfinite(v) for v in value.get(key, []))
-        for key in ("mean", "std")
-    )
+    """Whether mean, std and input range are numbers and, as far as given, fit each other."""
+    if not isinstance(value, dict):
+        return False
+    given = [value.get("mean", []), value.get("std", []), value.get("input_range", [0, 1])]
+    if not all(
+        isinstance(numbers, list)
+        and all(type(v) in (int, float) and abs(v) <= LARGEST for v in numbers)
+        for numbers in given
+    ):
+        return False
+    mean, std, span = (tuple(map(float, numbers)) for numbers in given)
+    if len(span) != 2 or not (mean and std):
+        return len(span) == 2 and span[0] < span[1]
+    prepared = Preprocessing(mean, std, input_range=(span[0], span[1]))
+    return len(mean) == len(std) and preprocessing_problem(prepared) is None
 
 
 def _is_inversion(value: Any) -> bool:

@@ -141,6 +141,7 @@ def _float_reference(
             img_size=size,
             mean=model.preprocessing.mean,
             std=model.preprocessing.std,
+            input_range=model.preprocessing.input_range,
         )
     except SettingError as error:
         if not error.advice:

@@ -26,7 +26,8 @@ from dfq.image_files import (
 )
 from dfq.image_modes import to_eight_bits
 from dfq.logits import label_count
-from dfq.sparse import SparseImages, patchify
+from dfq.sparse import SparseImages, images_to_input, patchify
+from dfq.value_images import check_pixels, check_values, to_levels
 from dfq.vit import Architecture, Preprocessing
 
 MOST_PIXELS = 1 << 26
@@ -58,9 +59,10 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images of an ``.npz``: ``x`` uint8 ``[N, H, W, C]`` or ``[N, H, W]``, ``y`` ``[N]``.
+    """Images of an ``.npz``: ``x`` ``[N, H, W, C]`` or ``[N, H, W]``, ``y`` ``[N]``.
 
-    They are resized whole, without a crop.
+    ``x`` are uint8 pixels, which are resized whole, without a crop; or floating-point values in
+    the model's input range, at its size.
     """
 
     name: str
@@ -81,6 +83,8 @@ class ArrayImages:
 
     def pixels(self, index: int) -> np.ndarray:
         array = self.x[index]
+        if array.dtype != np.uint8:
+            return to_levels(array, self.preprocessing)
         image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
         return fit(image, self.arch, self.preprocessing, crop=False)
 
@@ -219,11 +223,15 @@ def _open_npz(
     if x is None or (labelled and y is None):
         raise DataError(f"{str(path)!r} needs arrays x{' and y' if labelled else ''}, has {keys}.")
     channels = x.shape[3] if x.ndim == 4 else 1
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or channels not in (1, 3, 4):
+    if np.issubdtype(x.dtype, np.floating):
+        check_values(x, arch, preprocessing, str(path))
+    elif x.dtype != np.uint8 or x.ndim not in (3, 4) or channels not in (1, 3, 4):
         raise DataError(
             f"{str(path)!r}: x is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W] or "
-            "[N, H, W, C] with 1, 3 or 4 channels."
+            "[N, H, W, C] with 1, 3 or 4 channels, or floating-point values in the input range."
         )
+    else:
+        check_pixels(preprocessing, str(path))
     if not x.size:
         raise DataError(f"{str(path)!r} holds no images.")
     if y is not None:
@@ -251,6 +259,7 @@ def _open_folder(
     labelled: bool | None,
     class_map: str | Path | None,
 ) -> FolderImages:
+    check_pixels(preprocessing, str(path))
     folders = [] if labelled is False else class_folders(path)
     if not folders and (labelled or class_map is not None):
         raise DataError(f"{str(path)!r} has no class folders; labels are the names of folders.")
@@ -279,11 +288,10 @@ def load_batches(
     source: ImageSource, preprocessing: Preprocessing, size: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Normalised float32 images ``[B, C, H, W]`` and labels int64 ``[B]``, None without."""
-    mean = torch.tensor(preprocessing.mean)[:, None, None]
-    std = torch.tensor(preprocessing.std)[:, None, None]
     for start in range(0, len(source), size):
         pixels, labels = _read(source, range(start, min(start + size, len(source))))
-        yield (pixels.float() / 255 - mean) / std, None if source.class_order is None else labels
+        known = None if source.class_order is None else labels
+        yield images_to_input(pixels, preprocessing), known
 
 
 def _read(source: ImageSource, indices: Any) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from dfq.quantization.scheme import scheme_name
 from dfq.recipe import to_dict
 from dfq.runtime import onednn, opaque
 from dfq.synthesis import versions
-from dfq.vit.architecture import to_json
+from dfq.vit.architecture import PIXEL_RANGE, Preprocessing, to_json
 from dfq.vit.describe import describe
 from dfq.vit.saved import REPORT, WEIGHTS, is_saved, read_saved
 
@@ -70,6 +70,10 @@ def _inspect_dataset(path: Path) -> dict[str, Any]:
         "sparsity": 1 - kept / (len(dataset) * grid.patches),
         "shards": len(dataset.shards),
         "bytes": dataset.bytes,
+        "preprocessing": {
+            "input_range": list(PIXEL_RANGE),
+            **dataset.settings.get("preprocessing", {}),
+        },
         "inversion": dataset.settings.get("inversion"),
         "threads": dataset.settings.get("threads"),
         "versions": dataset.settings.get("versions"),
@@ -88,7 +92,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "backend": model.backend,
         "compiler": opaque.compiler(),
         "architecture": to_json(info.arch),
-        "preprocessing": to_json(info.preprocessing),
+        "preprocessing": _preprocessing(info.preprocessing),
         "recipe": to_dict(info.recipe),
         "source": info.source,
         "bytes": (path / checkpoint.MODEL).stat().st_size,
@@ -105,10 +109,14 @@ def _inspect_model(path: Path) -> dict[str, Any]:
         "model": timm_name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "architecture": to_json(arch),
-        "preprocessing": to_json(prepared),
+        "preprocessing": _preprocessing(prepared),
         "bytes": (path / WEIGHTS).stat().st_size,
         "report": _report(path / REPORT),
     }
+
+
+def _preprocessing(prepared: Preprocessing) -> dict[str, Any]:
+    return {**to_json(prepared), "input_range": list(prepared.input_range)}
 
 
 def _report(path: Path) -> Any:

@@ -36,7 +36,7 @@ from dfq.inversion.schedule import fit_stages
 from dfq.inversion.workers import check_alone
 from dfq.progress import Progress, Silent
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
-from dfq.quantization.diagnosis import layer_noise
+from dfq.quantization.diagnosis import layer_noise, poor_layers
 from dfq.quantization.equalization import equalize
 from dfq.quantization.reconstruction import reconstruct
 from dfq.quantization.scheme import layers, scheme_name
@@ -78,6 +78,7 @@ def invert(
     img_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    input_range: Sequence[float] | None = None,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
     progress: Progress | None = None,
@@ -85,7 +86,7 @@ def invert(
     """Invert a model into a sparse-image dataset, in the cache or in ``out``.
 
     Args:
-        model, weights, num_classes, img_size, mean, std: see :func:`dfq.load_model`.
+        model, weights, num_classes, img_size, mean, std, input_range: see :func:`dfq.load_model`.
         method: ``pri``, ``smi``, ``dmi`` or ``noise``.
         images: how many to make.
         iterations: of a trajectory.
@@ -114,7 +115,13 @@ def invert(
     chosen = make_recipe(recipe, inversion=overrides).inversion
     target = resolve_device(device)
     loaded = load_model(
-        model, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
+        model,
+        weights=weights,
+        num_classes=num_classes,
+        img_size=img_size,
+        mean=mean,
+        std=std,
+        input_range=input_range,
     )
     if not is_set("stages", stages, settings, recipe):
         chosen = fit_stages(chosen, loaded.vit.arch.grid.patches)
@@ -161,6 +168,7 @@ def quantize(
     img_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    input_range: Sequence[float] | None = None,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
     min_agreement: float | None = None,
@@ -170,7 +178,7 @@ def quantize(
     """Quantize a ViT without data and write a checkpoint.
 
     Args:
-        model, weights, num_classes, img_size, mean, std: see :func:`dfq.load_model`.
+        model, weights, num_classes, img_size, mean, std, input_range: see :func:`dfq.load_model`.
         bits: 4 or 8, of the weights; activations have 8.
         calibration: ``pri``, ``smi``, ``dmi``, ``noise``, or the path of a sparse-image
             dataset, an image folder or an ``.npz``.
@@ -222,7 +230,13 @@ def quantize(
     _note_replaced(out, name, scheme, progress)
     with clock("load"):
         loaded = load_model(
-            model, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
+            model,
+            weights=weights,
+            num_classes=num_classes,
+            img_size=img_size,
+            mean=mean,
+            std=std,
+            input_range=input_range,
         )
         vit = loaded.vit.to(target)
         patches, metric = vit.arch.grid.patches, metric_of(vit.arch)
@@ -264,7 +278,10 @@ def quantize(
         result,
         seconds=clock.seconds(),
         gate=check_bounds(result.agreement_on, result.accuracy, min_agreement, min_accuracy),
-        warnings=doubts(result.agreement_on, result.agreement_outside),
+        warnings=[
+            *poor_layers(noise, chosen.quantization),
+            *doubts(result.agreement_on, result.agreement_outside),
+        ],
     )
     checkpoints.write_report(out, to_json(result))
     for warning in result.warnings:

@@ -120,7 +120,7 @@ class QuantizationSettings:
     )
     equalize: float = _setting(
         0.5,
-        "bring the channels after layer norms to more equal ranges: 1 to their own range each "
+        "bring channels that one layer alone reads to more equal ranges: 1 to their own range each "
         "(arXiv 2212.08254), less leaves room beyond it, 0 leaves them as they are",
         0.0,
         1.0,

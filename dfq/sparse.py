@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class SparseImages:
     """A batch of images of which only some patches are kept.
 
     Attributes:
-        patches: uint8 ``[B, K, D]``, pixel values 0..255, each patch in (C, P, P) order.
+        patches: uint8 ``[B, K, D]``, levels of the input range (of pixels their values 0..255),
+            each patch in (C, P, P) order.
         positions: int64 ``[B, K]``, distinct within an image, in ``[0, N)``.
         labels: int64 ``[B]``, the class each image was made for; -1 where there is none.
         stage: int64 ``[B]``, the stage at which each image left its trajectory, from 0.
@@ -125,19 +127,31 @@ def channel_values(
     return by_channel.repeat_interleave(height * width)
 
 
-def pixels_to_input(
-    pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], grid: Grid
-) -> Tensor:
-    """Patches uint8 ``[..., D]`` to the network's normalised float32 input."""
-    mean_d = channel_values(mean, grid).to(pixels.device)
-    std_d = channel_values(std, grid).to(pixels.device)
-    return (pixels.float() / 255 - mean_d) / std_d
+class Normalisation(Protocol):
+    """How levels become the network's input: ``(level / 255 - level_mean) / level_std``."""
+
+    @property
+    def level_mean(self) -> tuple[float, ...]: ...
+
+    @property
+    def level_std(self) -> tuple[float, ...]: ...
 
 
-def input_to_pixels(
-    patches: Tensor, mean: tuple[float, ...], std: tuple[float, ...], grid: Grid
-) -> Tensor:
-    """Normalised patches ``[..., D]`` to uint8 pixels, rounded and clipped to 0..255."""
-    mean_d = channel_values(mean, grid).to(patches.device)
-    std_d = channel_values(std, grid).to(patches.device)
-    return ((patches.float() * std_d + mean_d) * 255).round_().clamp_(0, 255).to(torch.uint8)
+def pixels_to_input(pixels: Tensor, by: Normalisation, grid: Grid) -> Tensor:
+    """Patches of levels uint8 ``[..., D]`` to the network's normalised float32 input."""
+    mean = channel_values(by.level_mean, grid).to(pixels.device)
+    std = channel_values(by.level_std, grid).to(pixels.device)
+    return (pixels.float() / 255 - mean) / std
+
+
+def input_to_pixels(patches: Tensor, by: Normalisation, grid: Grid) -> Tensor:
+    """Normalised patches ``[..., D]`` to levels uint8, rounded and clipped to 0..255."""
+    mean = channel_values(by.level_mean, grid).to(patches.device)
+    std = channel_values(by.level_std, grid).to(patches.device)
+    return ((patches.float() * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def images_to_input(images: Tensor, by: Normalisation) -> Tensor:
+    """Images of levels ``[..., C, H, W]`` to the network's normalised float32 input."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (by.level_mean, by.level_std))
+    return (images.float() / 255 - mean.to(images.device)) / std.to(images.device)

@@ -31,6 +31,7 @@ from dfq.errors import DatasetError
 from dfq.files import make_directory, safe_name
 from dfq.inversion import ALGORITHM_VERSION, Engine, objective_of, plan_units, resolve_importance
 from dfq.inversion.objective import check_classes
+from dfq.inversion.units import units_of
 from dfq.inversion.workers import Workers
 from dfq.progress import Progress
 from dfq.recipe import InversionSettings, to_dict
@@ -136,7 +137,10 @@ def _dataset_settings(
     unchanged = {n for n in _LATER if getattr(settings, n) == getattr(InversionSettings(), n)}
     for name in {*_UNUSED[settings.method], *unchanged}:
         relevant.pop(name)
-    return dataset_facts(loaded, relevant, threads, machine_of(device))
+    facts = dataset_facts(loaded, relevant, threads, machine_of(device))
+    if units_of(loaded.preprocessing) is not loaded.preprocessing:
+        facts["units"] = "input range"
+    return facts
 
 
 def dataset_facts(
@@ -153,8 +157,9 @@ def dataset_facts(
             "fingerprint": loaded.fingerprint,
         },
         "preprocessing": {
-            "mean": list(loaded.preprocessing.mean),
-            "std": list(loaded.preprocessing.std),
+            k: v
+            for k, v in describe(loaded.preprocessing).items()
+            if k in ("mean", "std", "input_range")
         },
         "grid": grid_to_json(loaded.vit.arch.grid),
         "objective": objective_of(loaded.vit.arch),

@@ -312,7 +312,7 @@ def test_the_checksum_is_the_formats(checkpoint: Path) -> None:
         ("architecture", {"norm_eps": 100.0}),
         ("architecture", {"activation": "silu"}),
         ("architecture", {"patch_size": [2, 8]}),
-        ("preprocessing", {"std": [9.0, 9.0, 9.0]}),
+        ("preprocessing", {"std": [0.9, 0.9, 0.9]}),
         ("preprocessing", {"crop_pct": 0.5}),
     ],
     ids=str,

@@ -605,7 +605,17 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "two values of mean": (quantize_with("--mean", "0.5,0.5"), "--mean has 2", "3 channels"),
     "mean of words": (quantize_with("--mean", "half"), "--mean is 'half'", "0.5,0.5,0.5"),
     "empty std": (quantize_with("--std", ""), "--std is empty", "leave it out"),
-    "std of 0": (quantize_with("--std", "0,1,1"), "0, 1, 1", "from 1/256 to 1"),
+    "std of 0": (quantize_with("--std", "0,1,1"), "0, 1, 1", "from 0.003922 to 1"),
+    "mean of another range": (
+        quantize_with("--mean", "123.7,116.3,103.5", "--std", "58.4,57.1,57.4"),
+        "--mean", "--input-range 0,255",
+    ),
+    "input range of words": (
+        quantize_with("--input-range", "0-255"), "--input-range is '0-255'", "0,255",
+    ),
+    "input range upside down": (
+        quantize_with("--input-range", "1,-1"), "--input-range", "1 to -1",
+    ),
     "mean that is no number": (quantize_with("--mean", "nan,0,0"), "--mean", "nan"),
     "bound": (quantize_with("--min-agreement", "90"), "min_agreement is 90", "0 to 1"),
     "bound without data": (quantize_with("--min-accuracy", "0.5"), "min_accuracy", "--eval DATA"),
@@ -716,6 +726,21 @@ def test_a_mistake_prints_one_json_object_where_json_is_asked_for(
     assert ended.json["error"]["type"].endswith("Error")
     assert arrived in ended.json["error"]["message"]
     assert allowed in ended.json["error"]["message"]
+
+
+def test_an_input_range_goes_from_invert_to_the_dataset_and_its_calibration(places: Places) -> None:
+    """A range below 0 begins with a hyphen."""
+    images, span = places.tmp / "images", ["--input-range", "-1,1"]
+    assert places.cli(*invert_with("--out", str(images), *span)(places)).code == 0
+    facts = places.cli("inspect", images, "--json").json["preprocessing"]
+    assert facts == {"input_range": [-1.0, 1.0], "mean": [0.0] * 3, "std": [1.0] * 3}
+    calibrated = quantize_with("--calibration", str(images))(places)
+    other = places.cli(*calibrated)
+    assert other.code == 2
+    assert "was made from another model" in " ".join(other.stderr.split())
+    done = places.cli(*calibrated, *span, "--json")
+    assert done.code == 0, done.stderr
+    assert dfq.load(done.json["checkpoint"]).preprocessing.input_range == (-1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["no images", "bits", "unknown model", "missing data"])

@@ -203,7 +203,7 @@ def test_sparse_images_run_on_the_patches_they_have(loaded: LoadedModel) -> None
     none = torch.zeros(3, dtype=torch.int64)
     images = SparseImages(patches, positions, none, none, none)
     p: Preprocessing = loaded.preprocessing
-    x = pixels_to_input(patches, p.mean, p.std, loaded.vit.arch.grid)
+    x = pixels_to_input(patches, p, loaded.vit.arch.grid)
     ((logits, labels),) = sparse_batches([images], loaded.vit, p)
     assert labels is None
     assert torch.equal(logits(loaded.vit), loaded.vit.forward_sparse(x, positions))

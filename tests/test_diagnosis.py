@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import make_vit
 
+import dfq
 from dfq.inversion import Engine, plan_units
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
-from dfq.quantization.diagnosis import CEILING, layer_noise
+from dfq.quantization.diagnosis import CEILING, POOR, layer_noise, poor_layers
 from dfq.quantization.scheme import layers
 from dfq.recipe import InversionSettings, QuantizationSettings
 from dfq.results import LayerNoise
@@ -79,3 +85,59 @@ def test_the_models_are_left_as_they_are(loaded: LoadedModel, images: list[Spars
     assert all(torch.equal(v, before[k]) for k, v in quantized.state_dict().items())
     assert not any(m._forward_pre_hooks for m in loaded.vit.modules())
     assert dataclasses.is_dataclass(LayerNoise)
+
+
+# ---- warnings
+
+
+def of(name: str, weights: float, activations: float) -> LayerNoise:
+    powers = (10 ** (-ratio / 10) for ratio in (weights, activations))
+    return LayerNoise(name, weights, activations, -10 * math.log10(sum(powers)))
+
+
+def test_layers_above_the_threshold_are_not_warned_of() -> None:
+    healthy = [of("blocks.0.mlp.fc1", POOR + 4, POOR + 4), of("head", CEILING, CEILING)]
+    assert poor_layers(healthy, QuantizationSettings(bits=4)) == []
+
+
+@pytest.mark.parametrize(
+    ("noise", "bits", "advice"),
+    [
+        (of("blocks.0.mlp.fc1", 8, 40), 4, "--bits 8"),
+        (of("blocks.0.mlp.fc1", 8, 40), 8, "reduce_range = false"),
+        (of("head", 8, 40), 4, "reduce_range = false"),
+        (of("blocks.1.attn.proj", 40, 8), 4, "observer to mse"),
+    ],
+)
+def test_the_advice_is_that_of_what_is_noisy(noise: LayerNoise, bits: Any, advice: str) -> None:
+    (warning,) = poor_layers([of("patch_embed", 40, 90), noise], QuantizationSettings(bits=bits))
+    assert f"below 15 dB in {noise.name} (8.0 dB): " in warning
+    assert advice in warning
+    every = {"--bits 8", "reduce_range = false", "observer to mse"}
+    assert not any(other in warning for other in every - {advice})
+
+
+def test_the_worst_layers_are_named_and_the_rest_counted() -> None:
+    noise = [of(f"blocks.{i}.mlp.fc2", 40, 14 - i) for i in range(5)]
+    (warning,) = poor_layers(noise, QuantizationSettings())
+    assert "blocks.4.mlp.fc2 (10.0 dB), blocks.3.mlp.fc2 (11.0 dB), blocks.2.mlp.fc2" in warning
+    assert "and 2 more" in warning
+    assert "blocks.1" not in warning
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_result_and_its_report_warn_of_a_layer_that_is_noise(bits: Any, tmp_path: Path) -> None:
+    """A hidden unit behind GELU, of which nothing is folded away, 3000 times wider."""
+    model = make_vit()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias[5] = 3000.0
+        model.blocks[0].mlp.fc2.weight[:, 5] = 0
+    fast: dict[str, Any] = {"images": 8, "iterations": 4, "stages": 2}
+    result = dfq.quantize(model, bits=bits, out=tmp_path / "ckpt", **fast)
+    (warning,) = [w for w in result.warnings if "dB" in w]
+    assert "below 15 dB in blocks.0.mlp.fc2 (" in warning
+    assert "observer to mse" in warning
+    report = json.loads((tmp_path / "ckpt" / "report.json").read_text())
+    assert warning in report["warnings"]
+    fine = dfq.quantize(make_vit(), bits=bits, out=tmp_path / "fine", **fast)
+    assert not [w for w in fine.warnings if "dB" in w]

@@ -83,7 +83,7 @@ def test_inversion_raises_the_target_class(loaded: LoadedModel) -> None:
         shares = []
         for b in batches:
             p = loaded.preprocessing
-            x = pixels_to_input(b.patches, p.mean, p.std, loaded.vit.arch.grid)
+            x = pixels_to_input(b.patches, p, loaded.vit.arch.grid)
             probabilities = loaded.vit.forward_sparse(x, b.positions).softmax(-1)
             shares.append(probabilities.gather(1, b.labels[:, None]))
         return float(torch.cat(shares).mean())
@@ -194,7 +194,7 @@ def test_inversion_without_a_classifier_turns_features_to_their_directions() -> 
     (images,) = run(backbone, settings)
     objective = DirectionObjective(0, 0, 4, 64)
     p = backbone.preprocessing
-    x = pixels_to_input(images.patches, p.mean, p.std, backbone.vit.arch.grid)
+    x = pixels_to_input(images.patches, p, backbone.vit.arch.grid)
     cosines = F.cosine_similarity(
         backbone.vit.forward_sparse(x, images.positions), objective.directions
     )
@@ -206,7 +206,7 @@ def test_one_logit_is_inverted_towards_both_of_its_classes() -> None:
     model = load_model(make_vit(num_classes=1))
     (images,) = run(model, chosen(method="dmi", images=4, unit_size=4, iterations=60))
     p = model.preprocessing
-    x = pixels_to_input(images.patches, p.mean, p.std, model.vit.arch.grid)
+    x = pixels_to_input(images.patches, p, model.vit.arch.grid)
     logits = model.vit.forward_sparse(x, images.positions)[:, 0]
     assert sorted(images.labels.tolist()) == [0, 0, 1, 1]
     assert ((logits > 0) == (images.labels == 1)).all()

@@ -61,7 +61,7 @@ def real_images(loaded: LoadedModel) -> list[SparseImages]:
     from dfq.sparse import input_to_pixels, patchify
 
     p, grid = loaded.preprocessing, loaded.vit.arch.grid
-    patches = input_to_pixels(patchify(images_of(loaded), grid), p.mean, p.std, grid)
+    patches = input_to_pixels(patchify(images_of(loaded), grid), p, grid)
     none = torch.zeros(len(patches), dtype=torch.int64)
     return [SparseImages(patches, torch.arange(16).expand(len(patches), -1), none, none, none)]
 
@@ -114,7 +114,7 @@ def test_the_patch_embedding_reads_pixels_without_error(loaded: LoadedModel) -> 
     assert isinstance(layer, IntegerLinear)
     images = real_images(loaded)[0]
     p = loaded.preprocessing
-    x = pixels_to_input(images.patches, p.mean, p.std, loaded.vit.arch.grid)
+    x = pixels_to_input(images.patches, p, loaded.vit.arch.grid)
     assert torch.equal(layer.quantize_input(x), images.patches)
 
 
@@ -205,7 +205,7 @@ def test_calibration_sees_kept_patches_at_their_positions(loaded: LoadedModel) -
     p = loaded.preprocessing
     inputs = []
     for b in images:
-        x = pixels_to_input(b.patches, p.mean, p.std, loaded.vit.arch.grid)
+        x = pixels_to_input(b.patches, p, loaded.vit.arch.grid)
         inputs.append(loaded.vit.blocks[0].norm1(loaded.vit.embed(x, b.positions)).flatten(0, 1))
     x = torch.cat(inputs)
     site = "blocks.0.attn.qkv"
@@ -220,7 +220,7 @@ def test_hessians_are_second_moments(loaded: LoadedModel) -> None:
     images = invert(loaded)[:1]
     found = calibrate(loaded.vit, images, loaded.preprocessing, QuantizationSettings(bits=4))
     p = loaded.preprocessing
-    x = pixels_to_input(images[0].patches, p.mean, p.std, loaded.vit.arch.grid)
+    x = pixels_to_input(images[0].patches, p, loaded.vit.arch.grid)
     x = loaded.vit.blocks[0].norm1(loaded.vit.embed(x, images[0].positions)).flatten(0, 1)
     hessian = found.statistics["blocks.0.attn.qkv"].hessian
     assert hessian is not None

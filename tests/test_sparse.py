@@ -17,6 +17,7 @@ from dfq.sparse import (
     pixels_to_input,
     unpatchify,
 )
+from dfq.vit import Preprocessing
 
 QUICK = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -136,18 +137,16 @@ def test_channel_values_follow_the_patch_layout() -> None:
     )
 )
 def test_every_pixel_value_survives_normalisation(channels: list[tuple[float, float]]) -> None:
-    mean, std = tuple(m for m, _ in channels), tuple(s for _, s in channels)
+    by = Preprocessing(tuple(m for m, _ in channels), tuple(s for _, s in channels))
     grid = Grid((16, 16), (16, 16), len(channels))
     pixels = torch.arange(256, dtype=torch.uint8).repeat(1, len(channels))
-    assert torch.equal(
-        input_to_pixels(pixels_to_input(pixels, mean, std, grid), mean, std, grid), pixels
-    )
+    assert torch.equal(input_to_pixels(pixels_to_input(pixels, by, grid), by, grid), pixels)
 
 
 def test_normalisation_is_per_channel() -> None:
     grid = Grid((1, 1), (1, 1), 2)
     pixels = torch.tensor([[51, 255]], dtype=torch.uint8)
-    found = pixels_to_input(pixels, (0.1, 0.5), (0.2, 0.25), grid)
+    found = pixels_to_input(pixels, Preprocessing((0.1, 0.5), (0.2, 0.25)), grid)
     torch.testing.assert_close(found, torch.tensor([[0.5, 2.0]]))
 
 
@@ -157,13 +156,13 @@ def test_normalisation_is_per_channel() -> None:
 def test_input_becomes_the_nearest_pixel(level: float, pixel: int) -> None:
     grid = Grid((1, 1), (1, 1), 1)
     patch = torch.tensor([[(level / 255 - 0.5) / 0.25]])
-    assert input_to_pixels(patch, (0.5,), (0.25,), grid).tolist() == [[pixel]]
+    assert input_to_pixels(patch, Preprocessing((0.5,), (0.25,)), grid).tolist() == [[pixel]]
 
 
 def test_conversion_leaves_its_input_as_it_is() -> None:
     grid = Grid((1, 1), (1, 1), 1)
     patch = torch.tensor([[0.123]])
-    input_to_pixels(patch, (0.0,), (1.0,), grid)
+    input_to_pixels(patch, Preprocessing((0.0,), (1.0,)), grid)
     assert patch.item() == pytest.approx(0.123)
 
 

@@ -544,7 +544,7 @@ def test_mean_and_std_must_be_finite(flag: str, value: float) -> None:
 
 @pytest.mark.parametrize("value", [0.0, -0.5])
 def test_std_must_be_positive(value: float) -> None:
-    with pytest.raises(SettingError, match=r"--std is .*from 1/256 to 1"):
+    with pytest.raises(SettingError, match=r"std \(--std\) is .*from 0\.003922 to 1"):
         load_model(timm_model(), std=(0.5, 0.5, value))
 
 
@@ -623,23 +623,6 @@ def test_odd_tensors_are_refused(
     torch.save({**state, key: value}, tmp_path / "odd.pth")
     with pytest.raises(WeightsError, match=r"odd\.pth"):
         load(tmp_path / "odd.pth")
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "hint"),
-    [
-        ("mean", (123.675, 116.28, 103.53), r"--mean 0\.485,0\.456,0\.406"),
-        ("std", (58.395, 57.12, 57.375), r"--std 0\.229,0\.224,0\.225"),
-        ("mean", (-4.27, -4.27, -4.27), "spectrograms.*not supported"),
-        ("std", (4.57, 4.57, 4.57), "pixels / 255"),
-        ("std", (1e-3, 1e-3, 1e-3), "1/256 to 1"),
-    ],
-)
-def test_mean_and_std_that_are_not_of_pixels_are_refused(
-    name: str, values: tuple[float, ...], hint: str
-) -> None:
-    with pytest.raises(SettingError, match=rf"(?s)--{name} is .*pixels / 255.*{hint}|{hint}"):
-        load_model(make_vit(), **{name: values})
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.5, 1.0])

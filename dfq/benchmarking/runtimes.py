@@ -18,6 +18,7 @@ from torch import Tensor
 from dfq.exporting.extras import require
 from dfq.exporting.forms import dequantized
 from dfq.quantization.model import QuantizedViT
+from dfq.sparse import images_to_input
 from dfq.vit import ViT
 
 Run = Callable[[], Any]
@@ -64,9 +65,7 @@ class Contestants:
         arch, prepared = self.model.arch, self.model.preprocessing
         generator = torch.Generator().manual_seed(seed)
         shape = (count, arch.in_channels, *arch.image_size)
-        pixels = torch.randint(0, 256, shape, generator=generator) / 255
-        mean, std = (torch.tensor(v)[:, None, None] for v in (prepared.mean, prepared.std))
-        return (pixels - mean) / std
+        return images_to_input(torch.randint(0, 256, shape, generator=generator), prepared)
 
 
 Predict = Callable[[Tensor], Any]

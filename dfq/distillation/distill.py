@@ -76,6 +76,7 @@ def distill(
     img_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    input_range: Sequence[float] | None = None,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
     progress: Progress | None = None,
@@ -87,7 +88,7 @@ def distill(
     The student begins with blocks of the teacher's where they fit, else with random weights.
 
     Args:
-        teacher, weights, num_classes, img_size, mean, std: see :func:`dfq.load_model`.
+        teacher, weights, num_classes, img_size, mean, std, input_range: see :func:`dfq.load_model`.
         student: timm's name of the student; the teacher's own model by default.
         depth, width, heads: blocks, embedding width and attention heads, where they differ
             from the named model's.
@@ -143,7 +144,13 @@ def distill(
     _check_place(place, teacher, progress)
     target = resolve_device(device)
     loaded = load_model(
-        teacher, weights=weights, num_classes=num_classes, img_size=img_size, mean=mean, std=std
+        teacher,
+        weights=weights,
+        num_classes=num_classes,
+        img_size=img_size,
+        mean=mean,
+        std=std,
+        input_range=input_range,
     )
     arch = loaded.vit.arch
     if not arch.num_classes:

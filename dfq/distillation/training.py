@@ -111,7 +111,7 @@ def train(
         batch = images.draw(settings.batch, generator).to(device)
         batch = moved(batch, grid, settings.jitter, settings.flip, generator)
         batch = stretched(batch, settings.contrast, generator)
-        x = pixels_to_input(batch.patches, preprocessing.mean, preprocessing.std, grid)
+        x = pixels_to_input(batch.patches, preprocessing, grid)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             with torch.no_grad():
                 aim = teacher.tokens(x, batch.positions)

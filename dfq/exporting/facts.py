@@ -12,7 +12,8 @@ from dfq.quantization.scheme import scheme_name
 def facts(info: CheckpointInfo, weights: str) -> dict[str, str]:
     """Facts about a file made from a checkpoint, as strings; lists are JSON.
 
-    ``mean`` and ``std`` are per channel of pixels / 255; ``weights`` is the type in the file.
+    ``mean`` and ``std`` are per channel of values in ``input_range``, [0.0, 1.0] for pixels / 255;
+    ``weights`` is the type in the file.
     """
     arch, prepared, settings = info.arch, info.preprocessing, info.recipe.quantization
     wider = "int4, widened to int8" if settings.bits == 4 and weights == "int8" else weights
@@ -27,6 +28,7 @@ def facts(info: CheckpointInfo, weights: str) -> dict[str, str]:
         "image_size": json.dumps(arch.image_size),
         "mean": json.dumps(prepared.mean),
         "std": json.dumps(prepared.std),
+        "input_range": json.dumps(prepared.input_range),
         "interpolation": prepared.interpolation,
         "crop_pct": json.dumps(prepared.crop_pct),
         "crop_mode": prepared.crop_mode,

@@ -18,6 +18,7 @@ from dfq.inversion.objective import Objective, make_objective, seeded
 from dfq.inversion.plateau import Plateau
 from dfq.inversion.priors import TotalVariation
 from dfq.inversion.schedule import Event, Unit, events
+from dfq.inversion.units import fold_units, units_of
 from dfq.recipe import InversionSettings
 from dfq.sparse import SparseImages, channel_values, input_to_pixels
 from dfq.vit import Preprocessing, ViT
@@ -56,10 +57,12 @@ class Engine:
         device: torch.device | str = "cpu",
     ) -> None:
         """``settings.precision`` and ``settings.threads`` must be resolved."""
-        self.settings, self.preprocessing = settings, preprocessing
+        self.settings, self.units = settings, units_of(preprocessing)
         self.device = torch.device(device)
         self.dtype = carrier(settings.precision, self.device)
         self.vit = copy.deepcopy(vit).to(self.device).requires_grad_(False)
+        if self.units is not preprocessing:
+            fold_units(self.vit, preprocessing, self.units, vit.arch.grid)
         if settings.precision == "int8":
             multiply_integers(self.vit)
         self.vit.to(self.dtype)
@@ -68,8 +71,8 @@ class Engine:
             pack_linears(self.vit, settings.unit_size * self.grid.patches)
         self.importance = resolve_importance(settings.importance, vit.arch)
         self.events = events(settings, self.grid.patches)
-        mean = channel_values(preprocessing.mean, self.grid)
-        std = channel_values(preprocessing.std, self.grid)
+        mean = channel_values(self.units.level_mean, self.grid)
+        std = channel_values(self.units.level_std, self.grid)
         self.low, self.high = (-mean / std).to(self.device), ((1 - mean) / std).to(self.device)
 
     def run(
@@ -173,9 +176,7 @@ class Engine:
     ) -> SparseImages:
         rows = [t for t, sizes in enumerate(unit.sizes) if stage < len(sizes)]
         patches = state.patches.gather(1, leaving[..., None].expand(-1, -1, state.width))[rows]
-        pixels = input_to_pixels(
-            patches, self.preprocessing.mean, self.preprocessing.std, self.grid
-        )
+        pixels = input_to_pixels(patches, self.units, self.grid)
         trajectory = torch.tensor(rows, dtype=torch.int64) + unit.first_trajectory
         return SparseImages(
             patches=pixels.cpu(),

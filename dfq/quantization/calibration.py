@@ -19,6 +19,9 @@ from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Preprocessing, ViT
 from dfq.vit.modules import merge_heads
 
+LARGEST = 1e38
+"""Of activations; ranges of a few times as much are beyond float32."""
+
 
 class InputStatistics:
     """Running mean, range and, on request, second moment of a linear layer's input.
@@ -56,6 +59,11 @@ class InputStatistics:
             shifted.diagonal().clamp_min_(0)
             found._squares = (shifted / torch.outer(ratio, ratio)).float()
         return found
+
+    @property
+    def reach(self) -> Tensor:
+        """The largest magnitude of each feature, float32 ``[in]``; NaN where there was one."""
+        return torch.maximum(self.low.abs(), self.high.abs())
 
     @property
     def mean(self) -> Tensor:
@@ -98,7 +106,7 @@ def calibrate(
 
     Raises:
         DatasetError: there are no images.
-        RunError: an activation is infinite or not a number.
+        RunError: an activation is infinite or not a number, or so large that its square is.
     """
     arch, device = vit.arch, vit.prefix.device
     observers = {
@@ -121,7 +129,7 @@ def calibrate(
     try:
         for batch in batches:
             moved = batch.to(device)
-            x = pixels_to_input(moved.patches, preprocessing.mean, preprocessing.std, arch.grid)
+            x = pixels_to_input(moved.patches, preprocessing, arch.grid)
             vit.classify(vit.tokens(x, moved.positions))
             images += len(batch)
             if advance is not None:
@@ -131,18 +139,29 @@ def calibrate(
             handle.remove()
     if not images:
         raise DatasetError("The calibration set holds no images.")
-    _check_finite(statistics)
+    for name, found in statistics.items():
+        _check_hessian(name, found)
     quantizers = {site: observer.quantizer() for site, observer in observers.items()}
     return Calibration(quantizers, statistics, images, heads)
 
 
-def _check_finite(statistics: dict[str, InputStatistics]) -> None:
-    for name, found in statistics.items():
-        if not bool((torch.isfinite(found.low) & torch.isfinite(found.high)).all()):
-            raise RunError(
-                f"The input of {name!r} is not finite on the calibration images, so it has no "
-                "range. Check the weights, or use other images."
-            )
+def _check_range(site: str, found: InputStatistics) -> None:
+    """Raise :class:`RunError` if what was observed at a site has no range."""
+    if not float(found.reach.max()) <= LARGEST:
+        raise RunError(
+            f"The {site} is not finite on the calibration images, or beyond {LARGEST:g}, so it has "
+            "no range. Check the weights, or use other images."
+        )
+
+
+def _check_hessian(name: str, found: InputStatistics) -> None:
+    """Raise :class:`RunError` if squares of a layer's input are beyond float32."""
+    if found.hessian is not None and not bool(torch.isfinite(found.hessian).all()):
+        raise RunError(
+            f"The input of {name!r} reaches {float(found.reach.max()):.3g} on the calibration "
+            "images, and its squares, which rounding by GPTQ needs, overflow. Check the weights, "
+            'use other images, or set rounding = "nearest" in a recipe.'
+        )
 
 
 def _linear(vit: ViT, name: str) -> nn.Linear:
@@ -157,6 +176,7 @@ def _watch_layers(
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             statistics[name].observe(inputs[0])
+            _check_range(f"input of {name!r}", statistics[name])
             if name in observers:
                 observers[name].observe(inputs[0])
 
@@ -174,8 +194,9 @@ def _watch_attention(
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             for name, values in zip(ATTENTION_SITES, inputs[:3], strict=True):
                 site = f"{prefix}.{name}"
-                observers[site].observe(values)
                 heads[site].observe(merge_heads(values))
+                _check_range(f"tensor {site!r} of attention", heads[site])
+                observers[site].observe(values)
 
         return hook
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq.quantization.quantizer import Quantizer
+from dfq.quantization.quantizer import LEAST_SCALE, Quantizer
 
 BINS = 4096
 """Even, so that halves merge in pairs when the range doubles."""
@@ -38,7 +38,7 @@ class Histogram:
         self.counts += counts.double().cpu()
 
     def _extend(self, largest: float) -> None:
-        self.reach = self.reach or max(largest, 1e-12)
+        self.reach = self.reach or max(largest, LEAST_SCALE)
         while self.reach < largest:
             self.reach *= 2
             merged = self.counts.reshape(-1, 2).sum(1)
@@ -86,7 +86,7 @@ def quantizer_of(low: float, high: float, signed: bool) -> Quantizer:
     As in torch.ao, an affine range is widened to contain 0.
     """
     if signed:
-        return Quantizer(max(abs(low), abs(high), 1e-12) / 127, 0, signed=True)
+        return Quantizer(max(max(abs(low), abs(high)) / 127, LEAST_SCALE), 0, signed=True)
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = max((high - low) / 255, 1e-12)
+    scale = max((high - low) / 255, LEAST_SCALE)
     return Quantizer(scale, min(255, max(0, round(-low / scale))), signed=False)

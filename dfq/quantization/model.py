@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 PIXEL = Quantizer(1 / 255, 0, signed=False)
 
+MIDDLE = 0.5
+"""Of the input range, in widths of it.  Where the mean lies outside the range, the patch embedding
+is exact here."""
+
 
 class QuantizedAttention(Attention):
     """Self-attention with integer linear layers."""
@@ -185,7 +189,7 @@ class QuantizedViT(ViT):
     def set_normalisation(self) -> None:
         """Derive the patch embedding's constants from the preprocessing."""
         assert isinstance(self.patch_embed, IntegerPatchEmbed)
-        values = self.preprocessing.mean, self.preprocessing.std
+        values = self.preprocessing.level_mean, self.preprocessing.level_std
         mean, std = (channel_values(v, self.arch.grid, self.prefix.device) for v in values)
         self.patch_embed.set_normalisation(mean, std)
 
@@ -193,7 +197,7 @@ class QuantizedViT(ViT):
     def forward(self, images: Tensor) -> Tensor:
         """Logits float32 of normalised images ``[B, C, H, W]`` of the model's size.
 
-        Values beyond those of pixels from 0 to 255 count as the nearest of these; an image
+        Values beyond the input range (pixels from 0 to 255) count as the nearest in it; an image
         with a value that is not finite has logits that are NaN.
 
         Raises:
@@ -327,7 +331,9 @@ def _fill_patch_embed(
     weight, qtype = linear.weight / target.std, WeightType(target.bits, settings.reduce_range)
     scales = rounding.search_scales(weight, qtype)
     integers = rounding.round_nearest(weight, scales, qtype)
-    bias = linear.bias - scales.dequantize(integers) @ target.mean
+    mean = target.mean
+    exact = torch.where((mean >= 0) & (mean <= 1), mean, MIDDLE)
+    bias = linear.bias + weight @ (exact - mean) - scales.dequantize(integers) @ exact
     target.assign(integers, scales, bias, PIXEL)
 
 

@@ -12,7 +12,7 @@ from torch.ao.quantization.observer import (
 )
 
 from dfq.quantization.histogram import Histogram, quantizer_of
-from dfq.quantization.quantizer import Quantizer
+from dfq.quantization.quantizer import LEAST_SCALE, Quantizer
 from dfq.recipe import Observer
 
 OBSERVERS: dict[str, type[UniformQuantizationObserverBase]] = {
@@ -38,6 +38,7 @@ class RangeObserver:
             qscheme=torch.per_tensor_symmetric if signed else torch.per_tensor_affine,
             quant_min=low,
             quant_max=high,
+            eps=LEAST_SCALE,
         )
 
     def observe(self, values: Tensor) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LEAST_SCALE = 1e-30
+"""Least distance of two levels, so that an input of zeros has a quantizer; products with weights
+of up to 1e8 divided by it still fit in float32."""
+
 
 @dataclass(frozen=True)
 class Quantizer:

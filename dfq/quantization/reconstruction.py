@@ -133,7 +133,7 @@ def _embed(vit: ViT, quantized: QuantizedViT, batches: Iterable[SparseImages]) -
             part = batch[held == chosen].to(vit.prefix.device)
             if not len(part):
                 continue
-            x = pixels_to_input(part.patches, preprocessing.mean, preprocessing.std, vit.arch.grid)
+            x = pixels_to_input(part.patches, preprocessing, vit.arch.grid)
             at = vit.relations(part.positions)
             rounded, exact = (m.embed(x, part.positions) for m in (quantized, vit))
             found.append(_Tokens(rounded, exact, at, chosen))

@@ -17,6 +17,9 @@ CLIP_STEPS = 40
 SMALLEST = 1e-30
 """Least scale, so that a row of zeros has one."""
 
+LEAST_IMPORTANCE = 1e-12
+"""Of an input, as a share of the largest."""
+
 COLUMNS = 128
 """Columns between two updates of the remaining weights (arXiv 2210.17323, 3.3)."""
 
@@ -94,8 +97,10 @@ def search_scale(weight: Tensor, qtype: WeightType, importance: Tensor | None = 
         float32 ``[out]``, above 0.
     """
     low, high = qtype.qmin, qtype.qmax
-    full = weight.abs().amax(1).clamp_min(SMALLEST) / high
-    weights = torch.ones_like(weight[0]) if importance is None else importance.clamp_min(1e-12)
+    largest = weight.abs().amax(1).clamp_min(SMALLEST)
+    exponent = torch.frexp(largest).exponent  # squares of errors fit in float32 near 1
+    weight, full = torch.ldexp(weight, -exponent[:, None]), torch.ldexp(largest, -exponent) / high
+    weights = torch.ones_like(weight[0]) if importance is None else _comparable(importance)
     best = full
     least = torch.full_like(best, torch.inf)
     for share in torch.linspace(1.0, qtype.smallest_clip, CLIP_STEPS).tolist():
@@ -104,7 +109,16 @@ def search_scale(weight: Tensor, qtype: WeightType, importance: Tensor | None = 
         loss = error.square_().mul_(weights).sum(1)
         better = loss < least
         best, least = torch.where(better, scale, best), torch.where(better, loss, least)
-    return best
+    return torch.ldexp(best, exponent)
+
+
+def _comparable(importance: Tensor) -> Tensor:
+    """Importances in units of about their largest, those of dead inputs raised to a little.
+
+    The unit is a power of two, so that ratios stay as they are, bit for bit.
+    """
+    exponent = torch.frexp(importance.max()).exponent
+    return torch.ldexp(importance, -exponent).clamp_min(LEAST_IMPORTANCE)
 
 
 def round_nearest(weight: Tensor, scales: WeightScales, qtype: WeightType) -> Tensor:
@@ -161,7 +175,8 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """
     if not bool(torch.isfinite(hessian).all()):
         raise RunError("Activations overflow on the calibration images; use other images.")
-    mean = hessian.diagonal().mean().clamp_min(1e-12)
+    mean = hessian.diagonal().mean()
+    mean = torch.where(mean > 0, mean, 1.0)
     while True:
         damped = hessian.double() + torch.eye(
             len(hessian), dtype=torch.float64, device=hessian.device

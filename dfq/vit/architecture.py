@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from dfq.errors import CheckpointError
@@ -82,9 +82,17 @@ class Architecture:
         return self.num_heads * self.head_dim
 
 
+PIXEL_RANGE = (0.0, 1.0)
+"""Input range of pixels / 255."""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become the network's input: ``(pixel / 255 - mean) / std`` per channel.
+    """How data become the network's input: ``(value - mean) / std`` per channel.
+
+    ``input_range`` is the lowest and the highest value before normalisation, in the units of
+    ``mean`` and ``std``; by default the values are pixels / 255.  dfq works on 256 levels of it:
+    level ``i`` stands for ``low + i / 255 * (high - low)``, of pixels for pixel ``i``.
 
     ``interpolation`` is a Pillow resampling name; ``crop_pct`` the share of the resized
     image's side that a centre crop keeps.  ``crop_mode`` is timm's: ``squash`` resizes
@@ -96,23 +104,41 @@ class Preprocessing:
     interpolation: Interpolation = "bicubic"
     crop_pct: float = 1.0
     crop_mode: CropMode = "center"
+    input_range: tuple[float, float] = field(default=PIXEL_RANGE, metadata={"optional": True})
 
+    @property
+    def level_mean(self) -> tuple[float, ...]:
+        """The mean in units of levels / 255."""
+        low, high = self.input_range
+        return tuple((mean - low) / (high - low) for mean in self.mean)
 
-def check_preprocessing(preprocessing: Preprocessing, channels: int) -> None:
-    """Raise :class:`CheckpointError` unless it fits so many channels and can be carried out."""
-    if {len(preprocessing.mean), len(preprocessing.std)} != {channels}:
-        raise CheckpointError(f"preprocessing: mean and std must have {channels} values each.")
-    if min(preprocessing.std) <= 0:
-        raise CheckpointError("preprocessing: std must be above 0.")
-    if not 0.05 <= preprocessing.crop_pct <= 1:
-        raise CheckpointError(
-            f"preprocessing.crop_pct is {preprocessing.crop_pct}; it must be from 0.05 to 1."
-        )
+    @property
+    def level_std(self) -> tuple[float, ...]:
+        """The standard deviation in units of levels / 255."""
+        low, high = self.input_range
+        return tuple(std / (high - low) for std in self.std)
+
+    @property
+    def of_pixels(self) -> bool:
+        """Whether the 256 levels are those of 8-bit pixels."""
+        return self.input_range in (PIXEL_RANGE, (0.0, 255.0))
 
 
 def to_json(value: Architecture | Preprocessing) -> dict[str, Any]:
-    """The JSON form of a description; the inverse of :func:`from_json`."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(value).items()}
+    """The JSON form of a description; the inverse of :func:`from_json`.
+
+    Optional fields are left out where they have their default.
+    """
+    left_out = {
+        f.name
+        for f in dataclasses.fields(value)
+        if f.metadata.get("optional") and getattr(value, f.name) == f.default
+    }
+    return {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in dataclasses.asdict(value).items()
+        if k not in left_out
+    }
 
 
 _CHOICES = {
@@ -122,6 +148,8 @@ _CHOICES = {
     "CropMode": get_args(CropMode),
 }
 _LIMIT = 1 << 20
+LARGEST = 1e30
+"""Largest magnitude of a number of the preprocessing."""
 
 
 def from_json(kind: type[Any], fields: Any) -> Any:
@@ -133,8 +161,9 @@ def from_json(kind: type[Any], fields: Any) -> Any:
     if not isinstance(fields, dict):
         raise CheckpointError(f"{kind.__name__}: expected a JSON object, got {fields!r:.80}.")
     known = {f.name: str(f.type) for f in dataclasses.fields(kind)}
-    if set(fields) != set(known):
-        odd = sorted(set(fields) ^ set(known))
+    optional = {f.name for f in dataclasses.fields(kind) if f.metadata.get("optional")}
+    odd = sorted((set(fields) ^ set(known)) - (optional - set(fields)))
+    if odd:
         raise CheckpointError(f"{kind.__name__}: missing or unknown fields {odd}.")
     return kind(**{name: _field(kind, name, known[name], v) for name, v in fields.items()})
 
@@ -155,11 +184,12 @@ def _field(kind: type[Any], name: str, type_name: str, value: Any) -> Any:
             and all(type(v) is int and 0 < v < _LIMIT for v in value)
         )
         value = tuple(value) if good else value
-    elif type_name == "tuple[float, ...]":
+    elif type_name in ("tuple[float, ...]", "tuple[float, float]"):
         good = (
             isinstance(value, list)
             and 0 < len(value) < 1024
-            and all(type(v) in (int, float) and abs(v) < _LIMIT for v in value)
+            and (len(value) == 2 or type_name == "tuple[float, ...]")
+            and all(type(v) in (int, float) and abs(v) <= LARGEST for v in value)
         )
         value = tuple(float(v) for v in value) if good else value
     else:

@@ -21,6 +21,8 @@ from dfq.vit.transfer import transfer
 TOLERANCE = 1e-3
 """Largest accepted difference from timm's float32 values, relative to their largest magnitude."""
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 def convert(model: nn.Module, name: str) -> ViT:
     """Copy a timm model's weights into a float32 :class:`ViT` in eval mode.
@@ -73,7 +75,7 @@ def _compare(model: Any, vit: ViT, name: str) -> None:
         ours = _stages(vit, lambda: vit.classify(vit.tokens(patches)))
     for stage, expected in theirs.items():
         found = ours[stage]
-        worst = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        worst = float((found - expected).abs().max() / expected.abs().max().clamp_min(TINY))
         if not worst <= TOLERANCE:
             raise refusal(
                 name,

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import socket
 import textwrap
 import urllib.parse
@@ -37,6 +36,7 @@ from dfq.vit.architecture import CropMode, Interpolation, Preprocessing, to_json
 from dfq.vit.convert import convert
 from dfq.vit.describe import describe
 from dfq.vit.modules import ViT
+from dfq.vit.preprocessing import overridden
 from dfq.vit.saved import is_saved, read_saved
 from dfq.vit.structure import SUPPORTED, unwrapped
 from dfq.vit.weights import classes_in, load_into, read_weights
@@ -94,6 +94,7 @@ def load_model(
     img_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    input_range: Sequence[float] | None = None,
 ) -> LoadedModel:
     """Load a ViT by name or take one in memory, which is left unmodified.
 
@@ -105,6 +106,9 @@ def load_model(
         num_classes: classes of the head, 0 for none; told from ``weights`` where left out.
         img_size: side of the square input in pixels; wins over timm's data config.
         mean, std: per channel, in the range of pixels / 255; win over timm's data config.
+        input_range: the lowest and the highest value before normalisation, in the units of mean
+            and std; by default (0, 1), of pixels / 255.  With another range, a mean and a std that
+            are left out are 0 and 1: values are given as the network takes them.
 
     Raises:
         UnknownModelError, UnsupportedModelError, WeightsError, PretrainedError,
@@ -113,8 +117,21 @@ def load_model(
     for flag, value, least in (("--num-classes", num_classes, 0), ("--img-size", img_size, 1)):
         if value is not None and value < least:
             raise SettingError(f"{flag} is {value}; it must be at least {least}.")
+    loaded = _load(model, weights, num_classes, img_size)
+    channels = loaded.vit.arch.in_channels
+    preprocessing = overridden(loaded.preprocessing, channels, mean, std, input_range)
+    return dataclasses.replace(loaded, preprocessing=preprocessing)
+
+
+def _load(
+    model: str | nn.Module,
+    weights: str | Path | None,
+    num_classes: int | None,
+    img_size: int | None,
+) -> LoadedModel:
+    """A model with its own preprocessing."""
     if isinstance(model, nn.Module):
-        loaded = _from_module(unwrapped(model), weights, mean, std)
+        loaded = _from_module(unwrapped(model), weights)
         arch = loaded.vit.arch
         if num_classes not in (None, arch.num_classes) or img_size not in (None, *arch.image_size):
             raise SettingError(
@@ -123,10 +140,10 @@ def load_model(
             )
         return loaded
     if is_saved(model):
-        return _from_directory(Path(model), weights, num_classes, img_size, mean, std)
+        return _from_directory(Path(model), weights, num_classes, img_size)
     name = ALIASES.get(model, model)
     if name == "demo":
-        return _demo(weights, num_classes, img_size, mean, std)
+        return _demo(weights, num_classes, img_size)
     if weights is not None:
         timm_model = _from_file(name, Path(weights), num_classes, img_size)
     else:
@@ -135,20 +152,15 @@ def load_model(
     tag = config.get("tag", "") if weights is None else ""
     timm_name = f"{split_model_name_tag(name)[0]}.{tag}" if tag and ":" not in name else name
     vit = convert(timm_model, model)
-    return LoadedModel(model, timm_name, vit, _preprocessing(timm_model, mean, std))
+    return LoadedModel(model, timm_name, vit, _preprocessing(timm_model))
 
 
-def _from_module(
-    model: nn.Module,
-    weights: str | Path | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> LoadedModel:
+def _from_module(model: nn.Module, weights: str | Path | None) -> LoadedModel:
     if weights is not None:
         raise SettingError("weights goes with a model's name; a module has its own weights.")
     name = module_name(model)
     vit = convert(model, name)
-    return LoadedModel(name, name, vit, _preprocessing(model, mean, std))
+    return LoadedModel(name, name, vit, _preprocessing(model))
 
 
 def _from_directory(
@@ -156,8 +168,6 @@ def _from_directory(
     weights: str | Path | None,
     num_classes: int | None,
     img_size: int | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
 ) -> LoadedModel:
     model, timm_name, prepared = read_saved(path)
     vit = convert(model, str(path))
@@ -167,12 +177,6 @@ def _from_directory(
             f"{str(path)!r} is a model with weights, {classes} classes and {size} pixels of its "
             "own; leave --weights, --num-classes and --img-size out."
         )
-    prepared = dataclasses.replace(
-        prepared,
-        mean=tuple(map(float, prepared.mean if mean is None else mean)),
-        std=tuple(map(float, prepared.std if std is None else std)),
-    )
-    _check_channels(model, prepared)
     return LoadedModel(path.name, timm_name, vit, prepared)
 
 
@@ -187,8 +191,6 @@ def _demo(
     weights: str | Path | None,
     num_classes: int | None,
     img_size: int | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
 ) -> LoadedModel:
     args = dict(demo.MODEL_ARGS)
     if img_size is not None and img_size != args["img_size"]:
@@ -203,11 +205,7 @@ def _demo(
         state = {k: v for k, v in state.items() if not k.startswith("head.")}
     timm_model = timm.create_model(**args)
     load_into(timm_model, state, name="demo", path=path, resize=False)
-    preprocessing = Preprocessing(
-        tuple(map(float, demo.MEAN if mean is None else mean)),
-        tuple(map(float, demo.STD if std is None else std)),
-    )
-    _check_channels(timm_model, preprocessing)
+    preprocessing = Preprocessing(demo.MEAN, demo.STD)
     return LoadedModel("demo", "demo", convert(timm_model, "demo"), preprocessing)
 
 
@@ -330,58 +328,17 @@ def _fail_fast_offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _preprocessing(
-    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Preprocessing:
+def _preprocessing(model: nn.Module) -> Preprocessing:
+    """What timm's data config of a model says."""
     config = timm.data.resolve_model_data_config(model)
-    preprocessing = Preprocessing(
-        mean=tuple(map(float, config["mean"] if mean is None else mean)),
-        std=tuple(map(float, config["std"] if std is None else std)),
+    return Preprocessing(
+        mean=tuple(map(float, config["mean"])),
+        std=tuple(map(float, config["std"])),
         interpolation=_known(config["interpolation"], Interpolation, "bicubic"),
         crop_pct=float(config["crop_pct"]),
         crop_mode=_known(config.get("crop_mode"), CropMode, "center"),
     )
-    _check_channels(model, preprocessing)
-    return preprocessing
 
 
 def _known(value: Any, choices: Any, otherwise: str) -> Any:
     return value if value in get_args(choices) else otherwise
-
-
-def _check_channels(model: Any, preprocessing: Preprocessing) -> None:
-    channels = model.patch_embed.proj.in_channels
-    for flag, values in (("--mean", preprocessing.mean), ("--std", preprocessing.std)):
-        if len(values) != channels:
-            raise SettingError(
-                f"The model takes {channels} channels but {flag} has {len(values)} values "
-                f"({values}).",
-                f"Give {flag} {channels} values.",
-            )
-    for flag, values in (("--mean", preprocessing.mean), ("--std", preprocessing.std)):
-        if not all(map(math.isfinite, values)):
-            raise SettingError(f"{flag} must be finite, got {values}.")
-    _check_pixels(preprocessing)
-
-
-def _check_pixels(preprocessing: Preprocessing) -> None:
-    """Raise :class:`SettingError` unless mean and std can be those of pixels / 255.
-
-    Inputs are clamped to what pixels from 0 to 255 become, so with others every real input
-    would be clamped to a wrong range.
-    """
-    for flag, values, good in (
-        ("--mean", preprocessing.mean, all(0 <= m <= 1 for m in preprocessing.mean)),
-        ("--std", preprocessing.std, all(1 / 256 <= s <= 1 for s in preprocessing.std)),
-    ):
-        if good:
-            continue
-        low = "0" if flag == "--mean" else "1/256"
-        shown = ", ".join(f"{v:g}" for v in values)
-        hint = "Inputs that are no pixels (spectrograms, normalised bands) are not supported."
-        if all(0 <= v <= 255 for v in values) and max(values) > 1:
-            divided = ",".join(f"{v / 255:.4g}" for v in values)
-            hint = f"In units of 0 to 255 these would be {flag} {divided}. {hint}"
-        raise SettingError(
-            f"{flag} is {shown}; it is of pixels / 255, so each value is from {low} to 1. {hint}"
-        )

@@ -27,8 +27,9 @@ from dfq.files import (
     write_bytes,
     write_json,
 )
-from dfq.vit.architecture import Preprocessing, check_preprocessing, from_json, to_json
+from dfq.vit.architecture import Preprocessing, from_json, to_json
 from dfq.vit.convert import check_finite
+from dfq.vit.preprocessing import check_preprocessing
 
 FORMAT, FORMAT_VERSION = "dfq-model", 2
 CONFIG, WEIGHTS, REPORT = "model.json", "model.safetensors", "report.json"
