@@ -654,7 +654,7 @@ def test_weights_of_another_patch_size_are_refused_before_they_are_resampled(
 ) -> None:
     model = timm.create_model("test_vit", num_classes=5, patch_size=8, img_size=160)
     save_file(model.state_dict(), tmp_path / "p8.safetensors")
-    with pytest.raises(WeightsError, match=r"patches of 8 x 8 pixels, 'test_vit' of 16 x 16"):
+    with pytest.raises(WeightsError, match=r"patches of 8 x 8 pixels, 'test_vit' has 16 x 16"):
         load_model("test_vit", weights=tmp_path / "p8.safetensors", img_size=160)
 
 
