@@ -289,7 +289,8 @@ def _pretrained(name: str, options: ModelOptions) -> nn.Module:
         if "map" in (options.global_pool, outline.global_pool) and "global_pool" in kwargs:
             raise WeightsError(
                 f"The pretrained weights of {name!r} are pooled by {outline.global_pool!r} and "
-                f"cannot be pooled by {options.global_pool!r}. Leave --global-pool out."
+                f"cannot be pooled by {options.global_pool!r}.",
+                "Leave --global-pool out.",
             )
     return _reach(name, name, True, **kwargs)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import timm
+import torch
 from timm.models import vision_transformer
 from torch import nn
 
@@ -169,6 +171,14 @@ def pool_keywords(model: Any, pool: str, norms: dict[str, bool]) -> dict[str, An
     is_vit = isinstance(model, vision_transformer.VisionTransformer)
     keyword = "fc_norm" if is_vit else "use_fc_norm"
     return {"global_pool": pool} | ({} if after == (pool == "avg") else {keyword: after})
+
+
+def pooled_as(arch: Architecture, keywords: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of ``timm.create_model`` that give a model of others the pooling of ``arch``."""
+    with torch.device("meta"):
+        outline = timm.create_model(**keywords)
+    norms = {"norm": arch.final_norm, "fc_norm": arch.pooled_norm}
+    return pool_keywords(outline, pool_of(arch), norms)
 
 
 def norms_of(model: nn.Module) -> dict[str, bool]:
