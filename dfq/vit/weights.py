@@ -62,6 +62,12 @@ class IgnoredDict:
 
 IGNORED = (
     "argparse.Namespace",
+    "builtins.bool",
+    "builtins.dict",
+    "builtins.float",
+    "builtins.int",
+    "builtins.list",
+    "builtins.str",
     "datetime.date",
     "datetime.datetime",
     "datetime.timedelta",
