@@ -376,6 +376,93 @@ def test_metas_names_of_dinov2_registers(tmp_path: Path) -> None:
     assert_same(load(tmp_path / "dinov2.pth", name, img_size=28), model)
 
 
+# ---- JAX
+
+
+def in_jax_names(model: Any, layout: str) -> dict[str, np.ndarray]:
+    """A timm model in the names and layouts of Flax: kernels ``[in, out]``, convolutions
+    ``[H, W, in, out]``, attention ``[in, heads, head_dim]`` and back."""
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    heads, dim = model.blocks[0].attn.num_heads, model.embed_dim
+    attention, mlp, second = (1, 3, 2) if layout == "augreg" else (0, 0, 1)
+    found = {
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
+        "cls": state["cls_token"],
+    }
+    table = "Transformer/posembed_input/pos_embedding" if layout == "augreg" else "pos_embedding"
+    found[table] = state["pos_embed"]
+    blocks: list[dict[str, np.ndarray]] = []
+    for index in range(len(model.blocks)):
+        ours = {k: state[f"blocks.{index}.{k}"] for k in dict(model.blocks[0].state_dict())}
+        multi = f"MultiHeadDotProductAttention_{attention}"
+        block = {
+            f"{multi}/out/kernel": ours["attn.proj.weight"].T.reshape(heads, -1, dim),
+            f"{multi}/out/bias": ours["attn.proj.bias"],
+        }
+        for part, name in enumerate(("query", "key", "value")):
+            rows = slice(part * dim, (part + 1) * dim)
+            kernel = ours["attn.qkv.weight"][rows].T.reshape(dim, heads, -1)
+            block[f"{multi}/{name}/kernel"] = kernel
+            block[f"{multi}/{name}/bias"] = ours["attn.qkv.bias"][rows].reshape(heads, -1)
+        for norm, number in (("norm1", 0), ("norm2", second)):
+            block[f"LayerNorm_{number}/scale"] = ours[f"{norm}.weight"]
+            block[f"LayerNorm_{number}/bias"] = ours[f"{norm}.bias"]
+        for number in range(2):
+            dense = f"MlpBlock_{mlp}/Dense_{number}"
+            block[f"{dense}/kernel"] = ours[f"mlp.fc{number + 1}.weight"].T
+            block[f"{dense}/bias"] = ours[f"mlp.fc{number + 1}.bias"]
+        blocks.append(block)
+    if layout == "one stack":
+        for key in blocks[0]:
+            found[f"Transformer/encoderblock/{key}"] = np.stack([block[key] for block in blocks])
+    else:
+        for index, block in enumerate(blocks):
+            found |= {f"Transformer/encoderblock_{index}/{k}": v for k, v in block.items()}
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "opt/target/"])
+def test_jaxs_vision_transformers_are_read(prefix: str, model: Any, tmp_path: Path) -> None:
+    arrays = in_jax_names(model, "augreg")
+    np.savez(tmp_path / "w.npz", **{f"{prefix}{key}": value for key, value in arrays.items()})
+    assert_same(load(tmp_path / "w.npz"), model)
+    with pytest.raises(WeightsError, match=r"patches of 16 x 16 pixels, .* has 32 x 32"):
+        load(tmp_path / "w.npz", "vit_base_patch32_224")
+
+
+@pytest.mark.parametrize("prefix", ["", "params/", "params/img/"])
+@pytest.mark.parametrize("layout", ["big vision", "one stack"])
+def test_big_visions_transformers_are_read(layout: str, prefix: str, tmp_path: Path) -> None:
+    model = timm_model(no_embed_class=True)
+    arrays = in_jax_names(model, layout)
+    np.savez(tmp_path / "w.npz", **{f"{prefix}{key}": value for key, value in arrays.items()})
+    found, expected = read_weights(tmp_path / "w.npz"), model.state_dict()
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_jaxs_layer_before_the_head_is_not_left_out_without_a_word(tmp_path: Path) -> None:
+    arrays = in_jax_names(timm_model(), "augreg")
+    extra = {"pre_logits/kernel": np.eye(48), "pre_logits/bias": np.zeros(48)}
+    np.savez(tmp_path / "w.npz", **arrays, **extra)
+    with pytest.raises(WeightsError, match=r"a layer before its head.*--num-classes 0"):
+        load(tmp_path / "w.npz")
+
+
+@pytest.mark.parametrize("missing", ["embedding/kernel", "head/kernel", "cls"])
+def test_other_numpy_archives_are_named(missing: str, tmp_path: Path) -> None:
+    arrays = in_jax_names(timm_model(), "augreg")
+    np.savez(tmp_path / "w.npz", **{k: v for k, v in arrays.items() if k != missing})
+    with pytest.raises(WeightsError, match=r"w\.npz' is a NumPy archive|no class token|entries"):
+        load(tmp_path / "w.npz")
+
+
 # ---- image sizes
 
 SIZES = [(48, 48), (32, 64), (64, 32), (80, 16)]
@@ -642,12 +729,6 @@ def as_onnx(path: Path) -> None:
     path.write_bytes(helper.make_model(graph, producer_name="p").SerializeToString())
 
 
-def as_jax(path: Path) -> None:
-    np.savez(path.with_suffix(".npz"), **{"embedding/kernel": np.zeros((1, 1, 3, 4))})
-    path.with_suffix(".npz").rename(path)
-
-
-FOLDER = "folder"
 OTHERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "ONNX": ("m.onnx", as_onnx, "an ONNX model"),
     "ONNX under another name": ("m.pth", as_onnx, "an ONNX model"),
@@ -659,6 +740,7 @@ OTHERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "TensorFlow's data": ("m.data-00000-of-00001", as_bytes(b"\1" * 99), "TensorFlow checkpoint"),
     "TensorFlow Lite": ("m.tflite", as_bytes(b"\x20\0\0\0TFL3" + b"\0" * 99), "TensorFlow Lite"),
     "GGUF": ("m.gguf", as_bytes(b"GGUF\3\0\0\0" + b"\0" * 99), "a GGUF file"),
+    "NumPy arrays": ("m.npz", lambda p: np.savez(p, x=np.zeros(3)), "archive without the names"),
     "one NumPy array": ("m.npy", lambda p: np.save(p, np.zeros(3)), "one NumPy array"),
     "gzip": ("m.pth.gz", lambda p: p.write_bytes(gzip.compress(b"1")), "a compressed file.*Unpack"),
     "tar": ("m.pth.tar", as_tar, r"a tar archive of 1 files \('inside\.pth'\)\. Unpack it"),

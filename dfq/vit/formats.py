@@ -55,14 +55,7 @@ ENDINGS = {
 }
 """What a file is whose start says nothing, by the end of its name."""
 
-JAX = (
-    "a NumPy archive, as the vision transformers of JAX are kept in",
-    "Load it in timm (timm.create_model(NAME, checkpoint_path=FILE)) and save its state_dict() as "
-    "safetensors",
-)
-
 ARCHIVES: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    ((".npy",), *JAX),
     (
         ("constants.pkl",),
         "a TorchScript archive: a program, not a state dict",
@@ -99,16 +92,23 @@ def refuse_other_formats(path: Path) -> None:
 
 
 def _refuse_archives(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+    names = names_in_zip(path)
+    if not names:
         return  # what reads it says what is wrong
     for ends, what, advice in ARCHIVES:
         if any(name.endswith(ends) for name in names):
             raise other_format(path, what, advice)
     if not any(name.endswith("data.pkl") for name in names):
         raise _packed(path, "a zip archive", names)
+
+
+def names_in_zip(path: Path) -> list[str]:
+    """Names of the files in a zip archive; none of a file that is no whole one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return []
 
 
 def _refuse_tar(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights files: safetensors, and torch files read without running code from them."""
+"""Weights files: safetensors, JAX's archives, and torch files, of which no code is run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dfq.errors import WeightsError
 from dfq.vit.convert import check_finite
-from dfq.vit.formats import folder_given, refuse_other_formats
+from dfq.vit.formats import folder_given, names_in_zip, refuse_other_formats
+from dfq.vit.jax_weights import read_jax
 
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")
 """Where training checkpoints keep weights, in the order in which timm looks for them."""
@@ -145,9 +146,11 @@ def _check_readable(path: Path) -> None:
 
 
 def _read_file(path: Path) -> Any:
-    refuse_other_formats(path)
     with path.open("rb") as file:
         start = file.read(2)
+    if start == b"PK" and any(name.endswith(".npy") for name in names_in_zip(path)):
+        return read_jax(path)
+    refuse_other_formats(path)
     return (
         _read_torch(path) if start in (b"PK", b"\x80\x02", b"\x80\x04") else _read_safetensors(path)
     )
