@@ -620,6 +620,10 @@ REFUSED: dict[str, tuple[Callable[[State], Any], str]] = {
         lambda s: {**s, "head.weight": s["head.weight"].to(torch.float8_e4m3fn)},
         "float8_e4m3fn, .*float16, bfloat16 or float32",
     ),
+    "4-bit floats": (
+        lambda s: {**s, "head.weight": torch.zeros(5, 24).byte().view(torch.float4_e2m1fn_x2)},
+        "float4_e2m1fn_x2, .*float16, bfloat16 or float32",
+    ),
     "integers": (
         lambda s: {**s, "norm.weight": s["norm.weight"].to(torch.int8)},
         "'norm.weight' is torch.int8; weights are floating-point",

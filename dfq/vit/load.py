@@ -300,6 +300,8 @@ def _reach(name: str, arch: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         with _fail_fast_offline():
             return _create(arch, pretrained, **kwargs)
     except KeyError as error:
+        if ":" not in name:
+            raise
         raise UnknownModelError(
             f"{name!r} has no description of a timm model in its config.json ({error} is missing); "
             "models of Transformers are not taken. Look for the same model in `dfq models`."

@@ -217,7 +217,7 @@ def _check_tensor(key: str, value: Tensor, path: Path) -> None:
         raise WeightsError(f"{where} is empty or no plain tensor of numbers ({value.layout}).")
     if value.is_complex():
         raise WeightsError(f"{where} is {value.dtype}; weights are real numbers.")
-    if value.is_floating_point() and torch.finfo(value.dtype).bits < NARROWEST:
+    if value.is_floating_point() and 8 * value.element_size() < NARROWEST:
         raise WeightsError(
             f"{where} is {value.dtype}, whose values need scales to be read. Save the weights as "
             "float16, bfloat16 or float32."
