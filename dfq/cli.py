@@ -62,7 +62,8 @@ def root(
 Model = Annotated[
     str,
     typer.Argument(
-        help="A timm name, an alias (vit_base, deit_small, ...), hf-hub:NAME, or 'demo'.",
+        help="A timm name, an alias (vit_base, deit_small, ...), hf-hub:NAME, local-dir:FOLDER, "
+        "or 'demo'.",
         show_default=False,
     ),
 ]
@@ -72,7 +73,12 @@ Weights = Annotated[
 ]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of the head.", show_default=False)]
 ImgSize = Annotated[
-    int | None, typer.Option(help="Side of the input in pixels.", show_default=False)
+    str | None,
+    typer.Option(help="Input in pixels: a square's side, or HEIGHT,WIDTH.", show_default=False),
+]
+InChans = Annotated[int | None, typer.Option(help="Channels of the input.", show_default=False)]
+GlobalPool = Annotated[
+    str | None, typer.Option(help="Pooling: token, avg or map.", show_default=False)
 ]
 Mean = Annotated[
     str | None,
@@ -160,11 +166,19 @@ def _floats(text: str | None, flag: str, example: str = "0.5,0.5,0.5") -> list[f
         ) from None
 
 
-def _counts(text: str, flag: str) -> list[int]:
+def _counts(text: str, flag: str, example: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise SettingError(f"{flag} is {text!r}; give whole numbers, such as 1,16.") from None
+        raise SettingError(f"{flag} is {text!r}; give whole numbers, such as {example}.") from None
+
+
+def _sides(text: str | None) -> int | list[int] | None:
+    """An image size: one side, or height and width."""
+    if text is None:
+        return None
+    sides = _counts(text, "--img-size", "224 or 192,256")
+    return sides[0] if len(sides) == 1 else sides
 
 
 @app.command(epilog="Example: [bold]dfq quantize vit_base --bits 4[/]")
@@ -178,6 +192,8 @@ def quantize(
     weights: Weights = None,
     num_classes: NumClasses = None,
     img_size: ImgSize = None,
+    in_chans: InChans = None,
+    global_pool: GlobalPool = None,
     mean: Mean = None,
     std: Std = None,
     input_range: InputRange = None,
@@ -217,7 +233,9 @@ def quantize(
             recipe=recipe,
             weights=weights,
             num_classes=num_classes,
-            img_size=img_size,
+            img_size=_sides(img_size),
+            in_chans=in_chans,
+            global_pool=global_pool,
             mean=_floats(mean, "--mean"),
             std=_floats(std, "--std"),
             input_range=_floats(input_range, "--input-range", "0,255"),
@@ -261,6 +279,8 @@ def invert(
     weights: Weights = None,
     num_classes: NumClasses = None,
     img_size: ImgSize = None,
+    in_chans: InChans = None,
+    global_pool: GlobalPool = None,
     mean: Mean = None,
     std: Std = None,
     input_range: InputRange = None,
@@ -285,7 +305,9 @@ def invert(
         precision=precision,
         weights=weights,
         num_classes=num_classes,
-        img_size=img_size,
+        img_size=_sides(img_size),
+        in_chans=in_chans,
+        global_pool=global_pool,
         mean=_floats(mean, "--mean"),
         std=_floats(std, "--std"),
         input_range=_floats(input_range, "--input-range", "0,255"),
@@ -315,6 +337,8 @@ def evaluate(
     ] = None,
     weights: Weights = None,
     img_size: ImgSize = None,
+    in_chans: InChans = None,
+    global_pool: GlobalPool = None,
     device: Device = "cpu",
     backend: Annotated[
         str | None, typer.Option(help="onednn or reference.", show_default="fastest")
@@ -332,7 +356,9 @@ def evaluate(
             class_map=class_map,
             float_model=float_,
             weights=weights,
-            img_size=img_size,
+            img_size=_sides(img_size),
+            in_chans=in_chans,
+            global_pool=global_pool,
             device=device,
             backend=backend,
             min_agreement=min_agreement,
@@ -383,6 +409,8 @@ def distill(
     weights: Weights = None,
     num_classes: NumClasses = None,
     img_size: ImgSize = None,
+    in_chans: InChans = None,
+    global_pool: GlobalPool = None,
     mean: Mean = None,
     std: Std = None,
     input_range: InputRange = None,
@@ -415,7 +443,9 @@ def distill(
         recipe=recipe,
         weights=weights,
         num_classes=num_classes,
-        img_size=img_size,
+        img_size=_sides(img_size),
+        in_chans=in_chans,
+        global_pool=global_pool,
         mean=_floats(mean, "--mean"),
         std=_floats(std, "--std"),
         input_range=_floats(input_range, "--input-range", "0,255"),
@@ -481,7 +511,7 @@ def benchmark(
     """Measure a checkpoint's speed beside PyTorch, ONNX Runtime and OpenVINO."""
     result = dfq.benchmark(
         checkpoint,
-        batch=_counts(batch, "--batch"),
+        batch=_counts(batch, "--batch", "1,16"),
         seconds=seconds,
         threads=threads,
         runtimes=None if runtimes is None else runtimes.split(","),

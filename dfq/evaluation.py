@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,16 +21,17 @@ from dfq.comparison import (
     metric_of,
 )
 from dfq.device import resolve_device
-from dfq.errors import SettingError
+from dfq.errors import SettingError, WeightsError
 from dfq.gates import check_bounds, check_bounds_decidable, check_shares, doubts, gate
 from dfq.images import ImageSource, load_batches, open_images
 from dfq.intervals import share_interval
-from dfq.progress import Progress, Silent
+from dfq.progress import Progress, Silent, note_all
 from dfq.quantization import QuantizedViT
 from dfq.quantization.scheme import scheme_name
 from dfq.results import AgreementOn, EvaluateResult, FloatQuantized
 from dfq.vit import Architecture, Preprocessing, ViT
 from dfq.vit.load import load_model
+from dfq.vit.options import pool_of
 from dfq.vit.saved import is_saved
 
 _NAME_IT = "Name the model that the checkpoint was made from (--float MODEL, --weights FILE)."
@@ -42,7 +44,9 @@ def evaluate(
     data: str | Path,
     float_model: str | nn.Module | None = None,
     weights: str | Path | None = None,
-    img_size: int | None = None,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
     device: str | torch.device = "cpu",
     backend: str | None = None,
     min_agreement: float | None = None,
@@ -58,7 +62,8 @@ def evaluate(
         path: the checkpoint.
         data: an image folder with one folder a class or with image files alone, an ``.npz``
             with ``x`` (and ``y``), or ``"demo"``.
-        float_model, weights, img_size: the float model, as for :func:`dfq.load_model`.
+        float_model, weights, img_size, in_chans, global_pool: the float model, as for
+            :func:`dfq.load_model`; what is left out is the checkpoint's.
         backend: integer kernels, ``onednn`` or ``reference``.
         min_agreement, min_accuracy: bounds from 0 to 1, of the lower ends of 95 % intervals.
         class_map: a file that numbers the class folders; see
@@ -71,7 +76,8 @@ def evaluate(
     check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_agreement is not None and float_model is None:
         raise SettingError("min_agreement needs the float model: give float_model (--float MODEL).")
-    for name, value in (("weights", weights), ("img_size", img_size)):
+    options = {"img_size": img_size, "in_chans": in_chans, "global_pool": global_pool}
+    for name, value in {"weights": weights, **options}.items():
         if value is not None and float_model is None:
             raise SettingError(f"{name} is of the float model: name it too (--float MODEL).")
     progress = progress or Silent()
@@ -88,7 +94,9 @@ def evaluate(
             "give float_model (--float MODEL)."
         )
     made_from = str(info.source.get("fingerprint"))
-    reference = _float_reference(model, made_from, float_model, weights, img_size, target, progress)
+    reference = _float_reference(
+        model, made_from, float_model, target, progress, weights=weights, **options
+    )
     batches = dense_batches(load_batches(source, model.preprocessing, EVALUATION_BATCH), target)
     with progress.task("Evaluating", len(source)) as advance:
         comparison = compare(model, reference, batches, advance, metric=metric)
@@ -123,37 +131,39 @@ def _float_reference(
     model: QuantizedViT,
     fingerprint: str,
     name: str | nn.Module | None,
-    weights: str | Path | None,
-    img_size: int | None,
     device: torch.device,
     progress: Progress,
+    **options: Any,
 ) -> ViT | None:
     if name is None:
         return None
-    height, width = model.arch.image_size
-    named = isinstance(name, str) and name != "demo" and not is_saved(name)
-    size = img_size or (height if height == width and named else None)
+    arch = model.arch
+    if isinstance(name, str) and name != "demo" and not is_saved(name):
+        own = {"img_size": arch.image_size, "global_pool": pool_of(arch)}
+        options |= {key: value for key, value in own.items() if options[key] is None}
     try:
         loaded = load_model(
             name,
-            weights=weights,
-            num_classes=None if model.arch.num_classes else 0,
-            img_size=size,
+            num_classes=None if arch.num_classes else 0,
             mean=model.preprocessing.mean,
             std=model.preprocessing.std,
             input_range=model.preprocessing.input_range,
+            **options,
         )
-    except SettingError as error:
+    except (SettingError, WeightsError) as error:
         if not error.advice:
             raise
-        channels = model.arch.in_channels
-        raise SettingError(
-            f"The float model takes another number of channels than the checkpoint, which "
-            f"takes {channels}. {_NAME_IT}"
-        ) from error
+        facts = error.facts
+        if isinstance(error, SettingError):
+            facts = (
+                "The float model takes another number of channels than the checkpoint, which "
+                f"takes {arch.in_channels}."
+            )
+        raise SettingError(f"{facts} {_NAME_IT}") from error
+    note_all(progress, loaded.notes)
     differing = [
         f"{field.replace('_', ' ')} {theirs!r} instead of {ours!r}"
-        for field, ours in dataclasses.asdict(model.arch).items()
+        for field, ours in dataclasses.asdict(arch).items()
         if (theirs := getattr(loaded.vit.arch, field)) != ours
     ]
     if differing:

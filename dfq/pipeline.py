@@ -34,7 +34,7 @@ from dfq.images import DenseImages, ImageSource, load_batches
 from dfq.inversion import plan_units
 from dfq.inversion.schedule import fit_stages
 from dfq.inversion.workers import check_alone
-from dfq.progress import Progress, Silent
+from dfq.progress import Progress, Silent, note_all
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.diagnosis import layer_noise, poor_layers
 from dfq.quantization.equalization import equalize
@@ -75,7 +75,9 @@ def invert(
     settings: dict[str, Any] | None = None,
     weights: str | Path | None = None,
     num_classes: int | None = None,
-    img_size: int | None = None,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     input_range: Sequence[float] | None = None,
@@ -86,7 +88,8 @@ def invert(
     """Invert a model into a sparse-image dataset, in the cache or in ``out``.
 
     Args:
-        model, weights, num_classes, img_size, mean, std, input_range: see :func:`dfq.load_model`.
+        model, weights, num_classes, img_size, in_chans, global_pool, mean, std, input_range: see
+            :func:`dfq.load_model`.
         method: ``pri``, ``smi``, ``dmi`` or ``noise``.
         images: how many to make.
         iterations: of a trajectory.
@@ -114,15 +117,19 @@ def invert(
     )
     chosen = make_recipe(recipe, inversion=overrides).inversion
     target = resolve_device(device)
+    progress = progress or Silent()
     loaded = load_model(
         model,
         weights=weights,
         num_classes=num_classes,
         img_size=img_size,
+        in_chans=in_chans,
+        global_pool=global_pool,
         mean=mean,
         std=std,
         input_range=input_range,
     )
+    note_all(progress, loaded.notes)
     if not is_set("stages", stages, settings, recipe):
         chosen = fit_stages(chosen, loaded.vit.arch.grid.patches)
     started = time.perf_counter()
@@ -132,7 +139,7 @@ def invert(
         out=None if out is None else Path(out),
         device=target,
         cache=cache,
-        progress=progress or Silent(),
+        progress=progress,
     )
     return InvertResult(
         model=loaded.name,
@@ -165,7 +172,9 @@ def quantize(
     settings: dict[str, dict[str, Any]] | None = None,
     weights: str | Path | None = None,
     num_classes: int | None = None,
-    img_size: int | None = None,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     input_range: Sequence[float] | None = None,
@@ -178,7 +187,8 @@ def quantize(
     """Quantize a ViT without data and write a checkpoint.
 
     Args:
-        model, weights, num_classes, img_size, mean, std, input_range: see :func:`dfq.load_model`.
+        model, weights, num_classes, img_size, in_chans, global_pool, mean, std, input_range: see
+            :func:`dfq.load_model`.
         bits: 4 or 8, of the weights; activations have 8.
         calibration: ``pri``, ``smi``, ``dmi``, ``noise``, or the path of a sparse-image
             dataset, an image folder or an ``.npz``.
@@ -234,10 +244,13 @@ def quantize(
             weights=weights,
             num_classes=num_classes,
             img_size=img_size,
+            in_chans=in_chans,
+            global_pool=global_pool,
             mean=mean,
             std=std,
             input_range=input_range,
         )
+        note_all(progress, loaded.notes)
         vit = loaded.vit.to(target)
         patches, metric = vit.arch.grid.patches, metric_of(vit.arch)
         if not is_set("stages", stages, (settings or {}).get("inversion"), recipe):

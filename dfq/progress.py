@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +18,12 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """A line about what is going on."""
+
+
+def note_all(progress: Progress, texts: Iterable[str]) -> None:
+    """Note every text."""
+    for text in texts:
+        progress.note(text)
 
 
 class Silent:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import dfq
 from dfq.sparse import patchify
 from dfq.vit import ViT
+from dfq.vit.fit import load_into
 from dfq.vit.load import LoadedModel, load_model
-from dfq.vit.weights import load_into, read_weights
+from dfq.vit.translate import translate
+from dfq.vit.weights import read_weights
 
 ALL = [pytest.param(f, id=f.name) for f in [*FAMILIES, *VARIANTS]]
 FAST: dict[str, Any] = {
@@ -160,6 +162,8 @@ def test_weights_of_the_family_survive_a_file(family: Family, tmp_path: Path) ->
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.zero_()
-    load_into(again, read_weights(path), name=family.name, path=path, resize=False)
+    told = {"name": family.name, "path": path}
+    found = translate(again, read_weights(path), **told)
+    load_into(again, found.state, **told, resize=False)
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key

@@ -18,8 +18,10 @@ from dfq.errors import SettingError, WeightsError
 from dfq.sparse import patchify
 from dfq.vit import Architecture, ViT
 from dfq.vit.convert import convert
+from dfq.vit.fit import load_into
 from dfq.vit.load import load_model
-from dfq.vit.weights import POSITION_TABLES, load_into
+from dfq.vit.positions import POSITION_TABLES
+from dfq.vit.translate import translate
 
 members = pytest.mark.parametrize(
     "family", [pytest.param(f, id=f.name) for f in [*FAMILIES, *VARIANTS]]
@@ -158,6 +160,12 @@ def test_half_precision_models_convert(model: Any, family: Family, dtype: torch.
     assert {p.dtype for p in vit.parameters()} == {torch.float32}
 
 
+def put(state: dict[str, Tensor], model: nn.Module, name: str, *, resize: bool) -> None:
+    """Load a file's tensors into a model as ``--weights`` does."""
+    told = {"name": name, "path": Path("file")}
+    load_into(model, translate(model, state, **told).state, **told, resize=resize)
+
+
 @families
 def test_weights_of_another_size_are_resampled_on_request_only(family: Family) -> None:
     other = family.make(img_size=24)
@@ -165,9 +173,9 @@ def test_weights_of_another_size_are_resampled_on_request_only(family: Family) -
     changed = [k for k, v in other.state_dict().items() if v.shape != state[k].shape]
     assert all(k.endswith(POSITION_TABLES) for k in changed)
     if changed:
-        with pytest.raises(WeightsError, match=r"another image size.*--img-size"):
-            load_into(other, state, name=family.name, path=Path("file"), resize=False)
-    load_into(other, state, name=family.name, path=Path("file"), resize=True)
+        with pytest.raises(WeightsError, match=r"another image size.*--img-size 16"):
+            put(state, other, family.name, resize=False)
+    put(state, other, family.name, resize=True)
     assert convert(other, family.name).arch.grid.patches == 36
 
 
@@ -181,7 +189,7 @@ def test_weights_in_metas_layout_of_dinov3_are_read(capsys: pytest.CaptureFixtur
             key = key.replace(ours, theirs)
         state[key] = value + 0.5
     state["blocks.0.attn.qkv.bias"] = torch.zeros(144)
-    load_into(model, state, name="dinov3", path=Path("file"), resize=False)
+    put(state, model, "dinov3", resize=False)
     assert torch.equal(model.get_parameter("reg_token"), state["storage_tokens"])
     assert capsys.readouterr().out == ""
 

@@ -148,6 +148,23 @@ def test_another_number_of_classes_than_pretrained_is_refused() -> None:
         load_model("vit_base_patch16_224", num_classes=5)
 
 
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"in_chans": 1}, r"take 3 channels, not 1.*--in-chans out"),
+        ({"global_pool": "map"}, r"pooled by 'token' and cannot be pooled by 'map'.*--global-pool"),
+        ({"img_size": [224, 8]}, "--img-size 224,8 is less than a patch of 16 pixels"),
+    ],
+    ids=str,
+)
+def test_what_pretrained_weights_are_not_is_refused_before_any_download(
+    option: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_model("vit_base_patch16_224", **option)
+
+
 # ---- no network
 
 
@@ -637,7 +654,7 @@ def test_weights_of_another_patch_size_are_refused_before_they_are_resampled(
 ) -> None:
     model = timm.create_model("test_vit", num_classes=5, patch_size=8, img_size=160)
     save_file(model.state_dict(), tmp_path / "p8.safetensors")
-    with pytest.raises(WeightsError, match=r"patches of 8 x 8 pixels, 'test_vit' of 16 x 16"):
+    with pytest.raises(WeightsError, match=r"patches of 8 x 8 pixels, 'test_vit' has 16 x 16"):
         load_model("test_vit", weights=tmp_path / "p8.safetensors", img_size=160)
 
 

@@ -22,6 +22,7 @@ from dfq.checkpoint import CheckpointInfo
 from dfq.errors import RunError
 from dfq.results import Absent, ColdStart
 from dfq.vit.describe import describe
+from dfq.vit.options import pooled_as
 
 REPEATS = 3
 
@@ -98,7 +99,8 @@ def _timm_weights(info: CheckpointInfo, directory: Path) -> tuple[dict[str, Any]
         "num_classes": arch.num_classes,
     }
     if name == "demo":
-        arguments = demo.MODEL_ARGS
+        arguments = dict(demo.MODEL_ARGS)
+    arguments |= pooled_as(arch, arguments)
     model: nn.Module = timm.create_model(**arguments)
     if describe(model, name) != arch:
         raise ValueError("it is of another architecture")

@@ -26,7 +26,7 @@ from dfq.images import ImageSource, load_batches
 from dfq.intervals import share_interval
 from dfq.inversion.schedule import fit_stages
 from dfq.inversion.workers import check_alone
-from dfq.progress import Progress, Silent
+from dfq.progress import Progress, Silent, note_all
 from dfq.recipe import (
     METHODS,
     DistillationSettings,
@@ -73,7 +73,9 @@ def distill(
     settings: dict[str, dict[str, Any]] | None = None,
     weights: str | Path | None = None,
     num_classes: int | None = None,
-    img_size: int | None = None,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     input_range: Sequence[float] | None = None,
@@ -88,7 +90,8 @@ def distill(
     The student begins with blocks of the teacher's where they fit, else with random weights.
 
     Args:
-        teacher, weights, num_classes, img_size, mean, std, input_range: see :func:`dfq.load_model`.
+        teacher, weights, num_classes, img_size, in_chans, global_pool, mean, std, input_range: see
+            :func:`dfq.load_model`.
         student: timm's name of the student; the teacher's own model by default.
         depth, width, heads: blocks, embedding width and attention heads, where they differ
             from the named model's.
@@ -148,10 +151,13 @@ def distill(
         weights=weights,
         num_classes=num_classes,
         img_size=img_size,
+        in_chans=in_chans,
+        global_pool=global_pool,
         mean=mean,
         std=std,
         input_range=input_range,
     )
+    note_all(progress, loaded.notes)
     arch = loaded.vit.arch
     if not arch.num_classes:
         raise UnsupportedModelError(

@@ -17,6 +17,7 @@ from dfq import demo
 from dfq.errors import SettingError, UnknownModelError
 from dfq.vit import Architecture
 from dfq.vit.describe import describe
+from dfq.vit.options import pooled_as
 from dfq.vit.saved import HOMES, SHAPES, building_arguments
 
 SHAPE = {"depth": "depth", "embed_dim": "width", "num_heads": "heads"}
@@ -32,8 +33,8 @@ def student_arguments(
 ) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` for a student that reads the teacher's images.
 
-    Without a name it is the teacher's model, which is in the directory ``saved`` where dfq
-    wrote it; ``depth``, ``embed_dim`` and ``num_heads`` change its size.
+    Without a name it is the teacher's model, pooled as it is, which is in the directory
+    ``saved`` where dfq wrote it; ``depth``, ``embed_dim`` and ``num_heads`` change its size.
 
     Raises:
         UnknownModelError: timm has no model of that name.
@@ -51,8 +52,10 @@ def student_arguments(
             "A teacher that was given as a module needs a named student."
         )
     height, width = teacher.image_size
+    pooling = {} if name is not None else pooled_as(teacher, base)
     return {
         **base,
+        **pooling,
         "img_size": height if height == width else (height, width),
         "in_chans": teacher.in_channels,
         "num_classes": teacher.num_classes,

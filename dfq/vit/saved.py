@@ -29,6 +29,7 @@ from dfq.files import (
 )
 from dfq.vit.architecture import Preprocessing, from_json, to_json
 from dfq.vit.convert import check_finite
+from dfq.vit.options import POOLS
 from dfq.vit.preprocessing import check_preprocessing
 
 FORMAT, FORMAT_VERSION = "dfq-model", 2
@@ -98,6 +99,10 @@ def check_arguments(arguments: Any) -> None:
             low, high = SHAPES[key]
             kinds = (int, float) if key == "mlp_ratio" else (int,)
             good = type(value) in kinds and low <= value <= high
+        elif key == "global_pool":
+            good = value in POOLS
+        elif key == "fc_norm":
+            good = type(value) is bool
         elif key in SIZES:
             sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
             good = all(type(side) is int and 1 <= side <= MOST_PIXELS for side in sides)

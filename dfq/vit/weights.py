@@ -1,79 +1,233 @@
-"""Weights files: safetensors, and torch files read without running code from them."""
+"""Weights files: safetensors, JAX's archives, and torch files, of which no code is run."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
+import json
 import re
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import beit, clean_state_dict, deit, eva, vision_transformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfq.errors import WeightsError
 from dfq.vit.convert import check_finite
+from dfq.vit.formats import folder_given, names_in_zip, refuse_other_formats
+from dfq.vit.jax_weights import read_jax
 
-ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")
 """Where training checkpoints keep weights, in the order in which timm looks for them."""
 
+NARROWEST = 16
+"""Bits of the narrowest floating-point numbers that are taken."""
 
-_LAYER_SCALES = re.compile(r"^(blocks\.\d+\.)gamma_([12])$")
-"""Names of layer scale in DeiT-III's published weights."""
+SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.(safetensors|bin)$")
+"""The end of the name of one file of several."""
 
-POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
-"""Ends of the names of parameters whose length follows from the image size."""
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.pth",
+    "model.pth",
+)
+"""Names of weights in a model folder, in the order in which they are looked for."""
+
+SUFFIXES = ("*.safetensors", "*.pth", "*.bin")
+
+
+class Ignored:
+    """In the place of an object beside the weights: made of anything, it keeps nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __new__(cls, *_: Any, **__: Any) -> Ignored:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class IgnoredDict:
+    """The same of a subclass of dict; what is made is an ``OrderedDict``."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
+
+
+IGNORED = (
+    "argparse.Namespace",
+    "builtins.bool",
+    "builtins.dict",
+    "builtins.float",
+    "builtins.int",
+    "builtins.list",
+    "builtins.str",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "easydict.EasyDict",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.PurePath",
+    "pathlib.PurePosixPath",
+    "pathlib.PureWindowsPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.Path",
+    "pathlib._local.PosixPath",
+    "pathlib._local.PurePath",
+    "pathlib._local.PurePosixPath",
+    "pathlib._local.PureWindowsPath",
+    "pathlib._local.WindowsPath",
+    "types.SimpleNamespace",
+    "uuid.UUID",
+)
+"""Classes and functions whose objects training scripts leave beside weights.  :class:`Ignored`
+is read in their place: nothing of theirs is imported or called."""
+
+IGNORED_DICTS = (
+    "collections.defaultdict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "ml_collections.config_dict.config_dict.ConfigDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "yacs.config.CfgNode",
+)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict; timm's training checkpoints are unwrapped, EMA weights first.
+    """Read a state dict; training checkpoints are unwrapped, averaged weights first.
+
+    The index of sharded weights (``*.index.json``) stands for all their files.
 
     Raises:
-        WeightsError: the file is missing, damaged, or holds no state dict.
+        WeightsError: the file is missing, damaged, of another format, or holds no state dict.
     """
-    if not path.is_file():
-        raise WeightsError(f"Weights file {str(path)!r} does not exist or is not a file.")
-    if path.stat().st_size == 0:
-        raise WeightsError(f"Weights file {str(path)!r} is empty.")
-    with path.open("rb") as file:
-        start = file.read(9)
-    is_torch = start[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
-    content: Any = _read_torch(path) if is_torch else _read_safetensors(path)
-    for entry in ENTRIES:
-        if isinstance(content, dict) and isinstance(content.get(entry), dict):
-            content = content[entry]
-            break
+    _check_readable(path)
+    if path.suffix == ".json":
+        content: Any = _read_shards(path)
+    else:
+        content = _read_file(path)
+    content = _entry(content)
     if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
         keys = f" (it has {sorted(map(str, content))[:6]})" if isinstance(content, dict) else ""
         raise WeightsError(f"{str(path)!r} holds no model weights{keys}; expected a state dict.")
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     for key, value in tensors.items():
-        if (
-            value.layout != torch.strided
-            or value.is_meta
-            or value.is_quantized
-            or not value.numel()
-        ):
-            raise WeightsError(f"{str(path)!r}: {key!r} is empty or no plain tensor of numbers.")
-        if value.is_complex():
-            raise WeightsError(
-                f"{str(path)!r}: {key!r} is {value.dtype}; weights are real numbers."
-            )
+        _check_tensor(key, value, path)
     check_finite(tensors)
-    return dict(clean_state_dict(tensors))
+    return {key: value.detach() for key, value in tensors.items()}
+
+
+def _check_readable(path: Path) -> None:
+    if path.is_dir():
+        raise folder_given(path)
+    if not path.is_file():
+        raise WeightsError(f"Weights file {str(path)!r} does not exist or is not a file.")
+    if path.stat().st_size == 0:
+        raise WeightsError(f"Weights file {str(path)!r} is empty.")
+    if SHARD.search(path.name):
+        raise WeightsError(
+            f"{str(path)!r} is one of several files of a model. Give their index, a file that ends "
+            "in .index.json."
+        )
+
+
+def _read_file(path: Path) -> Any:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK" and any(name.endswith(".npy") for name in names_in_zip(path)):
+        return read_jax(path)
+    refuse_other_formats(path)
+    return (
+        _read_torch(path) if start in (b"PK", b"\x80\x02", b"\x80\x04") else _read_safetensors(path)
+    )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that the index of sharded weights names."""
+    try:
+        names = json.loads(index.read_bytes())["weight_map"]
+        shards = sorted(set(names.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{str(index)!r} is a JSON file and no index of sharded weights. Give a weights file."
+        ) from error
+    state: dict[str, Tensor] = {}
+    for name in shards:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise WeightsError(f"{str(index)!r} names {name!r:.100}, which is no file beside it.")
+        if not (index.parent / name).is_file():
+            raise WeightsError(
+                f"{name!r}, one of the {len(shards)} files that {str(index)!r} names, is missing. "
+                "Put all of them beside it."
+            )
+        content = _read_file(index.parent / name)
+        state |= content if isinstance(content, dict) else {}
+    absent = sorted(names.keys() - state.keys())
+    if absent:
+        raise WeightsError(
+            f"The files of {str(index)!r} lack {len(absent)} tensors that it names, such as "
+            f"{absent[0]!r}. Check that the download is complete."
+        )
+    return state
+
+
+def _entry(content: Any) -> Any:
+    """The state dict within a training checkpoint."""
+    while isinstance(content, dict):
+        inner = next((content[e] for e in ENTRIES if isinstance(content.get(e), dict)), None)
+        if inner is None:
+            return _flat(content)
+        content = inner
+    return content
+
+
+def _flat(content: dict[Any, Any]) -> dict[Any, Any]:
+    """Tensors of dictionaries in a dictionary, under names with dots."""
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    inner = {k: v for k, v in content.items() if isinstance(v, dict)}
+    flat = {f"{k}.{key}": value for k, v in inner.items() for key, value in v.items()}
+    return flat if any(isinstance(value, Tensor) for value in flat.values()) else content
+
+
+def _check_tensor(key: str, value: Tensor, path: Path) -> None:
+    where = f"{str(path)!r}: {key!r}"
+    if value.is_meta:
+        raise WeightsError(
+            f"{where} is on the meta device and holds no values. Save the state dict of a model "
+            "whose weights are loaded."
+        )
+    if value.is_quantized:
+        raise WeightsError(f"{where} is quantized ({value.dtype}). Save the float model's weights.")
+    if value.layout != torch.strided or not value.numel():
+        raise WeightsError(f"{where} is empty or no plain tensor of numbers ({value.layout}).")
+    if value.is_complex():
+        raise WeightsError(f"{where} is {value.dtype}; weights are real numbers.")
+    if value.is_floating_point() and 8 * value.element_size() < NARROWEST:
+        raise WeightsError(
+            f"{where} is {value.dtype}, whose values need scales to be read. Save the weights as "
+            "float16, bfloat16 or float32."
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise WeightsError(
             f"{str(path)!r} is not a whole safetensors or torch file ({error}). "
             "Check that the download is complete."
@@ -81,15 +235,17 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
+    allowed: list[Any] = [(Ignored, name) for name in IGNORED]
+    allowed += [(IgnoredDict, name) for name in IGNORED_DICTS]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever damaged bytes lead it to
         if "Weights only load failed" in str(error):
             raise WeightsError(
-                f"{str(path)!r} holds more than weights, which is never unpickled. Save "
-                "model.state_dict(), or use safetensors."
+                f"{str(path)!r} holds more than weights{_blocked(error)}, which is never "
+                "unpickled. Save model.state_dict(), or use safetensors."
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
@@ -98,111 +254,23 @@ def _read_torch(path: Path) -> Any:
         ) from error
 
 
-def classes_in(state: dict[str, Tensor]) -> int | None:
-    """How many classes the weights' head has, where it can be told."""
-    head = state.get("head.weight", state.get("head.fc.weight"))
-    return head.shape[0] if head is not None and head.ndim == 2 else None
+def _blocked(error: Exception) -> str:
+    _, found, rest = str(error).partition("GLOBAL ")
+    return f" ({rest.split()[0]:.100})" if found and rest.split() else ""
 
 
-def load_into(
-    model: nn.Module, state: dict[str, Tensor], *, name: str, path: Path, resize: bool
-) -> None:
-    """Load weights strictly, in timm's own formats.
-
-    ``resize`` allows position embeddings to be resampled to the model's image size.
+def weights_in(folder: Path) -> Path:
+    """The file of weights in a model folder, by timm's names and then by its suffix.
 
     Raises:
-        WeightsError: the weights are of another architecture.
+        WeightsError: there is none.
     """
-    own = model.state_dict()
-    for key in sorted(own.keys() & state.keys()):
-        if own[key].is_floating_point() and not state[key].is_floating_point():
-            raise WeightsError(f"{path.name!r}: {key!r} is {state[key].dtype}; weights are floats.")
-    _check_patches(own, state, name, path)
-    if any(key.endswith("ls1.gamma") for key in own):
-        state = {_LAYER_SCALES.sub(r"\1ls\2.gamma", k): v for k, v in state.items()}
-    if not resize:
-        for key in sorted(own.keys() & state.keys()):
-            if key.endswith(POSITION_TABLES):
-                _check_size(own[key], state[key], name, path)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            state = _filter(model)(dict(state), cast(Any, model))
-    except Exception as error:  # timm raises whatever odd shapes lead it to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path.name!r} does not fit {name!r}: {reason:.200}") from error
-    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if missing or unknown or shapes:
-        raise WeightsError(_mismatch(own, state, missing, unknown, shapes, name, path))
-    model.load_state_dict(state)
-
-
-def _filter(model: nn.Module) -> Callable[..., Any]:
-    """timm's own translation of the formats in which weights of such models circulate.
-
-    Some print or warn on the way.
-    """
-    if isinstance(model, deit.VisionTransformerDistilled):
-        return partial(deit.checkpoint_filter_fn, adapt_layer_scale=True)
-    homes = {beit.Beit: beit, eva.Eva: eva}
-    home: Any = homes.get(type(model), vision_transformer)
-    translate: Callable[..., Any] = home.checkpoint_filter_fn
-    return translate
-
-
-def _check_patches(own: dict[str, Tensor], state: dict[str, Tensor], name: str, path: Path) -> None:
-    """Refuse weights of another patch size, or of another number of channels, before timm
-    resamples them without a word."""
-    key = "patch_embed.proj.weight"
-    if key not in own or key not in state or state[key].ndim != 4:
-        return
-    (_, channels, *patch), (_, wanted, *size) = state[key].shape, own[key].shape
-    if patch != size:
+    named = (folder / name for name in NAMES)
+    other = (file for suffix in SUFFIXES for file in sorted(folder.glob(suffix)))
+    found = next((file for file in (*named, *other) if file.is_file()), None)
+    if found is None:
         raise WeightsError(
-            f"{path.name!r} has patches of {patch[0]} x {patch[1]} pixels, {name!r} of {size[0]} x "
-            f"{size[1]}. Name a model of that patch size."
+            f"The folder {str(folder)!r} has no file of weights ({', '.join(NAMES)}). Give one "
+            "with --weights."
         )
-    if channels != wanted:
-        raise WeightsError(
-            f"{path.name!r} takes images of {channels} channels, {name!r} of {wanted}."
-        )
-
-
-def _check_size(own: Tensor, theirs: Tensor, name: str, path: Path) -> None:
-    if own.ndim == theirs.ndim and own.shape[:-1] != theirs.shape[:-1]:
-        raise WeightsError(
-            f"{path.name!r} was trained at another image size than {name!r}: its position "
-            f"embedding has {theirs.shape[-2]} entries, the model's {own.shape[-2]}. "
-            "Name the size that the weights were trained at with --img-size."
-        )
-
-
-def _mismatch(
-    own: dict[str, Tensor],
-    state: dict[str, Tensor],
-    missing: list[str],
-    unknown: list[str],
-    shapes: list[str],
-    name: str,
-    path: Path,
-) -> str:
-    heads = all(k.startswith(("head.", "head_dist.")) for k in shapes)
-    theirs, asked = (len(s.get("head.weight", ())) for s in (state, own))
-    if not missing and not unknown and heads and theirs != asked:
-        return (
-            f"{path.name!r} has a head of {theirs} classes, the model was asked for {asked}. "
-            f"Use --num-classes {theirs}."
-        )
-    parts = [f"{path.name!r} holds weights of another architecture than {name!r}"]
-    if shapes:
-        k = shapes[0]
-        parts.append(
-            f"{len(shapes)} tensors differ in shape, such as {k!r}: {list(state[k].shape)} in the "
-            f"file, {list(own[k].shape)} in the model"
-        )
-    for label, keys in (("missing", missing), ("unknown", unknown)):
-        if keys:
-            parts.append(f"{len(keys)} {label}, such as {', '.join(map(repr, keys[:3]))}")
-    return "; ".join(parts) + ". Name the model that the weights were trained with."
+    return found

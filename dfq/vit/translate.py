@@ -1,0 +1,137 @@
+"""A file's tensors under timm's names for a model, values as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from timm.models import beit, eva, vision_transformer
+from torch import nn
+
+from dfq.errors import WeightsError
+from dfq.vit.names import CLIP_PATCHES, State, Tensors, of_one_model, patch_embedding
+
+HEADS = ("head.", "head_dist.")
+PRETRAINING = ("mask_token", "decoder_", "lm_head.")
+"""Beginnings of names that masked pretraining leaves behind and no forward pass reads."""
+
+DINOV2_NAMES = re.compile(r"register_tokens$|blocks\.\d+\.mlp\.w12\.")
+
+
+def translate(
+    model: nn.Module, state: State, *, name: str, path: Path, headless: bool = False
+) -> Tensors:
+    """A state dict under timm's names for a model of that class.
+
+    ``model`` may lie on the meta device; ``headless``: heads, and what is beside the ViT, are
+    left out.
+
+    Raises:
+        WeightsError: the names are of another format, or the patches of another size.
+    """
+    found = of_one_model(state, path, headless=headless)
+    _check_patches(model, found.state, name, path)
+    if not headless:
+        _check_last_layers(found.state, path)
+    renamed = _by_timm(model, found.state, name, path)
+    renamed = {k: v for k, v in renamed.items() if not k.startswith(PRETRAINING)}
+    if headless:
+        return Tensors({k: v for k, v in renamed.items() if not k.startswith(HEADS)})
+    return replace(found, state=_with_plain_heads(renamed, path))
+
+
+class _WithoutSizes:
+    """A model as timm's filters see it, without positions: they resample nothing then."""
+
+    pos_embed = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _by_timm(model: nn.Module, state: State, name: str, path: Path) -> State:
+    """timm's own translation of the formats in which weights of such models circulate.
+
+    Some print or warn on the way.
+    """
+    if isinstance(model, beit.Beit):  # timm only resamples them
+        return {k: v for k, v in state.items() if "relative_position_index" not in k}
+    given = dict(state)
+    if CLIP_PATCHES in given:
+        given = {f"visual.{key}": value for key, value in given.items()}
+    rename: Callable[..., Any] = eva.checkpoint_filter_fn
+    if not isinstance(model, eva.Eva):
+        rename = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
+        if any(map(DINOV2_NAMES.search, given)):  # which timm tells by its mask token
+            given.setdefault("mask_token", state["patch_embed.proj.weight"])
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            return cast(State, rename(given, cast(Any, _WithoutSizes(model))))
+    except Exception as error:  # timm raises whatever odd shapes lead it to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{path.name!r} does not fit {name!r}: {reason:.200}") from error
+
+
+def _check_patches(model: Any, state: State, name: str, path: Path) -> None:
+    """Raise unless a file's patches are of the model's size; timm would resample them."""
+    key = patch_embedding(state)
+    weight = state[key] if key is not None else None
+    if weight is None or not 2 <= weight.ndim <= 4:
+        shape = None if weight is None else list(weight.shape)
+        raise WeightsError(f"{path.name!r}: {key!r} has shape {shape}; it must embed patches.")
+    _, channels, height, width = model.patch_embed.proj.weight.shape
+    if weight.ndim == 4 and tuple(weight.shape[2:]) != (height, width):
+        raise WeightsError(
+            f"{path.name!r} was trained with patches of {weight.shape[2]} x {weight.shape[3]} "
+            f"pixels, {name!r} has {height} x {width}. Name the model of that patch size."
+        )
+    values = weight[0].numel()
+    if weight.ndim < 4 and values != channels * height * width:
+        raise WeightsError(
+            f"{path.name!r} was trained with patches of {values} values, {name!r} has {channels} "
+            f"channels of {height} x {width} pixels. Name the model of that patch size, or the "
+            "number of channels with --in-chans."
+        )
+
+
+def _check_last_layers(state: State, path: Path) -> None:
+    """Raise for layers between features and head, which timm's filters drop."""
+    key = next((key for key in state if "pre_logits" in key), None)
+    if key is not None and any(other.startswith(HEADS) for other in state):
+        raise WeightsError(
+            f"{path.name!r} has a layer before its head, {key!r}, which timm's models have "
+            "not. Load it without its head: --num-classes 0."
+        )
+
+
+_ONE_LAYER = re.compile(r"(\w+\.)?(weight|bias)")
+
+
+def _with_plain_heads(state: State, path: Path) -> State:
+    """Heads of dropout and one linear layer under the name of the linear layer alone."""
+    found = dict(state)
+    for head in HEADS:
+        names = [key.removeprefix(head) for key in state if key.startswith(head)]
+        parents = {name.rpartition(".")[0] for name in names}
+        if len(parents) > 1 or not all(map(_ONE_LAYER.fullmatch, names)):
+            raise WeightsError(
+                f"{path.name!r} has a head of other layers than one linear one "
+                f"({', '.join(sorted(names)[:4])}). Load it without its head: --num-classes 0."
+            )
+        for name in names:
+            found[head + name.rpartition(".")[2]] = found.pop(head + name)
+        if f"{head}weight" in found:  # one without a bias adds nothing
+            weight = found[f"{head}weight"]
+            found.setdefault(f"{head}bias", weight.new_zeros(weight.shape[:1]))
+    return found
