@@ -76,17 +76,18 @@ def round_columns(
     integers = torch.empty((rows, columns), dtype=torch.int8, device=block.device)
     errors = torch.empty((rows, columns), dtype=torch.float32, device=block.device)
     tensors = [x if x.stride(1) == 1 else x.contiguous() for x in (block, steps, factor)]
-    _round_columns[(triton.cdiv(rows, ROWS),)](
-        *tensors,
-        integers,
-        errors,
-        rows,
-        columns,
-        *(x.stride(0) for x in (*tensors, integers, errors)),
-        float(qtype.qmin),
-        float(qtype.qmax),
-        ROWS=ROWS,
-        COLUMNS=triton.next_power_of_2(columns),
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(block):
+        _round_columns[(triton.cdiv(rows, ROWS),)](
+            *tensors,
+            integers,
+            errors,
+            rows,
+            columns,
+            *(x.stride(0) for x in (*tensors, integers, errors)),
+            float(qtype.qmin),
+            float(qtype.qmax),
+            ROWS=ROWS,
+            COLUMNS=triton.next_power_of_2(columns),
+            enable_fp_fusion=False,
+        )
     return integers, errors
