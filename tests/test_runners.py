@@ -13,7 +13,7 @@ from torch import Tensor
 from dfq.inversion import Engine, Watch, plan_units
 from dfq.inversion.iteration import Course, Fused, OnDevice, Plain, Update, make_step
 from dfq.inversion.jitter import Move
-from dfq.inversion.runners import DeviceRunner, Problem
+from dfq.inversion.runners import DeviceRunner
 from dfq.inversion.state import State
 from dfq.recipe import InversionSettings
 from dfq.sparse import Grid, SparseImages
@@ -134,8 +134,7 @@ def test_corrections_are_those_of_torch_optim() -> None:
 def on_device(loaded: LoadedModel, settings: InversionSettings, *, fused: bool) -> Engine:
     """An engine whose iterations read their steps from tables."""
     engine = Engine(loaded.vit, loaded.preprocessing, settings, DEVICE)
-    problem = Problem(engine.vit, engine.grid, settings, engine.dtype, engine.bounds, engine.device)
-    engine.runner = DeviceRunner(problem, graphs=False, fused=fused)
+    engine.runner = DeviceRunner(engine.problem, graphs=False, fused=fused)
     return engine
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,3 +57,27 @@ def test_strided_blocks_are_rounded_in_place_of_their_own(
     monkeypatch.setattr(rounding, "fastest_columns", lambda _: gptq_kernel.round_columns)
     found = rounding.round_gptq(weight, scales, WeightType(4), x.T @ x)
     assert torch.equal(found, expected)
+
+
+def test_a_kernel_is_used_only_where_it_gives_what_the_loop_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failure = rounding.kernel_failure.__wrapped__
+    monkeypatch.setattr(rounding, "has_triton", lambda _: True)
+    monkeypatch.setattr(rounding, "COLUMNS", 8)
+    assert failure(torch.device(DEVICE)) is None
+    right = gptq_kernel.round_columns
+
+    def other(*given: Any) -> tuple[Tensor, Tensor]:
+        integers, errors = right(*given)
+        return integers + 1, errors
+
+    monkeypatch.setattr(gptq_kernel, "round_columns", other)
+    assert "others than the loop's" in str(failure(torch.device(DEVICE)))
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(gptq_kernel, "round_columns", broken)
+    assert failure(torch.device(DEVICE)) == "RuntimeError: no compiler"
+    assert rounding.fastest_columns(torch.device("cpu")) is rounding.round_columns

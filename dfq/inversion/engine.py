@@ -70,6 +70,7 @@ class Engine:
         mean = channel_values(preprocessing.mean, self.grid)
         std = channel_values(preprocessing.std, self.grid)
         self.bounds = (-mean / std).to(self.device), ((1 - mean) / std).to(self.device)
+        self.problem = Problem(self.vit, self.grid, settings, self.dtype, self.bounds, self.device)
         self.runner = self._make_runner()
         self._stream: torch.cuda.Stream | None = None
 
@@ -84,17 +85,16 @@ class Engine:
         ``advance`` is called with 1 after every iteration, ``watch`` is told what happens.
         """
         threads = thread_count(self.settings.threads or torch.get_num_threads())
-        with threads, torch.inference_mode(False), torch.enable_grad(), self._own_stream():
+        with threads, torch.inference_mode(False), torch.enable_grad(), self.own_stream():
             return self._run(unit, advance or (lambda _: None), watch or Watch())
 
     def _make_runner(self) -> Runner:
-        problem = Problem(self.vit, self.grid, self.settings, self.dtype, self.bounds, self.device)
         if self.device.type == "cuda":
-            return DeviceRunner(problem, graphs=True)
-        return HostRunner(problem)
+            return DeviceRunner(self.problem, graphs=True)
+        return HostRunner(self.problem)
 
     @contextmanager
-    def _own_stream(self) -> Iterator[None]:
+    def own_stream(self) -> Iterator[None]:
         """On a GPU a stream of this engine's own, as graphs cannot be captured on the default."""
         if self.device.type != "cuda":
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -178,12 +179,34 @@ def round_columns(
 
 
 def fastest_columns(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """:func:`round_columns`, or the kernel that gives the same where there is Triton."""
-    if not has_triton(device):
+    """:func:`round_columns`, or the Triton kernel where it gives the same."""
+    if kernel_failure(device) is not None:
         return round_columns
     from dfq.quantization import gptq_kernel
 
     return gptq_kernel.round_columns
+
+
+@functools.cache
+def kernel_failure(device: torch.device) -> str | None:
+    """Why the Triton kernel is not used on a device; None where it is."""
+    if not has_triton(device):
+        return "no Triton here"
+    try:
+        from dfq.quantization import gptq_kernel
+
+        weight = torch.linspace(-9, 9, 17 * COLUMNS, device=device).reshape(17, COLUMNS)
+        factor = torch.full((COLUMNS, COLUMNS), 0.01, device=device).triu_() + torch.eye(
+            COLUMNS, device=device
+        )
+        given = torch.ones_like(weight), factor, WeightType(4)
+        found = gptq_kernel.round_columns(weight, *given)
+        same = all(map(torch.equal, found, round_columns(weight, *given)))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if same else "the kernel's integers are others than the loop's"
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
