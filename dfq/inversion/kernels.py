@@ -188,9 +188,9 @@ def _descend(
     square = tl.load(second + here, inside, 0.0) * beta2 + gain2 * total * total
     rate, spread = tl.load(corrections + step * 2), tl.load(corrections + step * 2 + 1)
     value = value - rate * mean / (tl.sqrt(square) / spread + eps)
-    everywhere: tl.constexpr = tl.PropagateNan.ALL
-    value = tl.maximum(value, tl.load(low + index, inside, 0.0), propagate_nan=everywhere)
-    value = tl.minimum(value, tl.load(high + index, inside, 0.0), propagate_nan=everywhere)
+    least, largest = tl.load(low + index, inside, 0.0), tl.load(high + index, inside, 0.0)
+    value = tl.maximum(value, least, propagate_nan=tl.PropagateNan.ALL)
+    value = tl.minimum(value, largest, propagate_nan=tl.PropagateNan.ALL)
     tl.store(first + here, mean, inside)
     tl.store(second + here, square, inside)
     tl.store(patches + here, value, inside)

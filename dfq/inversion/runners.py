@@ -172,7 +172,7 @@ class DeviceRunner:
                 graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
             ):
                 self._record(here)
-        except RuntimeError as error:
+        except Exception as error:
             self._fall_back("CUDA graphs", error)
             self.graphs = False
         else:
