@@ -164,6 +164,12 @@ ENTRIES = (
         alone=True,
     ),
     Entry(
+        "gpu-check",
+        "What dfq makes of a GPU: iterations as graphs, GPTQ, inversion and quantization",
+        "a GPU, or --device cpu --tiny; official rows: a checkout of Egg-Hu/SMI (--official DIR)",
+        in_all=False,
+    ),
+    Entry(
         "knowledge-transfer",
         "What students learn from images of each method: by count, by time, from one class",
         "a model with weights and labelled images; the demo has both",

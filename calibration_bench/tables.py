@@ -50,6 +50,58 @@ FLOOR = {
 }
 
 
+GPU_PARTS = {
+    "gptq": {
+        "outputs": "outputs",
+        "inputs": "inputs",
+        "equal_share": "integers as on the CPU",
+        "equal_channels": "channels as on the CPU",
+        "error_ratio": "error / CPU's",
+        "seconds": "s",
+        "factor_seconds": "of these the factor",
+        "search_seconds": "search of scales, s",
+        "launches": "kernels",
+        "kernel_failure": "why not in Triton",
+        "error": "error",
+    },
+    "iteration": {
+        "batch": "trajectories",
+        "live": "live patches",
+        "seconds": "s / iteration",
+        "gradient_seconds": "forward and gradient, s",
+        "over_gradient": "iteration / these",
+        "eager_seconds": "eager, s",
+        "eager_over_graph": "eager / graph",
+        "equal_to_eager": "bytes of eager",
+        "eager_repeats": "eager repeats itself",
+        "fallbacks": "fallbacks",
+        "error": "error",
+    },
+    "quantize": {
+        "bits": "bits",
+        "turn": "turn",
+        "invert": "invert, s",
+        "calibrate": "calibrate",
+        "quantize": "quantize",
+        "evaluate": "evaluate",
+        "without_loading": "all but loading",
+        "peak_memory_mb": "peak memory, MB",
+        "error": "error",
+    },
+    "inversion": {
+        "implementation": "implementation",
+        "batch": "trajectories",
+        "method": "method",
+        "seconds_per_image": "s / image",
+        "against_official_dmi": "times faster than official DMI",
+        "against_official_smi": "than official SMI",
+        "against_own_dmi": "than its own DMI",
+        "against_own_smi": "than its own SMI",
+        "error": "error",
+    },
+}
+
+
 def groups(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
     """Rows by their values of some columns, in the order of first appearance."""
     found: dict[tuple[Any, ...], list[Row]] = {}
@@ -97,6 +149,36 @@ def _compared(row: Row, others: list[Row]) -> Row:
         "against_official_smi": against("official", "smi"),
         "against_own_dmi": against(row["implementation"], "dmi"),
     }
+
+
+def gpu_tables(rows: list[Row]) -> list[Table]:
+    """A table for each part of ``gpu-check``, model and device."""
+    return [
+        Table(f"{part}: {model}, {device}, {precision}", GPU_PARTS[part], _part(part, same))
+        for (part, model, device, precision), same in groups(
+            rows, "part", "model", "device", "precision"
+        ).items()
+    ]
+
+
+def _part(part: str, rows: list[Row]) -> list[Row]:
+    if part != "inversion":
+        return rows
+    pairs = [(who, method) for who in ("official", "own") for method in ("dmi", "smi")]
+    return [
+        {**row, **{f"against_{w}_{m}": _ratio(row, rows, w, m) for w, m in pairs}} for row in rows
+    ]
+
+
+def _ratio(row: Row, rows: list[Row], who: str, method: str) -> float | None:
+    """How many times faster a row is than that of a method at the same batch."""
+    whose = row["implementation"] if who == "own" else who
+    for other in rows:
+        found = other["implementation"], other["method"], other["batch"]
+        if found == (whose, method, row["batch"]) and "seconds_per_image" in other:
+            own = row.get("seconds_per_image")
+            return None if own is None else float(other["seconds_per_image"]) / float(own)
+    return None
 
 
 def floor_tables(rows: list[Row]) -> list[Table]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import textwrap
 from collections.abc import Iterator
@@ -96,6 +97,14 @@ def _worst_product_is_exact(largest: int) -> bool:
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
     return True
+
+
+@functools.cache
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_vit
 from timm.models.vision_transformer import VisionTransformer
 
 import dfq
+from dfq.inversion import Engine, plan_units
+from dfq.inversion.runners import DeviceRunner
+from dfq.quantization import rounding
+from dfq.quantization.qtype import WeightType
+from dfq.recipe import InversionSettings
+from dfq.sparse import SparseImages, pixels_to_input
+from dfq.vit.load import load_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -39,3 +47,54 @@ def test_images_made_on_a_gpu_have_the_places_of_their_kind(
     dataset.verify()
     assert len(dataset) == 8
     assert str(dataset.settings["machine"]).startswith("cuda")
+
+
+def images(engine: Engine) -> list[SparseImages]:
+    units = plan_units(engine.settings, engine.grid.patches)
+    return [batch for unit in units for batch in engine.run(unit)]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 0}, {"num_classes": 1}], ids=str)
+def test_graphs_give_the_bytes_of_the_same_kernels_started_by_the_host(
+    precision: str, fused: bool, changes: dict[str, int]
+) -> None:
+    loaded = load_model(make_vit(**changes))
+    settings = InversionSettings(
+        iterations=24, images=8, stages=2, unit_size=2, jitter=0.5, threads=1, precision=precision
+    )
+    found = []
+    for graphs in (True, False):
+        engine = Engine(loaded.vit, loaded.preprocessing, settings, "cuda")
+        engine.runner = DeviceRunner(engine.problem, graphs=graphs, fused=fused)
+        found.append(images(engine))
+        assert engine.runner.fallbacks == []
+        replayed = [place.graph is not None for place in engine.runner._places.values()]
+        assert replayed == [graphs] * 2
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x.patches, y.patches)
+        assert torch.equal(x.positions, y.positions)
+
+
+def test_inversion_raises_the_target_class_on_a_gpu() -> None:
+    loaded = load_model(make_vit())
+    settings = InversionSettings(
+        method="dmi", iterations=60, images=10, unit_size=10, threads=1, precision="float32"
+    )
+    (found,) = images(Engine(loaded.vit, loaded.preprocessing, settings, "cuda"))
+    p = loaded.preprocessing
+    x = pixels_to_input(found.patches, p.mean, p.std, loaded.vit.arch.grid)
+    probabilities = loaded.vit.forward_sparse(x, found.positions).softmax(-1)
+    assert float(probabilities.gather(1, found.labels[:, None]).mean()) > 0.9
+
+
+def test_gptq_on_a_gpu_gives_the_integers_of_a_cpu() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(900, 300, generator=g) @ torch.randn(300, 300, generator=g)
+    weight, hessian, qtype = torch.randn(70, 300, generator=g), x.T @ x / 900, WeightType(4)
+    scales = rounding.search_scales(weight, qtype, hessian.diagonal())
+    expected = rounding.round_gptq(weight, scales, qtype, hessian)
+    moved = rounding.WeightScales(scales.channel.cuda())
+    found = rounding.round_gptq(weight.cuda(), moved, qtype, hessian.cuda()).cpu()
+    assert float((found == expected).double().mean()) > 0.99

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ from dfq.device import carrier, thread_count
 from dfq.inversion.frozen import can_pack, pack_linears
 from dfq.inversion.importance import importance_of, resolve_importance
 from dfq.inversion.integer import multiply_integers
-from dfq.inversion.jitter import draw, mirror, move_table
+from dfq.inversion.jitter import Move, draw
 from dfq.inversion.objective import Objective, make_objective, seeded
 from dfq.inversion.plateau import Plateau
-from dfq.inversion.priors import TotalVariation
+from dfq.inversion.runners import CHUNK, DeviceRunner, HostRunner, Problem, Runner
 from dfq.inversion.schedule import Event, Unit, events
+from dfq.inversion.state import State
 from dfq.inversion.units import fold_units, units_of
 from dfq.recipe import InversionSettings
 from dfq.sparse import SparseImages, channel_values, input_to_pixels
@@ -25,8 +26,6 @@ from dfq.vit import Preprocessing, ViT
 
 ALGORITHM_VERSION = 3
 """Part of every cache key; raised when the same settings come to give other images."""
-
-ADAM_EPS = 1e-8
 
 
 class Watch:
@@ -73,7 +72,10 @@ class Engine:
         self.events = events(settings, self.grid.patches)
         mean = channel_values(self.units.level_mean, self.grid)
         std = channel_values(self.units.level_std, self.grid)
-        self.low, self.high = (-mean / std).to(self.device), ((1 - mean) / std).to(self.device)
+        self.bounds = (-mean / std).to(self.device), ((1 - mean) / std).to(self.device)
+        self.problem = Problem(self.vit, self.grid, settings, self.dtype, self.bounds, self.device)
+        self.runner = self._make_runner()
+        self._stream: torch.cuda.Stream | None = None
 
     def run(
         self,
@@ -86,15 +88,35 @@ class Engine:
         ``advance`` is called with 1 after every iteration, ``watch`` is told what happens.
         """
         threads = thread_count(self.settings.threads or torch.get_num_threads())
-        with threads, torch.inference_mode(False), torch.enable_grad():
+        with threads, torch.inference_mode(False), torch.enable_grad(), self.own_stream():
             return self._run(unit, advance or (lambda _: None), watch or Watch())
+
+    def _make_runner(self) -> Runner:
+        if self.device.type == "cuda":
+            return DeviceRunner(self.problem, graphs=True)
+        return HostRunner(self.problem)
+
+    @contextmanager
+    def own_stream(self) -> Iterator[None]:
+        """On a GPU a stream of this engine's own, as graphs cannot be captured on the default."""
+        if self.device.type != "cuda":
+            yield
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        outer = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            yield
+        outer.wait_stream(self._stream)
 
     def _run(self, unit: Unit, advance: Callable[[int], None], watch: Watch) -> list[SparseImages]:
         seed, first = self.settings.seed, unit.first_trajectory
         generator = seeded(seed, "unit", unit.index)
         classes = self.settings.classes
         objective = make_objective(self.vit.arch, seed, first, unit.trajectories, classes)
-        state = _State.start(unit.trajectories, self, generator)
+        objective.targets = objective.targets.to(self.device)
+        state = self._start(unit.trajectories, generator)
         found: list[SparseImages] = []
         done = 0
         for event in self.events:
@@ -107,47 +129,47 @@ class Engine:
                 state.remove(leaving)
         return [images for images in found if len(images)]
 
+    def _start(self, trajectories: int, generator: torch.Generator) -> State:
+        shape = (trajectories, self.grid.patches, self.grid.patch_values)
+        noise = torch.randn(shape, generator=generator).to(self.device)
+        positions = torch.arange(self.grid.patches, device=self.device).repeat(trajectories, 1)
+        return State(torch.clamp(noise, *self.bounds), positions)
+
     def _stage(
         self,
-        state: _State,
+        state: State,
         iterations: int,
         objective: Objective,
         generator: torch.Generator,
         advance: Callable[[int], None],
         watch: Watch,
     ) -> None:
-        prior = TotalVariation(state.positions, self.grid)
-        plateau = Plateau(self.settings.plateau)
-        for iteration in range(1, iterations + 1):
-            loss = self._step(state, prior, objective, generator)
-            watch.iterated(loss, state.positions)
-            advance(1)
-            if self.settings.plateau and plateau.reached(float(loss)):
-                advance(iterations - iteration)
-                return
+        plateau, chunk = Plateau(self.settings.plateau), self.settings.plateau or CHUNK
+        told = type(watch) is not Watch
 
-    def _step(
-        self,
-        state: _State,
-        prior: TotalVariation,
-        objective: Objective,
-        generator: torch.Generator,
-    ) -> Tensor:
-        move = draw(self.grid, self.settings.jitter, self.settings.flip, generator)
-        table = move_table(self.grid, *move).to(self.device)
-        patches = mirror(state.patches, self.grid) if move[2] else state.patches
-        patches = patches.to(self.dtype, copy=True).requires_grad_()
-        loss = objective.loss(self.vit.forward_sparse(patches, table[state.positions]))
-        (gradient,) = torch.autograd.grad(loss, patches)
-        gradient = mirror(gradient, self.grid) if move[2] else gradient
-        total = prior.gradient(state.patches).mul_(self.settings.tv).add_(gradient)
-        state.descend(total, self.settings)
-        torch.clamp(state.patches, self.low, self.high, out=state.patches)
-        return loss.detach()
+        def after(loss: Tensor) -> None:
+            if told:
+                watch.iterated(loss.clone(), state.positions)
+            advance(1)
+
+        if iterations:
+            self.runner.begin(state, objective)
+        for done in range(0, iterations, chunk):
+            moves = self._draw(min(chunk, iterations - done), generator)
+            losses = self.runner.run(moves, after)
+            if self.settings.plateau and any(map(plateau.reached, losses.tolist())):
+                advance(iterations - done - len(moves))
+                break
+        if iterations:
+            self.runner.end()
+
+    def _draw(self, count: int, generator: torch.Generator) -> list[Move]:
+        settings = self.settings
+        return [draw(self.grid, settings.jitter, settings.flip, generator) for _ in range(count)]
 
     def _leaving(
         self,
-        state: _State,
+        state: State,
         event: Event,
         objective: Objective,
         generator: torch.Generator,
@@ -172,7 +194,7 @@ class Engine:
         return leaving
 
     def _images(
-        self, state: _State, leaving: Tensor, labels: Tensor, unit: Unit, stage: int
+        self, state: State, leaving: Tensor, labels: Tensor, unit: Unit, stage: int
     ) -> SparseImages:
         rows = [t for t, sizes in enumerate(unit.sizes) if stage < len(sizes)]
         patches = state.patches.gather(1, leaving[..., None].expand(-1, -1, state.width))[rows]
@@ -185,43 +207,3 @@ class Engine:
             stage=torch.full((len(rows),), stage),
             trajectory=trajectory,
         )
-
-
-class _State:
-    """The live patches of a unit with Adam's moments, all ``[B, L, D]`` float32."""
-
-    def __init__(self, patches: Tensor, positions: Tensor) -> None:
-        self.patches, self.positions = patches, positions
-        self.first, self.second = torch.zeros_like(patches), torch.zeros_like(patches)
-        self.step = 0
-
-    @classmethod
-    def start(cls, trajectories: int, engine: Engine, generator: torch.Generator) -> _State:
-        grid, device = engine.grid, engine.device
-        shape = (trajectories, grid.patches, grid.patch_values)
-        noise = torch.randn(shape, generator=generator).to(device)
-        positions = torch.arange(grid.patches, device=device).expand(trajectories, -1)
-        return cls(torch.clamp(noise, engine.low, engine.high), positions)
-
-    @property
-    def width(self) -> int:
-        return self.patches.shape[2]
-
-    def descend(self, gradient: Tensor, settings: InversionSettings) -> None:
-        """One step of Adam (arXiv 1412.6980)."""
-        self.step += 1
-        self.first.lerp_(gradient, 1 - settings.beta1)
-        self.second.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
-        rate = settings.lr / (1 - settings.beta1**self.step)
-        root = self.second.sqrt().div_(math.sqrt(1 - settings.beta2**self.step)).add_(ADAM_EPS)
-        self.patches.addcdiv_(self.first, root, value=-rate)
-
-    def remove(self, leaving: Tensor) -> None:
-        """Drop patches by index ``[B, count]``; the others keep their order."""
-        batch, live = self.positions.shape
-        stays = torch.ones(batch, live, dtype=torch.bool, device=leaving.device)
-        stays.scatter_(1, leaving, False)
-        rest = live - leaving.shape[1]
-        self.positions = self.positions[stays].reshape(batch, rest)
-        for name in ("patches", "first", "second"):
-            setattr(self, name, getattr(self, name)[stays].reshape(batch, rest, self.width))

@@ -17,13 +17,17 @@ def move_table(grid: Grid, down: int, right: int, flip: bool) -> Tensor:
     return (rows[:, None] * grid.columns + columns).flatten()
 
 
+Move = tuple[int, int, bool]
+"""(down, right, mirrored), in patches."""
+
+
 def mirror(patches: Tensor, grid: Grid) -> Tensor:
     """Mirror the pixels inside each patch ``[B, L, D]`` left to right; its own inverse."""
     shape = patches.shape
     return patches.reshape(*shape[:2], -1, grid.patch_size[1]).flip(-1).reshape(shape)
 
 
-def draw(grid: Grid, share: float, flip: bool, generator: torch.Generator) -> tuple[int, int, bool]:
+def draw(grid: Grid, share: float, flip: bool, generator: torch.Generator) -> Move:
     """A random (down, right, mirrored) move of at most ``share`` of the side."""
     limits = [int(share * side) for side in (grid.rows, grid.columns)]
     down, right = (

@@ -28,10 +28,14 @@ Kind = Literal["class", "binary", "direction"]
 
 
 class Objective(Protocol):
-    """What the images of one unit of work are optimised for; rows are trajectories."""
+    """What the images of one unit of work are optimised for; rows are trajectories.
+
+    ``targets`` are what ``loss`` and ``score`` compare outputs with, on any device.
+    """
 
     kind: Kind
     labels: Tensor
+    targets: Tensor
 
     def loss(self, outputs: Tensor) -> Tensor:
         """Sum over the unit's images of what is minimised, for the model's outputs."""
@@ -46,14 +50,14 @@ class ClassObjective:
     kind: Kind = "class"
 
     def __init__(self, seed: int, first: int, count: int, classes: Sequence[int]) -> None:
-        self.labels = _balanced(seed, first, count, classes)
+        self.labels = self.targets = _balanced(seed, first, count, classes)
 
     def loss(self, outputs: Tensor) -> Tensor:
-        labels = self.labels.to(outputs.device)
-        return F.cross_entropy(outputs.float(), labels, reduction="sum")
+        targets = self.targets.to(outputs.device)
+        return F.cross_entropy(outputs.float(), targets, reduction="sum")
 
     def score(self, outputs: Tensor) -> Tensor:
-        return outputs.float().gather(1, self.labels.to(outputs.device)[:, None]).sum()
+        return outputs.float().gather(1, self.targets.to(outputs.device)[:, None]).sum()
 
 
 class BinaryObjective:
@@ -62,16 +66,16 @@ class BinaryObjective:
     kind: Kind = "binary"
 
     def __init__(self, seed: int, first: int, count: int, classes: Sequence[int]) -> None:
-        self.labels = _balanced(seed, first, count, classes)
+        self.labels = self.targets = _balanced(seed, first, count, classes)
 
     def loss(self, outputs: Tensor) -> Tensor:
         logits = outputs[:, 0].float()
-        labels = self.labels.to(logits)
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        targets = self.targets.to(logits)
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
 
     def score(self, outputs: Tensor) -> Tensor:
         logits = outputs[:, 0].float()
-        return ((2 * self.labels.to(logits) - 1) * logits).sum()
+        return ((2 * self.targets.to(logits) - 1) * logits).sum()
 
 
 class DirectionObjective:
@@ -85,7 +89,7 @@ class DirectionObjective:
 
     def __init__(self, seed: int, first: int, count: int, width: int) -> None:
         self.labels = torch.arange(first, first + count)
-        self.directions = torch.stack(
+        self.directions = self.targets = torch.stack(
             [torch.randn(width, generator=seeded(seed, "direction", int(t))) for t in self.labels]
         )
 
@@ -93,8 +97,8 @@ class DirectionObjective:
         return -DIRECTION_WEIGHT * self.score(outputs)
 
     def score(self, outputs: Tensor) -> Tensor:
-        directions = self.directions.to(outputs.device)
-        return F.cosine_similarity(outputs.float(), directions, dim=1).sum()
+        targets = self.targets.to(outputs.device)
+        return F.cosine_similarity(outputs.float(), targets, dim=1).sum()
 
 
 def objective_of(arch: Architecture) -> Kind:

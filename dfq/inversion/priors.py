@@ -22,12 +22,22 @@ class TotalVariation:
     def __init__(self, positions: Tensor, grid: Grid) -> None:
         """``positions`` are the live patches, int64 ``[B, L]``."""
         self.positions, self.grid = positions, grid
+        self.pairs = self._pairs(positions)
+
+    def place(self, positions: Tensor) -> None:
+        """Take other positions, as many as before, without moving a tensor that is read."""
+        self.positions = positions
+        for pairs, new in zip(self.pairs, self._pairs(positions), strict=True):
+            pairs.copy_(new)
+
+    def _pairs(self, positions: Tensor) -> list[Tensor]:
+        grid = self.grid
         live = torch.ones(*positions.shape, 1, device=positions.device)
         mask_grid = Grid(grid.image_size, grid.patch_size, 1)
         live = live.expand(-1, -1, mask_grid.patch_values)
         mask = unpatchify(live, positions, mask_grid)
         views = (_neighbours(mask, direction) for direction in DIRECTIONS)
-        self.pairs = [first * second for first, second in views]
+        return [first * second for first, second in views]
 
     def gradient(self, patches: Tensor) -> Tensor:
         """Gradient ``[B, L, D]`` of the sum over images, for patches ``[B, L, D]``."""

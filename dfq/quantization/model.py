@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -295,12 +294,7 @@ def quantize_vit(
 
     ``advance`` is called with 1 after every layer.
     """
-    quantized = QuantizedViT(vit.arch, settings, preprocessing).to(vit.prefix.device)
-    own = quantized.state_dict()
-    floats = {k: v for k, v in copy.deepcopy(vit.state_dict()).items() if k in own}
-    names = layers(vit.arch)
-    kept = {k: v for k, v in floats.items() if k.rpartition(".")[0] not in names}
-    quantized.load_state_dict({**own, **kept})
+    quantized, names = _empty_like(vit, settings, preprocessing), layers(vit.arch)
     for name in names:
         linear = vit.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -323,6 +317,26 @@ def quantize_vit(
             scales = [calibration.quantizers[f"blocks.{i}.{s}"].scale for s in ATTENTION_SITES]
             product.assign(scales)
     return quantized
+
+
+def _empty_like(
+    vit: ViT, settings: QuantizationSettings, preprocessing: Preprocessing
+) -> QuantizedViT:
+    """A quantized model with the float one's norms and tables, its integers still zero.
+
+    Made without the random weights that a float model begins with.
+    """
+    device = vit.prefix.device
+    with torch.device("meta"):
+        quantized = QuantizedViT(vit.arch, settings, preprocessing)
+    own = {k: torch.zeros_like(v, device=device) for k, v in quantized.state_dict().items()}
+    linears = layers(vit.arch)
+    for name, value in vit.state_dict().items():
+        if name in own and name.rpartition(".")[0] not in linears:
+            own[name] = value.clone()
+    quantized.load_state_dict(own, assign=True)
+    quantized.set_normalisation()
+    return quantized.to(device)
 
 
 def _fill_patch_embed(

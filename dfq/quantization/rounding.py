@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfq.device import has_triton
 from dfq.errors import RunError
 from dfq.quantization.qtype import WeightType
 
@@ -154,18 +157,70 @@ def round_gptq(
     steps = scales.steps(weight.shape[1]).expand_as(weight)[:, order]
     factor = _inverse_factor(hessian[order][:, order], damping)
     result = torch.empty_like(rest, dtype=torch.int8)
+    round_block = fastest_columns(weight.device)
     for start in range(0, rest.shape[1], COLUMNS):
         end = min(start + COLUMNS, rest.shape[1])
-        block, errors = rest[:, start:end], torch.empty_like(rest[:, start:end])
-        for i in range(end - start):
-            row = factor[start + i, start + i : end]
-            step = steps[:, start + i]
-            rounded = (block[:, i] / step).round_().clamp_(qtype.qmin, qtype.qmax)
-            result[:, start + i] = rounded.to(torch.int8)
-            errors[:, i] = (block[:, i] - rounded * step) / row[0]
-            block[:, i:] -= errors[:, i, None] * row
-        rest[:, end:] -= errors @ factor[start:end, end:]
+        here = slice(start, end)
+        result[:, here], errors = round_block(
+            rest[:, here], steps[:, here], factor[here, here], qtype
+        )
+        rest[:, end:] -= errors @ factor[here, end:]
     return result[:, order.argsort()]
+
+
+def round_columns(
+    block: Tensor, steps: Tensor, factor: Tensor, qtype: WeightType
+) -> tuple[Tensor, Tensor]:
+    """Round a block of columns one by one, each error made up for by those after it.
+
+    Args:
+        block, steps: weights and distances of their integers, float32 ``[out, columns]``;
+            ``block`` is used up.
+        factor: upper triangular float32 ``[columns, columns]``.
+
+    Returns:
+        The integers, int8, and the errors over the factor's diagonal, float32, both
+        ``[out, columns]``.
+    """
+    integers, errors = torch.empty_like(block, dtype=torch.int8), torch.empty_like(block)
+    for i in range(block.shape[1]):
+        row, step = factor[i, i:], steps[:, i]
+        rounded = (block[:, i] / step).round_().clamp_(qtype.qmin, qtype.qmax)
+        integers[:, i] = rounded.to(torch.int8)
+        errors[:, i] = (block[:, i] - rounded * step) / row[0]
+        block[:, i:] -= errors[:, i, None] * row
+    return integers, errors
+
+
+def fastest_columns(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """:func:`round_columns`, or the Triton kernel where it gives the same."""
+    if kernel_failure(device) is not None:
+        return round_columns
+    from dfq.quantization import gptq_kernel
+
+    return gptq_kernel.round_columns
+
+
+@functools.cache
+def kernel_failure(device: torch.device) -> str | None:
+    """Why the Triton kernel is not used on a device; None where it is."""
+    if not has_triton(device):
+        return "no Triton here"
+    try:
+        from dfq.quantization import gptq_kernel
+
+        weight = torch.linspace(-9, 9, 17 * COLUMNS, device=device).reshape(17, COLUMNS)
+        factor = torch.full((COLUMNS, COLUMNS), 0.01, device=device).triu_() + torch.eye(
+            COLUMNS, device=device
+        )
+        given = torch.ones_like(weight), factor, WeightType(4)
+        found = gptq_kernel.round_columns(weight, *given)
+        same = all(map(torch.equal, found, round_columns(weight, *given)))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if same else "the kernel's integers are others than the loop's"
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
