@@ -131,13 +131,13 @@ def _float_reference(
     if name is None:
         return None
     height, width = model.arch.image_size
-    named = isinstance(name, str) and name != "demo" and not is_saved(name)
-    size = img_size or (height if height == width and named else None)
+    built = isinstance(name, str) and not is_saved(name)  # so that its shape can be chosen
+    size = img_size or (height if built and name != "demo" and height == width else None)
     try:
         loaded = load_model(
             name,
             weights=weights,
-            num_classes=None if model.arch.num_classes else 0,
+            num_classes=0 if built and not model.arch.num_classes else None,
             img_size=size,
             mean=model.preprocessing.mean,
             std=model.preprocessing.std,
