@@ -19,6 +19,7 @@ from timm.models import beit, clean_state_dict, deit, eva, vision_transformer
 from torch import Tensor, nn
 
 from dfq.errors import WeightsError
+from dfq.failures import explained, first_line
 from dfq.vit.convert import check_finite
 
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
@@ -81,21 +82,21 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever damaged bytes lead it to
+    def explain(error: Exception) -> WeightsError:
         if "Weights only load failed" in str(error):
-            raise WeightsError(
+            return WeightsError(
                 f"{str(path)!r} holds more than weights, which is never unpickled. Save "
                 "model.state_dict(), or use safetensors."
-            ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"{str(path)!r} is not a whole torch file ({reason:.200}). Check that the download is "
-            "complete."
-        ) from error
+            )
+        return WeightsError(
+            f"{str(path)!r} is not a whole torch file ({first_line(error)}). Check that the "
+            "download is complete."
+        )
+
+    trusted = torch.serialization.safe_globals([argparse.Namespace])
+    with explained(explain), trusted, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def classes_in(state: dict[str, Tensor]) -> int | None:
@@ -125,13 +126,13 @@ def load_into(
         for key in sorted(own.keys() & state.keys()):
             if key.endswith(POSITION_TABLES):
                 _check_size(own[key], state[key], name, path)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            state = _filter(model)(dict(state), cast(Any, model))
-    except Exception as error:  # timm raises whatever odd shapes lead it to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path.name!r} does not fit {name!r}: {reason:.200}") from error
+    with (
+        explained(lambda e: WeightsError(f"{path.name!r} does not fit {name!r}: {first_line(e)}")),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        state = _filter(model)(dict(state), cast(Any, model))
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or unknown or shapes:
