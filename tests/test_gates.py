@@ -22,8 +22,11 @@ from typer.testing import CliRunner
 import dfq
 from dfq.cli import app
 from dfq.errors import GateError, SettingError
+from dfq.evaluation import agreement_on
 from dfq.gates import check_bounds, check_bounds_decidable, check_shares, decides, doubts, gate
+from dfq.image_sets import compare_outside
 from dfq.intervals import share_interval
+from dfq.progress import Silent
 from dfq.quantization import QuantizedViT
 from dfq.results import (
     AgreementOn,
@@ -183,6 +186,20 @@ def test_a_contradiction_is_named_where_intervals_are_apart(counts: tuple[int, i
     other_low, other_high = share_interval(counts[1], 32)
     apart = high < other_low or other_high < low
     assert any("further apart" in text for text in doubts(first, second)) == apart
+
+
+@pytest.mark.parametrize("data", ["inverted", "fractal noise", "val"])
+def test_an_error_as_large_as_the_outputs_differ_is_named_where_images_are_made(data: str) -> None:
+    assert doubts(agreement(32, 32, data, error_over_spread=0.5)) == []
+    found = doubts(agreement(32, 32, data, error_over_spread=1.176))
+    assert [text.partition(" are off by ")[2] for text in found] == (
+        []
+        if data == "val"
+        else [
+            "1.2 of what the float model's differ by between images. Measure it on real images "
+            "(--eval DATA)."
+        ]
+    )
 
 
 def test_what_was_not_measured_contradicts_nothing() -> None:
@@ -378,13 +395,33 @@ def test_a_model_that_follows_only_on_inverted_images_is_distrusted(
     assert found.agreement == fair.agreement
     assert found.agreement_outside is not None
     assert found.agreement_outside.agreement < 0.1
-    poor, apart = found.warnings
+    poor, far, apart = found.warnings
     assert "on 32 images of fractal noise, with a 95 % interval of" in poor
+    assert far.startswith("On 32 images of fractal noise the outputs are off by ")
     assert "on 64 inverted images of another seed and" in apart
     assert "further apart than chance explains" in apart
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["warnings"] == found.warnings
     assert report["agreement_outside"]["agreement"] == found.agreement_outside.agreement
+
+
+def test_ranges_that_cut_activations_off_are_distrusted(
+    tiny: VisionTransformer, tmp_path: Path
+) -> None:
+    quantize(tiny, tmp_path / "out")
+    loaded = dfq.load_model(tiny)
+
+    def outside(model: QuantizedViT) -> list[str]:
+        return doubts(agreement_on(compare_outside(loaded, model, Silent()), "fractal noise"))
+
+    assert outside(dfq.load(tmp_path / "out")) == []
+    cut = dfq.load(tmp_path / "out")
+    state = cut.state_dict()
+    for name, value in state.items():
+        if name.startswith("blocks.") and name.endswith("input_scale"):
+            state[name] = value * 0.25
+    cut.load_state_dict(state)
+    assert any("outputs are off by" in text for text in outside(cut))
 
 
 def test_there_is_no_agreement_outside_beside_data(tiny: VisionTransformer, tmp_path: Path) -> None:
