@@ -61,10 +61,10 @@ class _Group(TyperGroup):
 class _Experiments(TyperGroup):
     """The registry's experiments as commands, imported when one is called."""
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+    def list_commands(self, _: Any) -> list[str]:
         return [*(e.name for e in registry.ENTRIES), ALL]
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+    def get_command(self, _: Any, cmd_name: str) -> Any:
         if cmd_name == ALL:
             return _command(ALL, ALL_HELP, _run_all)
         entry = registry.entry(cmd_name)

@@ -67,7 +67,7 @@ def function(options: type[Any], body: Callable[..., None], shared: dict[str, An
         for f in dataclasses.fields(options)
     }
 
-    def command(**given: Any) -> None:
+    def run(**given: Any) -> None:
         own = {name: given.pop(name) for name in parameters}
         body(options(**own), **given)
 
@@ -75,6 +75,7 @@ def function(options: type[Any], body: Callable[..., None], shared: dict[str, An
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
         for name, (kind, default) in {**parameters, **shared}.items()
     ]
-    command.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    command: Any = run  # functions have no attribute of that name until one is set
+    command.__signature__ = inspect.Signature(signature)
     command.__annotations__ = {p.name: p.annotation for p in signature}
     return command

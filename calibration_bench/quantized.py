@@ -55,6 +55,10 @@ class Tested(Subject):
     images: int = option(32, "Images to make and calibrate on.")
 
 
+REDUCE_RANGE = "Keep weights within -64..63, as dfq does by default; else the full range."
+"""Help of the option of every experiment that quantizes."""
+
+
 def model_arguments(options: Subject) -> dict[str, Any]:
     """Arguments that dfq's functions take beside the model's name."""
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from calibration_bench.registry import Row, Table
-from calibration_bench.tables import TESTED, groups, mean_over_seeds
+from calibration_bench.tables import TESTED, groups, mean_over_seeds, width
 from calibration_bench.variants import VARIANTS
 
 COLUMNS = {
@@ -31,6 +31,7 @@ ABOUT = (
     "images",
     "stages",
     "bits",
+    "reduce_range",
     "coverage",
     "budget",
     "threads",
@@ -54,7 +55,7 @@ def rebirth_tables(rows: list[Row]) -> list[Table]:
         about = dict(zip(ABOUT, values, strict=True))
         beside = "with coverage" if about["coverage"] else "inverted images alone"
         title = (
-            f"{about['model']}, v = {about['stages']}, W{about['bits']}A8, {about['images']} "
+            f"{about['model']}, v = {about['stages']}, {width(about)}, {about['images']} "
             f"images, {beside}, tested on {about['test_images']} of {about['data']}, float top-1 "
             f"{100 * float(str(about['float_accuracy'])):.2f} %"
         )

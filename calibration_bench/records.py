@@ -16,7 +16,10 @@ from dfq.errors import DataError
 from dfq.files import check_writable, write_json
 
 FORMAT = "dfq-bench"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 differs in that keys of quantized models lack ``reduce_range``; all of them were
+measured with weights of the full range."""
+
 ENTRY = {"key", "row", "complete", "session", "measured"}
 """What is stored of a row."""
 
@@ -45,17 +48,17 @@ class Store:
             return _empty(self.name)
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{str(self.path)!r} cannot be read as results: {error}.") from error
-        known = (FORMAT, FORMAT_VERSION)
+        known = [(FORMAT, version) for version in range(1, FORMAT_VERSION + 1)]
         if not isinstance(content, dict) or (
-            (content.get("format"), content.get("format_version")) != known
+            (content.get("format"), content.get("format_version")) not in known
         ):
-            raise DataError(f"{str(self.path)!r} holds no results of format {known}.")
+            raise DataError(f"{str(self.path)!r} holds no results of format {known[-1]}.")
         if not _whole(content):
             raise DataError(
                 f"{str(self.path)!r} holds rows or sessions that this bench did not write. Move it "
                 "away, or choose another --results."
             )
-        return content
+        return _of_this_version(content)
 
     def rows(self) -> list[Row]:
         """All rows, in the order in which they were first measured."""
@@ -115,6 +118,15 @@ def _whole(content: dict[str, Any]) -> bool:
             for row in rows
         )
     )
+
+
+def _of_this_version(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file of any version as this version has it."""
+    if content["format_version"] == 1:
+        for row in content["rows"]:
+            if "bits" in row["key"]:
+                row["key"]["reduce_range"] = False
+    return {**content, "format_version": FORMAT_VERSION}
 
 
 def flat(entry: dict[str, Any]) -> Row:

@@ -78,7 +78,7 @@ class Plot:
     lines: bool = True
 
 
-def no_plots(rows: list[Row]) -> list[Plot]:  # noqa: ARG001
+def no_plots(_: list[Row]) -> list[Plot]:
     """Of an experiment that has none."""
     return []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from calibration_bench.registry import Curve, Plot, Row, Table
-from calibration_bench.tables import TESTED, by_file, groups, mean_over_seeds
+from calibration_bench.tables import TESTED, by_file, groups, mean_over_seeds, weight_range, width
 
 COLUMNS = {
     "source": "calibrated on",
@@ -25,17 +25,18 @@ COLUMNS = {
 }
 
 
-ACCURACY = (*TESTED, "float_accuracy", "images", "threads")
+ACCURACY = (*TESTED, "float_accuracy", "images", "threads", "reduce_range")
 
 
 def accuracy_tables(rows: list[Row]) -> list[Table]:
-    """For each model and test set a row for every source, variant, width and attention."""
+    """For each model, test set and range of weights a row for every source, variant, width and
+    attention."""
     found: list[Table] = []
     for values, same in groups(rows, *ACCURACY).items():
         about = dict(zip(ACCURACY, values, strict=True))
         title = (
-            f"{about['model']}, {about['images']} calibration images, tested on "
-            f"{about['test_images']} of {about['data']}, float top-1 "
+            f"{about['model']}, {about['images']} calibration images, {weight_range(about)}, "
+            f"tested on {about['test_images']} of {about['data']}, float top-1 "
             f"{100 * float(str(about['float_accuracy'])):.2f} %"
         )
         alike = ("source", "real", "iterations", "precision", "variant", "bits", "attention")
@@ -56,7 +57,7 @@ def _row(rows: list[Row]) -> Row:
     }
 
 
-ABOUT = (*TESTED, "float_accuracy", "threads", "precision")
+ABOUT = (*TESTED, "float_accuracy", "threads", "precision", "reduce_range", "bits")
 
 SOURCES = {
     "source": "calibrated on",
@@ -80,12 +81,12 @@ COVERAGE = (
 
 
 def source_tables(rows: list[Row]) -> list[Table]:
-    """For each model, test set and width: KL by image count, then every figure."""
+    """For each model, test set, width and range of weights: KL by image count, then all figures."""
     found: list[Table] = []
-    for values, same in groups(rows, *ABOUT, "bits").items():
-        about = dict(zip((*ABOUT, "bits"), values, strict=True))
+    for values, same in groups(rows, *ABOUT).items():
+        about = dict(zip(ABOUT, values, strict=True))
         title = (
-            f"{about['model']}, W{about['bits']}A8, tested on {about['test_images']} of "
+            f"{about['model']}, {width(about)}, tested on {about['test_images']} of "
             f"{about['data']}, float top-1 {100 * float(str(about['float_accuracy'])):.2f} %"
         )
         means = _means(same)
@@ -133,10 +134,12 @@ def _pivot(title: str, means: list[Row]) -> Table:
 
 
 def source_plots(rows: list[Row]) -> list[Plot]:
-    """KL over the number of images, a picture for each model and width."""
+    """KL over the number of images, a picture for each model, width and range of weights."""
     found = []
-    for values, same in groups(rows, *ABOUT, "bits").items():
-        model, bits = values[0], values[-1]
+    for values, same in groups(rows, *ABOUT).items():
+        about = dict(zip(ABOUT, values, strict=True))
+        model, bits = about["model"], about["bits"]
+        suffix = "" if about["reduce_range"] else "-full-range"
         curves = [
             Curve(
                 str(source),
@@ -148,8 +151,8 @@ def source_plots(rows: list[Row]) -> list[Plot]:
         ]
         found.append(
             Plot(
-                f"sources-{model}-w{bits}a8",
-                f"Calibration sources, {model}, W{bits}A8",
+                f"sources-{model}-w{bits}a8{suffix}",
+                f"Calibration sources, {model}, {width(about)}",
                 "calibration images",
                 "KL from the float prediction",
                 curves,

@@ -240,10 +240,22 @@ POINTS, SHARE = 0.2, 0.1
 TESTED = ("model", "fingerprint", "data", "data_digest", "test_images")
 """What tells apart the models and test images that rows are of."""
 
+
+def weight_range(about: Row) -> str:
+    """Which values the integers of the weights may take."""
+    return f"weights {'within -64..63' if about['reduce_range'] else 'of the full range'}"
+
+
+def width(about: Row) -> str:
+    """Bits of the operands, and the range of the weights."""
+    return f"W{about['bits']}A8, {weight_range(about)}"
+
+
 QUALITY = (
     *TESTED,
     "images",
     "bits",
+    "reduce_range",
     "threads",
     "precision",
 )
@@ -255,7 +267,7 @@ def quality_tables(rows: list[Row]) -> list[Table]:
     for values, same in groups(rows, *QUALITY).items():
         about = dict(zip(QUALITY, values, strict=True))
         title = (
-            f"{about['model']}, W{about['bits']}A8, {about['images']} images inverted by "
+            f"{about['model']}, {width(about)}, {about['images']} images inverted by "
             f"{about['threads']} threads, tested on {about['test_images']} of {about['data']}"
         )
         means = [mean_over_seeds(part) for part in groups(same, "method", "iterations").values()]
@@ -327,6 +339,7 @@ def quality_plots(rows: list[Row]) -> list[Plot]:
     for values, same in groups(rows, *QUALITY).items():
         about = dict(zip(QUALITY, values, strict=True))
         model, bits = about["model"], about["bits"]
+        suffix = "" if about["reduce_range"] else "-full-range"
         means = [mean_over_seeds(part) for part in groups(same, "method", "iterations").values()]
         means.sort(key=lambda row: float(row["seconds"]))
         for column, label in (("accuracy", "top-1, %"), ("kl", "KL from the float prediction")):
@@ -341,8 +354,8 @@ def quality_plots(rows: list[Row]) -> list[Plot]:
             ]
             found.append(
                 Plot(
-                    f"quality-{column}-{model}-w{bits}a8",
-                    f"Quality over cost, {model}, W{bits}A8",
+                    f"quality-{column}-{model}-w{bits}a8{suffix}",
+                    f"Quality over cost, {model}, {width(about)}",
                     "seconds to invert",
                     label,
                     curves,

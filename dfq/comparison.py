@@ -170,11 +170,10 @@ class _Hits:
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         logits = class_logits(logits)
-        top = logits.topk(min(5, logits.shape[1]), dim=-1).indices
-        right = (top == labels[:, None]) & _finite(logits)[:, None]
+        finite, places = _finite(logits), _places(logits, labels)
         self.images += len(labels)
-        self.first += int(right[:, 0].sum())
-        self.five += int(right.any(-1).sum())
+        self.first += int(((places < 1) & finite).sum())
+        self.five += int(((places < 5) & finite).sum())
 
     @property
     def accuracy(self) -> Accuracy:
@@ -238,19 +237,19 @@ class _Pairs:
         """None where the float outputs do not differ between images."""
         if self.constant:
             return _Agreement()
-        if not self.finite:
-            return _Agreement(0.0, None if self.metric == "cosine" else 0)
-        scores, threshold = torch.cat(self.scores), None
-        if self.metric == "threshold":
-            ours, theirs = scores.unbind(1)
-            both_sides = 0 < int((theirs > 0).sum()) < len(theirs)
-            threshold = 0.0 if labelled and both_sides else split_at(theirs)
-            if threshold is None:
-                return _Agreement()
-            scores = (ours > threshold) == (theirs > threshold)
+        scores = torch.cat(self.scores)
         if self.metric == "cosine":
             return self._mean(scores.double())
-        count = int(scores.sum())
+        if self.metric == "top1" or not self.finite:
+            return self._share(int(scores.sum()))
+        ours, theirs = scores.unbind(1)
+        both_sides = 0 < int((theirs > 0).sum()) < len(theirs)
+        threshold = 0.0 if labelled and both_sides else split_at(theirs)
+        if threshold is None:
+            return _Agreement()
+        return self._share(int(((ours > threshold) == (theirs > threshold)).sum()), threshold)
+
+    def _share(self, count: int, threshold: float | None = None) -> _Agreement:
         interval = share_interval(count, self.images)
         return _Agreement(count / self.images, count, interval, threshold)
 
@@ -263,6 +262,14 @@ class _Pairs:
 
 def _finite(outputs: Tensor) -> Tensor:
     return outputs.isfinite().all(-1)
+
+
+def _places(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before the label's, int64 ``[B]``; of equal logits the lowest class
+    comes first, as ``argmax`` has it."""
+    own = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1]) < labels[:, None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(-1)
 
 
 def _scores(ours: Tensor, theirs: Tensor, metric: Metric) -> Tensor:

@@ -138,13 +138,14 @@ def _float_reference(
     if name is None:
         return None
     arch = model.arch
-    if isinstance(name, str) and name != "demo" and not is_saved(name):
+    built = isinstance(name, str) and not is_saved(name)  # so that its shape can be chosen
+    if built and name != "demo":
         own = {"img_size": arch.image_size, "global_pool": pool_of(arch)}
         options |= {key: value for key, value in own.items() if options[key] is None}
     try:
         loaded = load_model(
             name,
-            num_classes=None if arch.num_classes else 0,
+            num_classes=0 if built and not arch.num_classes else None,
             mean=model.preprocessing.mean,
             std=model.preprocessing.std,
             input_range=model.preprocessing.input_range,

@@ -15,8 +15,16 @@ from dfq.errors import DataError, nearest
 
 EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir"}
-"""Folders that archives and file servers add, with copies of images or parts of them."""
+SYSTEM_FOLDERS = {
+    "#recycle",
+    "$RECYCLE.BIN",
+    "@eaDir",
+    "System Volume Information",
+    "__MACOSX",
+    "lost+found",
+}
+"""Folders that archives, file servers and file systems add, with copies of images, parts of
+them, or deleted ones."""
 
 IMAGENET_CLASSES = 1000
 
@@ -164,15 +172,20 @@ def read_class_map(path: Path, classes: int) -> dict[str, int]:
 
 
 def _read_pairs(path: Path) -> list[tuple[str, int]]:
-    if path.suffix.lower() not in (".txt", ".json"):
-        raise DataError(f"Class map {str(path)!r} is none: its name ends in .txt or .json.")
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".json"):
+        what = "is pickled, which could run code" if kind == ".pkl" else f"ends in {kind!r}"
+        raise DataError(
+            f"Class map {str(path)!r} {what}; give a .txt file with a name a line, or a .json file "
+            'with an object of names and indices, such as {"cat": 0, "dog": 1}.'
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"Class map {str(path)!r} does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Class map {str(path)!r} cannot be read: {error}.") from error
-    if path.suffix.lower() == ".txt":
+    if kind == ".txt":
         lines = enumerate(line.strip() for line in text.split("\n"))
         pairs = [(name, index) for index, name in lines if name]
     else:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dfq import demo
 from dfq.errors import DataError
+from dfq.failures import explained
 from dfq.image_files import (
     EXTENSIONS,
     class_folders,
@@ -32,6 +33,9 @@ from dfq.vit import Architecture, Preprocessing
 
 MOST_PIXELS = 1 << 26
 """Of an image between resizing and cropping."""
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's modes by the channels that a model takes."""
 
 
 class ImageSource(Protocol):
@@ -108,11 +112,11 @@ class FolderImages:
 
     def pixels(self, index: int) -> np.ndarray:
         path = self.files[index]
-        try:
-            with Image.open(path) as image:
-                return fit(image, self.arch, self.preprocessing, crop=True)
-        except Exception as error:  # Pillow raises whatever damaged bytes lead it to
-            raise DataError(f"{str(path)!r} cannot be read as an image: {error}.") from error
+        with (
+            explained(lambda e: DataError(f"{str(path)!r} cannot be read as an image: {e}.")),
+            Image.open(path) as image,
+        ):
+            return fit(image, self.arch, self.preprocessing, crop=True)
 
 
 def fit(
@@ -122,12 +126,11 @@ def fit(
 
     With ``crop`` the shorter side becomes ``side / crop_pct`` first, or both do where the crop
     mode is ``squash``, as timm does.
+
+    Raises:
+        ValueError: the image defines no black and white, or is too thin to crop.
     """
-    channels = arch.in_channels
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
-    if mode is None:
-        raise DataError(f"Image files have 1, 3 or 4 channels; the model takes {channels}.")
-    image = to_eight_bits(image, mode)
+    image = to_eight_bits(image, MODES[arch.in_channels])
     height, width = arch.image_size
     resample = Image.Resampling[preprocessing.interpolation.upper()]
     if not crop:
@@ -136,7 +139,7 @@ def fit(
     else:
         size = _resized(image.size, (width, height), preprocessing)
         if size[0] * size[1] > MOST_PIXELS:
-            raise DataError(
+            raise ValueError(
                 f"{image.size[0]} x {image.size[1]} pixels are too thin to be resized and cropped"
             )
         image = image.resize(size, resample)
@@ -183,6 +186,11 @@ def open_images(
         DataError: there is no such data, it is empty or unreadable, its classes do not
             fit the model, or ``class_map`` goes with no class folders.
     """
+    if arch.in_channels not in MODES:
+        raise DataError(
+            f"Images have 1, 3 or 4 channels; the model takes {arch.in_channels}, so there are "
+            "none for it. Leave the data out: dfq inverts images of as many channels."
+        )
     path = Path(data)
     is_folder = str(data) != "demo" and path.is_dir()
     if class_map is not None and not is_folder:
@@ -213,12 +221,13 @@ def _open_npz(
     preprocessing: Preprocessing,
     labelled: bool | None,
 ) -> ArrayImages:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            arrays = {key: content[key] for key in ("x", "y") if key in content.files}
-            keys = content.files
-    except Exception as error:  # numpy raises whatever damaged bytes lead it to
-        raise DataError(f"{str(path)!r} cannot be read as .npz: {error}.") from error
+    with (
+        explained(lambda e: DataError(f"{str(path)!r} cannot be read as .npz: {e}.")),
+        path.open("rb") as file,
+        np.load(file, allow_pickle=False) as content,
+    ):
+        arrays = {key: content[key] for key in ("x", "y") if key in content.files}
+        keys = content.files
     x, y = arrays.get("x"), arrays.get("y")
     if x is None or (labelled and y is None):
         raise DataError(f"{str(path)!r} needs arrays x{' and y' if labelled else ''}, has {keys}.")

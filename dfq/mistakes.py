@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from dfq.errors import DfqError, GateError, OutputError, UsageError
+from dfq.failures import first_line, is_out_of_memory
 from dfq.interrupts import INTERRUPTED
 from dfq.plain import escape
 from dfq.terminal import err_console, is_first, print_json, wants_json
@@ -87,11 +88,10 @@ def explain(error: Exception, outermost: bool, verb: str | None = None) -> None:
         message = f"{error.strerror or error}{place}."
         _report("OSError", message)
         _fail(message, OSERROR)
-    elif _is_out_of_memory(error):
-        reason = (str(error).strip().splitlines() or ["no more"])[0]
+    elif is_out_of_memory(error):
         smaller = "model or --img-size, or in a recipe a smaller unit_size or batch"
         advice = f"Use a smaller {smaller if verb in KEEPS else 'model, or more memory'}."
-        message = f"Out of memory ({reason:.200}). {advice}"
+        message = f"Out of memory ({first_line(error)}). {advice}"
         _report("MemoryError", message)
         _fail(message, 1)
 
@@ -106,14 +106,3 @@ def _report(kind: str, message: str) -> None:
     if wants_json() and is_first():
         with suppress(OutputError):
             print_json({"error": {"type": kind, "message": message}})
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | _torch_error()) or "can't allocate memory" in str(error)
-
-
-def _torch_error() -> type[RuntimeError]:
-    """PyTorch's error of full memory, if PyTorch has been loaded at all."""
-    torch = sys.modules.get("torch")
-    found: type[RuntimeError] = getattr(torch, "OutOfMemoryError", NotImplementedError)
-    return found

@@ -13,7 +13,7 @@ Advance = Callable[[int], None]
 class Progress(Protocol):
     """Shows long work; the command line has bars, the API is silent by default."""
 
-    def task(self, name: str, total: int) -> AbstractContextManager[Advance]:
+    def task(self, name: str, total: int, /) -> AbstractContextManager[Advance]:
         """A stage of ``total`` steps, as a context whose value advances it."""
 
     def note(self, text: str) -> None:
@@ -29,7 +29,7 @@ def note_all(progress: Progress, texts: Iterable[str]) -> None:
 class Silent:
     """Shows nothing."""
 
-    def task(self, name: str, total: int) -> AbstractContextManager[Advance]:  # noqa: ARG002
+    def task(self, _name: str, _total: int) -> AbstractContextManager[Advance]:
         return nullcontext(lambda _: None)
 
     def note(self, text: str) -> None:

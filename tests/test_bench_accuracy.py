@@ -100,7 +100,7 @@ def test_other_images_or_another_effort_are_other_rows(
 
 
 def test_variants_differ_and_the_last_ingredient_is_the_one_missing() -> None:
-    key = {"bits": 4, "attention": "float", "source": "pri4"}
+    key = {"bits": 4, "attention": "float", "source": "pri4", "reduce_range": True}
     last = [name for name in VARIANTS if name.startswith("plain+")][-1]
     assert _settings({**key, "variant": last}) == QuantizationSettings(bits=4, fractal=0)
     assert _settings({**key, "variant": "plain"}).rounding == "nearest"

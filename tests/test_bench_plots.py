@@ -36,7 +36,8 @@ def row(source: str, count: int, seed: int) -> dict[str, Any]:
     return {
         "model": "m", "fingerprint": "f", "data": "d", "test_images": 9, "float_accuracy": 0.9,
         "threads": 1, "precision": "float32", "source": source, "iterations": 0, "images": count,
-        "seed": seed, "bits": 4, "accuracy": 0.9, "agreement": 0.9, "invert_seconds": 1.0,
+        "seed": seed, "bits": 4, "reduce_range": True, "accuracy": 0.9, "agreement": 0.9,
+        "invert_seconds": 1.0,
         "dataset_bytes": 1000, "kl": 0.1 / count + 0.001 * seed,
     }  # fmt: skip
 
@@ -56,7 +57,7 @@ def test_the_report_draws_what_is_stored(tmp_path: Path) -> None:
     text = report(tmp_path, tmp_path / "plots")
     (path,) = (tmp_path / "plots").iterdir()
     assert path.name == "sources-m-w4a8.png"
-    assert f"![Calibration sources, m, W4A8]({path.as_posix()})" in text
+    assert f"![Calibration sources, m, W4A8, weights within -64..63]({path.as_posix()})" in text
     assert report(tmp_path).count("![") == 0
     (plot,) = registry.entry("calibration-sources").load().plots(store.rows())
     (curve,) = plot.curves

@@ -96,6 +96,7 @@ def test_the_knee_is_the_least_effort_as_good_as_the_best() -> None:
         "test_images": 100,
         "images": 32,
         "bits": 4,
+        "reduce_range": True,
         "threads": 1,
         "float_accuracy": 0.95,
         "agreement": 0.9,

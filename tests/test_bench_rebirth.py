@@ -105,7 +105,8 @@ def test_a_run_has_every_variant(tmp_path: Path, small_weights: Path, labelled_n
 def test_differences_are_taken_seed_by_seed() -> None:
     about = {
         "model": "m", "fingerprint": "f", "data": "d", "test_images": 9, "images": 4, "stages": 4,
-        "bits": 4, "coverage": False, "budget": 100, "float_accuracy": 0.9, "trajectories": 1,
+        "bits": 4, "reduce_range": True, "coverage": False, "budget": 100, "float_accuracy": 0.9,
+        "trajectories": 1,
         "patches_kept": 16, "patch_updates": 100, "first_kept_at": 1, "last_kept_at": 4,
         "iterations": 4, "accuracy": 0.9, "agreement": 1.0, "invert_seconds": 1.0,
     }  # fmt: skip

@@ -45,7 +45,7 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
 
 
 def key(source: str, count: int = 3, seed: int = 0) -> dict[str, Any]:
-    about = {"precision": "float32", "threads": 1, "iterations": 2, "bits": 8}
+    about = {"precision": "float32", "threads": 1, "iterations": 2, "bits": 8, "reduce_range": True}
     return {**about, "source": source, "images": count, "seed": seed}
 
 

@@ -69,3 +69,18 @@ def test_every_error_is_in_the_hierarchys_drawing() -> None:
     for name, value in vars(errors).items():
         if isinstance(value, type) and issubclass(value, errors.DfqError):
             assert name in (errors.__doc__ or "")
+
+
+KERNELS = re.compile(
+    r"^from (dfq\.(runtime|exporting|benchmarking|inversion\.(integer|frozen))|exporting)\b"
+    r"|compiled=True",
+    re.MULTILINE,
+)
+"""What tests of kernels, exports, compiled models and benchmarks use."""
+
+
+def test_what_depends_on_the_processor_is_tested_as_on_the_oldest() -> None:
+    oldest = (ROOT / ".ci" / "run").read_text().rpartition("ONEDNN_MAX_CPU_ISA=AVX2")[2]
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        if not path.name.startswith("test_docs") and KERNELS.search(path.read_text()):
+            assert f"tests/{path.name}" in oldest

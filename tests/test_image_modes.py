@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import colorsys
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, features
 
 from dfq.image_modes import to_eight_bits
 
@@ -149,6 +153,70 @@ def test_a_float_map_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "x.ppm")
 
 
+LEVELS = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+"""Every sample of 16 bits."""
+
+
+def whole(path: Path, mode: str = "L") -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(to_eight_bits(image, mode))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: png(path / "x.png", LEVELS[..., None], 0),
+        lambda path: tiff(path / "x.tif", LEVELS.astype("<u2"), 16, "<"),
+        lambda path: tiff(path / "x.tif", LEVELS.astype(">u2"), 16, ">"),
+        lambda path: pgm(path / "x.pgm", LEVELS.flatten().tolist(), 65535),
+        lambda path: pgm(path / "x.pgm", LEVELS.flatten().tolist(), 65535, plain=True),
+    ],
+    ids=["PNG", "TIFF", "TIFF, high bytes first", "PGM", "PGM in text"],
+)
+def test_every_sample_of_16_bits_gives_its_high_byte(
+    write: Callable[[Path], Path], mode: str, tmp_path: Path
+) -> None:
+    found = whole(write(tmp_path), mode).reshape(65536, -1)
+    expected = np.repeat(np.floor(np.arange(65536) / 256)[:, None], found.shape[1], axis=1)
+    expected[:, 3:] = 255
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_every_sample_of_16_bits_is_turned_round_where_white_is_0(tmp_path: Path) -> None:
+    path = tiff(tmp_path / "x.tif", LEVELS.astype("<u2"), 16, photometric=0)
+    np.testing.assert_array_equal(whole(path), 255 - np.floor(LEVELS / 256))
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="Pillow is built without JPEG 2000")
+def test_every_sample_of_a_jpeg_2000_gives_its_high_byte(tmp_path: Path) -> None:
+    Image.fromarray(LEVELS).save(tmp_path / "x.jp2", irreversible=False)
+    np.testing.assert_array_equal(whole(tmp_path / "x.jp2"), np.floor(LEVELS / 256))
+
+
+def test_every_sample_of_12_bits_gives_its_high_byte(tmp_path: Path) -> None:
+    levels = np.arange(4096).reshape(64, 64)
+    even, odd = levels[:, ::2], levels[:, 1::2]
+    packed = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=2)
+    path = tiff(tmp_path / "x.tif", packed.reshape(64, 96).astype(np.uint8), 12)
+    content = bytearray(path.read_bytes())
+    at = content.index(struct.pack("<HHII", 256, 4, 1, 96))
+    content[at + 8] = 64
+    path.write_bytes(bytes(content))
+    np.testing.assert_array_equal(whole(path), np.floor(levels / 16))
+
+
+@given(maxval=st.integers(1, 65535), data=st.data(), plain=st.booleans())
+def test_samples_of_any_maxval_are_scaled_and_rounded(
+    maxval: int, data: st.DataObject, plain: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    values = data.draw(st.lists(st.integers(0, maxval), min_size=1, max_size=8))
+    path = pgm(tmp_path_factory.getbasetemp() / "x.pgm", values, maxval, plain)
+    scaled = np.array(values) / maxval
+    levels = np.rint(scaled * 255) if maxval <= 255 else np.rint(scaled * 65535) // 256
+    assert read(path) == levels.tolist()
+
+
 # ---- 16 bits of colour, which Pillow reduces itself
 
 
@@ -177,6 +245,13 @@ def test_a_ppm_of_16_bits_is_scaled_by_its_maxval(tmp_path: Path) -> None:
 
 
 # ---- modes of 8 bits
+
+DEEP = ["I", "F", "I;16", "I;16B", "I;16L", "I;16N"]
+
+
+def test_every_mode_of_pillows_is_tested_here() -> None:
+    assert {*DEEP, *WHITE, "P", "PA"} >= set(Image.MODES)
+
 
 WHITE: dict[str, Any] = {
     "1": 1, "L": 255, "LA": (255, 255), "RGB": (255,) * 3, "RGBA": (255,) * 4,
@@ -219,7 +294,55 @@ def test_premultiplied_colours_are_divided_by_their_transparency(
     assert int(found[0, 0]) == pytest.approx(100 * 255 / 128, abs=1)
 
 
-@pytest.mark.parametrize("mode", ["I", "F", "I;16", "I;16B", "I;16L"])
+@pytest.mark.parametrize("mode", DEEP)
 def test_deep_images_of_no_format_are_refused(mode: str) -> None:
     with pytest.raises(ValueError, match="defines no white; save it with 8 or 16 bits"):
         to_eight_bits(Image.new(mode, (1, 1)), "L")
+
+
+def colours(mode: str, seed: int = 0) -> tuple[Image.Image, np.ndarray]:
+    """An image of random samples, and these as floats ``[N, C]``."""
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    samples = np.random.default_rng(seed).integers(0, 256, (64, 64, bands), dtype=np.uint8)
+    image = Image.frombytes(mode, (64, 64), samples.tobytes())
+    return image, samples.reshape(-1, bands).astype(float)
+
+
+def of_cmyk(c: np.ndarray) -> np.ndarray:
+    white = 255 - c[:, 3:]
+    return white - white * c[:, :3] / 255
+
+
+def of_ycbcr(c: np.ndarray) -> np.ndarray:
+    """JFIF 1.02, without the rounding."""
+    y, blue, red = c[:, 0], c[:, 1] - 128, c[:, 2] - 128
+    return np.stack([y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue], 1)
+
+
+def of_hsv(c: np.ndarray) -> np.ndarray:
+    return 255 * np.array([colorsys.hsv_to_rgb(*row) for row in c / 255])
+
+
+RGB_OF: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "L": lambda c: np.repeat(c, 3, axis=1),
+    "LA": lambda c: np.repeat(c[:, :1], 3, axis=1),
+    "RGB": lambda c: c,
+    "RGBA": lambda c: c[:, :3],
+    "RGBX": lambda c: c[:, :3],
+    "CMYK": of_cmyk,
+    "YCbCr": of_ycbcr,
+    "HSV": of_hsv,
+}
+
+
+@pytest.mark.parametrize("source", RGB_OF)
+def test_colours_of_every_mode_are_those_of_its_formula(source: str) -> None:
+    image, samples = colours(source)
+    rgb = np.clip(RGB_OF[source](samples), 0, 255)
+    exact = source not in ("CMYK", "YCbCr", "HSV")
+    found = np.asarray(to_eight_bits(image, "RGB")).reshape(-1, 3)
+    np.testing.assert_allclose(found, rgb, atol=0 if exact else 1)
+    grey = rgb @ [0.299, 0.587, 0.114]  # ITU-R 601-2
+    np.testing.assert_allclose(
+        np.asarray(to_eight_bits(image, "L")).flatten(), grey, atol=0.51 if exact else 1.6
+    )

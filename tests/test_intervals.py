@@ -54,6 +54,26 @@ def test_the_ends_of_an_interval_leave_two_and_a_half_percent(
         assert 1 - tail(count + 1, total, high) == pytest.approx(0.025, rel=1e-6)
 
 
+@given(total=st.integers(1, 10**6))
+def test_intervals_of_all_and_of_none_have_closed_forms(total: int) -> None:
+    root = 0.025 ** (1 / total)
+    assert share_interval(total, total) == pytest.approx((root, 1.0), rel=1e-12)
+    assert share_interval(0, total) == pytest.approx((0.0, 1 - root), abs=1e-12)
+
+
+@given(total=st.integers(1, 5000), data=st.data())
+def test_intervals_of_a_share_and_of_its_rest_mirror_each_other(
+    total: int, data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(0, total))
+    low, high = share_interval(count, total)
+    assert share_interval(total - count, total) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+    if count < total:
+        more = share_interval(count + 1, total)
+        assert low < more[0]
+        assert high <= more[1]
+
+
 def test_large_numbers_come_near_to_the_normal_interval() -> None:
     low, high = share_interval(49_000, 50_000)
     reach = 1.959964 * math.sqrt(0.98 * 0.02 / 50_000)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dfq.errors import SettingError
 from dfq.inversion import events, plan_units
+from dfq.inversion.schedule import fit_stages
 from dfq.recipe import InversionSettings
 
 
@@ -132,3 +133,28 @@ def test_dmi_saves_snapshots_at_equal_steps() -> None:
 def test_snapshots_are_images_of_their_trajectory() -> None:
     settings = InversionSettings(method="dmi", snapshots=3, images=7, unit_size=2)
     assert [u.sizes for u in plan_units(settings, 9)] == [((9, 9, 9), (9, 9, 9)), ((9,),)]
+
+
+@given(
+    stages=st.integers(1, 8), patches=st.integers(1, 8), total=st.integers(1, 8),
+    images=st.integers(1, 20),
+)  # fmt: skip
+def test_fitted_stages_are_the_most_that_can_be_and_no_more_than_asked(
+    stages: int, patches: int, total: int, images: int
+) -> None:
+    asked = InversionSettings(stages=stages, iterations=total, images=images)
+    fitted = fit_stages(asked, patches)
+    assert fitted.stages == min(stages, patches, total)
+    found = events(fitted, patches)
+    assert all(event.count > 0 for event in found)
+    assert sum(event.count for event in found) == patches
+    assert sum(unit.images for unit in plan_units(fitted, patches)) == images
+    if fitted == asked:
+        return
+    with pytest.raises(SettingError, match=rf"stages is {stages}, but there are only"):
+        events(asked, patches)
+
+
+def test_stages_with_times_of_their_own_are_left_alone() -> None:
+    asked = InversionSettings(leave_at=(0.25, 0.5, 0.75))
+    assert fit_stages(asked, 2) == asked

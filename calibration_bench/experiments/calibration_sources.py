@@ -13,7 +13,14 @@ from functools import partial
 from typing import Any, cast
 
 from calibration_bench.options import at_least, numbers, option, words
-from calibration_bench.quantized import Subject, about, check_inversion, load, quantize_each
+from calibration_bench.quantized import (
+    REDUCE_RANGE,
+    Subject,
+    about,
+    check_inversion,
+    load,
+    quantize_each,
+)
 from calibration_bench.registry import Bench, Experiment, Key, Measured
 from calibration_bench.source_tables import source_plots, source_tables
 from calibration_bench.sources import RealImages, Source, make
@@ -36,6 +43,7 @@ class Options(Subject):
     )
     counts: str = option("8,32", "Numbers of images to calibrate on.")
     bits: str = option("8,4", "Of the weights.")
+    reduce_range: bool = option(QuantizationSettings().reduce_range, REDUCE_RANGE)
     iterations: int = option(24, "Of inversion.")
     limit: int | None = option(256, "Test on the first so many images only.")
 
@@ -68,6 +76,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
             "iterations": options.iterations if source.inverted else 0,
             "seed": seed,
             "bits": bits,
+            "reduce_range": options.reduce_range,
         }
         for seed in seeds
         for count in counts
@@ -106,7 +115,9 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
 
 def _settings(key: Key) -> QuantizationSettings:
     plain: dict[str, Any] = {} if Source(key["source"]).covered else {"smooth": (), "fractal": 0}
-    return QuantizationSettings(bits=cast(Any, key["bits"]), **plain)
+    return QuantizationSettings(
+        bits=cast(Any, key["bits"]), reduce_range=key["reduce_range"], **plain
+    )
 
 
 EXPERIMENT = Experiment(Options, plan, measure, source_tables, source_plots)

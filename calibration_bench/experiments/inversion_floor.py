@@ -45,7 +45,7 @@ class Options:
     seed: int = option(0, "Of weights, noise and jitter.")
 
 
-def plan(options: Options, bench: Bench) -> list[Key]:  # noqa: ARG001
+def plan(options: Options, _: Bench) -> list[Key]:
     """One key for each model, method and stage."""
     at_least(options.iterations_per_stage, options.warmup + 1, "--iterations-per-stage")
     if options.precision == "int8":

@@ -17,7 +17,16 @@ import torch
 from calibration_bench.logits import float_logits
 from calibration_bench.methods import Method
 from calibration_bench.options import at_least, numbers, option, words
-from calibration_bench.quantized import FLOATS, Tested, about, invert, load, quantize, scratch
+from calibration_bench.quantized import (
+    FLOATS,
+    REDUCE_RANGE,
+    Tested,
+    about,
+    invert,
+    load,
+    quantize,
+    scratch,
+)
 from calibration_bench.registry import Bench, Experiment, Key, Measured
 from calibration_bench.tables import quality_plots, quality_tables
 from dfq import QuantizationSettings
@@ -31,6 +40,7 @@ class Options(Tested):
     methods: str = option("dmi,smi,pri4", "Methods: also pri2, pri7, ..., and noise.")
     iterations: str = option("8,24,48", "Iterations of a trajectory to try.")
     bits: int = option(4, "Of the weights: 4 or 8.")
+    reduce_range: bool = option(QuantizationSettings().reduce_range, REDUCE_RANGE)
     limit: int | None = option(256, "Test on the first so many images only.")
 
 
@@ -44,7 +54,11 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     if min(efforts) < deepest:
         raise SettingError(f"--iterations has {min(efforts)}; --methods need at least {deepest}.")
     bench.notes.note(f"reading {options.model} and {options.data}")
-    shared = {**about(options, *load(options)), "bits": options.bits}
+    shared = {
+        **about(options, *load(options)),
+        "bits": options.bits,
+        "reduce_range": options.reduce_range,
+    }
     keys = [
         {**shared, "method": m.name, "iterations": 0 if m.name == "noise" else t, "seed": seed}
         for seed in seeds
@@ -60,7 +74,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
     loaded, data = load(options)
     bench.notes.note(f"float model on {len(data)} images")
     reference = float_logits(loaded, data, bench.results / FLOATS)
-    settings = QuantizationSettings(bits=cast(Any, options.bits))
+    settings = QuantizationSettings(bits=cast(Any, options.bits), reduce_range=options.reduce_range)
     for number, key in enumerate(missing, 1):
         method, effort, seed = key["method"], key["iterations"], key["seed"]
         bench.notes.note(f"{number} of {len(missing)}: {method}, {effort} iterations, seed {seed}")

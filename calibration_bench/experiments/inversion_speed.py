@@ -26,6 +26,7 @@ from calibration_bench.tables import speed_tables
 from dfq import InversionSettings, LoadedModel
 from dfq.device import resolve_device, resolve_precision
 from dfq.errors import RunError, SettingError
+from dfq.failures import explained, first_line
 from dfq.recipe import Products
 
 IMAGES = 32
@@ -226,7 +227,8 @@ def _contenders(options: Options, keys: list[Key], bench: Bench) -> list[Contend
     loaded = random_model(first["model"], options.seed)
     official = None
     if options.official is not None and any(k["implementation"] != "dfq" for k in keys):
-        try:
+        refusal = f"The official code cannot be run with {first['model']}: "
+        with explained(lambda e: SettingError(refusal + first_line(e))):
             official = Official(
                 options.official,
                 first["model"],
@@ -234,10 +236,6 @@ def _contenders(options: Options, keys: list[Key], bench: Bench) -> list[Contend
                 options.official_batch,
                 options.device,
             )
-        except Exception as error:
-            raise SettingError(
-                f"The official code cannot be run with {first['model']}: {error}"
-            ) from error
         bench.notes.note(f"official code {code(options.official)} loaded")
     return [Contender(key, loaded, official) for key in keys]
 

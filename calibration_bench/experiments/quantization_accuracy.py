@@ -16,7 +16,15 @@ from typing import Any
 
 from calibration_bench.methods import Method
 from calibration_bench.options import at_least, numbers, option, words
-from calibration_bench.quantized import Made, Tested, about, invert, load, quantize_each
+from calibration_bench.quantized import (
+    REDUCE_RANGE,
+    Made,
+    Tested,
+    about,
+    invert,
+    load,
+    quantize_each,
+)
 from calibration_bench.registry import Bench, Experiment, Key, Measured
 from calibration_bench.source_tables import accuracy_tables
 from calibration_bench.sources import RealImages, make
@@ -78,6 +86,7 @@ class Options(Tested):
     variants: str = option("default", f"Of quantization: {', '.join(VARIANTS)}; or all.")
     bits: str = option("4,8", "Of the weights.")
     attention: str = option("float", "float, int8, or both with a comma.")
+    reduce_range: bool = option(QuantizationSettings().reduce_range, REDUCE_RANGE)
     iterations: int = option(InversionSettings().iterations, "Of inversion.")
     limit: int | None = option(256, "Test on the first so many images only.")
 
@@ -114,6 +123,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
             "variant": variant,
             "bits": bits,
             "attention": attention,
+            "reduce_range": options.reduce_range,
         }
         for seed in seeds
         for source in sources
@@ -149,7 +159,9 @@ def _images(options: Options, key: Key, out: Path) -> Made:
 
 def _settings(key: Key) -> QuantizationSettings:
     changed = VARIANTS[key["variant"]]
-    base = QuantizationSettings(bits=key["bits"], attention=key["attention"])
+    base = QuantizationSettings(
+        bits=key["bits"], attention=key["attention"], reduce_range=key["reduce_range"]
+    )
     alone = UNCOVERED if key["source"] == REAL else {}
     return dataclasses.replace(base, **{**changed, **alone})
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 from calibration_bench.methods import patch_updates
 from calibration_bench.options import at_least, numbers, option, words
 from calibration_bench.quantized import (
+    REDUCE_RANGE,
     Made,
     Tested,
     about,
@@ -39,6 +40,7 @@ class Options(Tested):
     stages: int = option(4, "v: images of a PRI trajectory.")
     iterations: int = option(64, "Of PRI; the others' follow from its patch updates.")
     bits: int = option(4, "Of the weights: 4 or 8.")
+    reduce_range: bool = option(QuantizationSettings().reduce_range, REDUCE_RANGE)
     coverage: bool = option(False, "Calibrate also on what dfq puts beside inverted images.")
     limit: int | None = option(256, "Test on the first so many images only.")
 
@@ -55,6 +57,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
         "stages": options.stages,
         "coverage": options.coverage,
         "bits": options.bits,
+        "reduce_range": options.reduce_range,
     }
     patches = loaded.vit.arch.grid.patches
     budget = patch_updates(_settings(shared, "pri", options.iterations, 0), patches)
@@ -107,7 +110,7 @@ def _make(options: Options, key: Key, out: Path) -> Made:
 
 
 def _quantization(key: Key) -> QuantizationSettings:
-    settings = QuantizationSettings(bits=cast(Any, key["bits"]))
+    settings = QuantizationSettings(bits=cast(Any, key["bits"]), reduce_range=key["reduce_range"])
     return settings if key["coverage"] else dataclasses.replace(settings, smooth=(), fractal=0)
 
 

@@ -23,6 +23,7 @@ from dfq.checkpoint import CheckpointInfo
 from dfq.device import thread_count
 from dfq.errors import DfqError, SettingError, nearest
 from dfq.exporting.extras import installed
+from dfq.failures import first_line
 from dfq.inspection import doctor
 from dfq.progress import Progress, Silent
 from dfq.quantization.scheme import scheme_name
@@ -165,11 +166,10 @@ def _build_one(
         ready[name] = predict
     except DfqError as error:
         absent.append(Absent(name, str(error)))
-    except Exception as error:
+    except Exception as error:  # whatever they raise; there is no list
         if own:
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        absent.append(Absent(name, f"it failed: {first:.200}"))
+        absent.append(Absent(name, f"it failed: {first_line(error)}"))
 
 
 def _measure(

@@ -25,7 +25,7 @@ class FloatProducts:
     def __init__(self, vit: ViT) -> None:
         self.vit = vit
 
-    def images(self, graph: Graph, x: str) -> str:  # noqa: ARG002
+    def images(self, _: Graph, x: str) -> str:
         return x
 
     def linear(self, graph: Graph, name: str, x: str) -> str:
@@ -37,7 +37,7 @@ class FloatProducts:
     def attention(
         self,
         graph: Graph,
-        name: str,  # noqa: ARG002
+        _: str,
         q: str,
         k: str,
         v: str,

@@ -19,14 +19,14 @@ IMAGES = "images"
 class Products(Protocol):
     """How matrix products are written, by :func:`dfq.quantization.scheme.layers`' names."""
 
-    def images(self, graph: Graph, x: str) -> str:
+    def images(self, graph: Graph, x: str, /) -> str:
         """Normalised images to what the patch embedding multiplies, still as images."""
 
     def linear(self, graph: Graph, name: str, x: str) -> str:
         """``[..., in]`` to ``[..., out]``."""
 
     def attention(
-        self, graph: Graph, name: str, q: str, k: str, v: str, bias: str | None, scale: float
+        self, graph: Graph, name: str, q: str, k: str, v: str, bias: str | None, scale: float, /
     ) -> str:
         """``q`` ``[B, H, R, D]``, ``k`` ``[B, H, D, T]``, ``v`` ``[B, H, T, D]`` to
         ``[B, H, R, D]``; ``scale`` is that of the scores."""

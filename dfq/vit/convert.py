@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfq.errors import WeightsError
+from dfq.failures import explained, first_line
 from dfq.sparse import patchify
 from dfq.vit.architecture import Architecture
 from dfq.vit.describe import describe
@@ -64,12 +65,9 @@ def check_finite(state: dict[str, Any]) -> None:
 def _compare(model: Any, vit: ViT, name: str) -> None:
     """Compare the tokens after every block and after the last norm, and the output."""
     images = probes(vit.arch)
-    try:
-        with torch.inference_mode():
-            theirs = _stages(model, lambda: model(images))
-    except Exception as error:  # a caller's change that only running shows
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise refusal(name, f"its forward fails: {reason:.200}") from error
+    failing = explained(lambda e: refusal(name, f"its forward fails: {first_line(e)}"))
+    with failing, torch.inference_mode():
+        theirs = _stages(model, lambda: model(images))
     patches = patchify(images, vit.arch.grid)
     with torch.inference_mode():
         ours = _stages(vit, lambda: vit.classify(vit.tokens(patches)))

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from dfq.errors import WeightsError
+from dfq.failures import explained, first_line
 
 PREFIXES = ("opt/target/", "params/img/", "params/", "")
 BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/")
@@ -32,7 +33,14 @@ def read_jax(path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: it is no vision transformer, or not as timm reads them.
     """
-    try:
+    def explain(error: Exception) -> WeightsError:
+        return WeightsError(
+            f"{str(path)!r} is a NumPy archive that is not read as one of JAX's vision "
+            f"transformers ({type(error).__name__}: {first_line(error)}). Give a file of PyTorch "
+            "weights."
+        )
+
+    with explained(explain):
         with np.load(path, allow_pickle=False) as archive:
             prefix = _prefix(archive.files)
             if prefix is None:
@@ -45,14 +53,6 @@ def read_jax(path: Path) -> dict[str, Tensor]:
         model = VisionTransformer(**shape)
         with torch.no_grad():
             model.load_pretrained(str(path))
-    except WeightsError:
-        raise
-    except Exception as error:  # numpy and timm raise whatever odd shapes lead them to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"{str(path)!r} is a NumPy archive that is not read as one of JAX's vision "
-            f"transformers ({type(error).__name__}: {reason:.200}). Give a file of PyTorch weights."
-        ) from error
     state = dict(model.state_dict())
     if "pre_logits/kernel" in names:
         state[LAYER_BEFORE_HEAD] = torch.ones(1)

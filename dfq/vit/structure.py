@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dfq.errors import UnsupportedModelError, WeightsError
+from dfq.failures import explained, first_line
 
 Kinds = tuple[type[Any], ...]
 
@@ -334,10 +335,8 @@ def float_copy(model: nn.Module, name: str) -> nn.Module:
         known[id(parameter)] = nn.Parameter(values, requires_grad=False)
     for buffer in model.buffers():
         known[id(buffer)] = _to_float32(buffer.detach().cpu())
-    try:
+    with explained(lambda e: refusal(name, f"it cannot be copied ({first_line(e)})")):
         plain = copy.deepcopy(model, known)
-    except Exception as error:  # whatever the caller has attached to it
-        raise refusal(name, f"it cannot be copied ({str(error)[:200]})") from error
     for module in plain.modules():
         if "grad_checkpointing" in vars(module):
             module.__dict__["grad_checkpointing"] = False

@@ -16,6 +16,7 @@ from timm.models import beit, eva, vision_transformer
 from torch import nn
 
 from dfq.errors import WeightsError
+from dfq.failures import explained, first_line
 from dfq.vit.names import CLIP_PATCHES, State, Tensors, of_one_model, patch_embedding
 
 HEADS = ("head.", "head_dist.")
@@ -74,13 +75,13 @@ def _by_timm(model: nn.Module, state: State, name: str, path: Path) -> State:
         rename = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
         if any(map(DINOV2_NAMES.search, given)):  # which timm tells by its mask token
             given.setdefault("mask_token", state["patch_embed.proj.weight"])
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            return cast(State, rename(given, cast(Any, _WithoutSizes(model))))
-    except Exception as error:  # timm raises whatever odd shapes lead it to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path.name!r} does not fit {name!r}: {reason:.200}") from error
+    with (
+        explained(lambda e: WeightsError(f"{path.name!r} does not fit {name!r}: {first_line(e)}")),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        return cast(State, rename(given, cast(Any, _WithoutSizes(model))))
 
 
 def _check_patches(model: Any, state: State, name: str, path: Path) -> None:

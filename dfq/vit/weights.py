@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dfq.errors import WeightsError
+from dfq.failures import explained, first_line
 from dfq.vit.convert import check_finite
 from dfq.vit.formats import folder_given, names_in_zip, refuse_other_formats
 from dfq.vit.jax_weights import read_jax
@@ -235,23 +236,23 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    allowed: list[Any] = [(Ignored, name) for name in IGNORED]
-    allowed += [(IgnoredDict, name) for name in IGNORED_DICTS]
-    try:
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever damaged bytes lead it to
+    def explain(error: Exception) -> WeightsError:
         if "Weights only load failed" in str(error):
-            raise WeightsError(
+            return WeightsError(
                 f"{str(path)!r} holds more than weights{_blocked(error)}, which is never "
                 "unpickled. Save model.state_dict(), or use safetensors."
-            ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"{str(path)!r} is not a whole torch file ({reason:.200}). Check that the download is "
-            "complete."
-        ) from error
+            )
+        return WeightsError(
+            f"{str(path)!r} is not a whole torch file ({first_line(error)}). Check that the "
+            "download is complete."
+        )
+
+    allowed: list[Any] = [(Ignored, name) for name in IGNORED]
+    allowed += [(IgnoredDict, name) for name in IGNORED_DICTS]
+    trusted = torch.serialization.safe_globals(allowed)
+    with explained(explain), trusted, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _blocked(error: Exception) -> str:
