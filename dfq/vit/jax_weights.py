@@ -33,6 +33,7 @@ def read_jax(path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: it is no vision transformer, or not as timm reads them.
     """
+
     def explain(error: Exception) -> WeightsError:
         return WeightsError(
             f"{str(path)!r} is a NumPy archive that is not read as one of JAX's vision "
