@@ -83,7 +83,7 @@ BEFORE = {
 }
 """What a page takes for granted."""
 
-Run = Callable[[str], None]
+Run = Callable[[str], str]
 
 
 @pytest.fixture
@@ -116,11 +116,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_weights: Path) 
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Commands in the working directory."""
 
-    def command(text: str) -> None:
+    def command(text: str) -> str:
         words = shlex.split(smaller(text))[1:]
         monkeypatch.setattr(sys, "argv", ["dfq", *words])
         ended = CliRunner().invoke(app, words)
         assert ended.exit_code == 0, f"{text}: {ended.stderr}"
+        return ended.stdout
 
     return command
 
@@ -137,6 +138,18 @@ def test_the_steps_of_the_readme_run_in_their_order(run: Run, place: Path) -> No
             assert eval(smaller(call), {"dfq": dfq}) is not None
     for name in ("vit_base-w4a8/config.json", "images/manifest.json", "images.png"):
         assert (place / name).is_file()
+
+
+def labels(text: str) -> list[str]:
+    """First cells of a table of two columns, without those of lines that go on."""
+    return [cell for cell in re.findall(r"^│ ([\w-]*) ", text, re.M) if cell]
+
+
+@pytest.mark.usefixtures("place")
+def test_the_sample_of_the_readme_has_the_rows_that_are_printed(run: Run) -> None:
+    shown = labels((ROOT / "README.md").read_text())
+    assert shown == labels(run("dfq quantize demo --bits 4 --eval demo"))
+    assert "agreement" in shown
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs, blocks(page)))])
