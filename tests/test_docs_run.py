@@ -37,8 +37,8 @@ SMALLER = (
     (r"^(dfq benchmark .*)", r"\1 --runtimes dfq,torch-fp32 --seconds 0.02"),
     (r" --cold\b", ""),
     (r" --min-agreement 0\.98\b", " --min-agreement 0.5"),
-    (r"\bvit_small_patch14_dinov2\b", "test_vit"),
-    (r" --img-size 224\b", " --img-size 32"),
+    (r"\bvit_(small_patch14_dinov2|base_patch16_224)\b", "test_vit"),
+    (r" --img-size (224|384)\b", " --img-size 32"),
     (r"\bimages=64\b", "images=8"),
     (r"\b(dfq\.(?:quantize|invert|distill)\(.*?)\)", r"\1, iterations=4, threads=1)"),
     (r"\b(dfq\.distill\(.*?)\)", r"\1, images=8, steps=2)"),
@@ -92,6 +92,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_weights: Path) 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "my_vit.safetensors").symlink_to(small_weights)
+    torch.save(load_file(small_weights), tmp_path / "my_vit.pth")
     rng = np.random.default_rng(0)
     for number in range(40):
         folder = tmp_path / "val" / f"class {number % 5}"
