@@ -25,6 +25,7 @@ from dfq.errors import DfqError, SettingError, nearest
 from dfq.exporting.extras import installed
 from dfq.failures import first_line
 from dfq.inspection import doctor
+from dfq.installation import install_command
 from dfq.progress import Progress, Silent
 from dfq.quantization.scheme import scheme_name
 from dfq.results import Absent, BenchmarkResult, BenchmarkRow, ColdStart
@@ -146,7 +147,7 @@ def _build(
             runtime = RUNTIMES[name]
             missing = [package for package in runtime.packages if not installed(package)]
             if missing:
-                reason = f"{', '.join(missing)} not installed: pip install 'dfq[{runtime.extra}]'"
+                reason = f"{', '.join(missing)} not installed: {install_command(runtime.extra)}"
                 absent.append(Absent(name, reason))
             else:
                 _build_one(name, given, ready, absent)
