@@ -19,7 +19,14 @@ from safetensors.torch import save
 from dfq.arguments import checked
 from dfq.device import resolve_device
 from dfq.errors import CheckpointError, UsageError
-from dfq.files import check_replaceable, read_json, replaced_directory, write_bytes, write_json
+from dfq.files import (
+    check_replaceable,
+    read_json,
+    replaced_directory,
+    utf8_path,
+    write_bytes,
+    write_json,
+)
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.qtype import LARGEST_GROUP_SCALE
 from dfq.quantization.quantizer import Quantizer
@@ -224,7 +231,7 @@ def _read_state(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torc
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{str(path)!r} is no regular file.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             names = set(file.keys())
             if names != set(expected):
                 odd = sorted(names ^ set(expected))

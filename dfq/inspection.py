@@ -15,12 +15,13 @@ from dfq.arguments import checked
 from dfq.cache import cache_directory
 from dfq.dataset import SparseImageDataset
 from dfq.dataset_settings import SETTINGS
-from dfq.device import cpu_has, multiplies_bytes, resolve_precision
+from dfq.device import cpu_has, resolve_precision
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
 from dfq.quantization.scheme import scheme_name
 from dfq.recipe import to_dict
 from dfq.runtime import onednn, opaque
+from dfq.slow import slow_floats, slow_integers
 from dfq.synthesis import versions
 from dfq.vit.architecture import PIXEL_RANGE, Preprocessing, to_json
 from dfq.vit.describe import describe
@@ -212,30 +213,8 @@ def doctor(cache: str | Path | None = None) -> DoctorReport:
         precision=resolve_precision("auto", cpu),
         cache=str(root),
         problems=tuple(problems),
-        warnings=_slow(cpu),
+        warnings=(*slow_integers(cpu), *slow_floats(cpu, "auto")),
     )
-
-
-def _slow(device: torch.device) -> tuple[str, ...]:
-    """What makes this processor slow, with what to do."""
-    slow = []
-    if not onednn.available(device, onednn.PORTABLE):
-        slow.append(
-            "This processor multiplies 8-bit integers neither with VNNI nor with AVX2: quantized "
-            "models run on the reference kernels, several times slower than in floating point."
-        )
-    elif not multiplies_bytes(device):
-        slow.append(
-            "This processor has no 8-bit dot products (VNNI), so wide weights would saturate: "
-            "checkpoints quantized with reduce_range (the default) run fast, others on the "
-            "reference kernels, several times slower than in floating point."
-        )
-    if resolve_precision("auto", device) == "float32":
-        slow.append(
-            "This processor does not multiply bfloat16 natively: inversion runs in float32 and "
-            "takes about three times as long as the README says."
-        )
-    return tuple(slow)
 
 
 def _missing_demo_files() -> list[Path]:

@@ -775,18 +775,6 @@ def test_arguments_of_no_command_exit_with_2(args: list[str], cli: Cli) -> None:
     assert ended.json["error"]["message"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("args", [["doctor", "--json"], ["models"], ["--version"]], ids=" ".join)
-def test_a_full_output_is_a_message(args: list[str]) -> None:
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-m", "dfq", *args], stdout=full, stderr=subprocess.PIPE, text=True,
-            check=False,
-        )  # fmt: skip
-    assert ended.returncode == 2
-    assert ended.stderr == ("error: Cannot write to standard output: No space left on device.\n")
-
-
 @pytest.mark.parametrize("rows", ["0", "-1"])
 def test_a_preview_has_at_least_one_row(rows: str, cli: Cli, tmp_path: Path) -> None:
     cli.invert("--out", tmp_path / "images")
