@@ -6,6 +6,7 @@ import torch
 
 from dfq.device import multiplies_bfloat16, multiplies_bytes
 from dfq.runtime import onednn
+from dfq.runtime.params import Needs
 
 FLOAT32 = (
     "This processor does not multiply bfloat16 natively: inversion and distillation run in "
@@ -45,6 +46,7 @@ def slow_integers(device: torch.device, largest: int = onednn.PORTABLE) -> list[
     as they are multiplied; nothing on a GPU."""
     if device.type != "cpu" or multiplies_bytes(device):
         return []
-    if onednn.available(device, largest):
+    if onednn.refusal(device, Needs(largest)) is None:
         return [WITHOUT_VNNI]
-    return [TOO_WIDE] if onednn.available(device, onednn.PORTABLE) else [WITHOUT_AVX2]
+    portable = onednn.refusal(device, Needs(onednn.PORTABLE)) is None
+    return [TOO_WIDE] if portable else [WITHOUT_AVX2]

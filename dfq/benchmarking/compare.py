@@ -27,7 +27,7 @@ from dfq.failures import first_line
 from dfq.installation import install_command
 from dfq.pipeline.inspect import doctor
 from dfq.progress import Progress, Silent, warn
-from dfq.quantization.scheme import scheme_name
+from dfq.quantization.scheme import Scheme
 from dfq.results.values import Absent, BenchmarkResult, BenchmarkRow, ColdStart
 from dfq.slow import slow_integers
 
@@ -89,7 +89,7 @@ def benchmark(
     return BenchmarkResult(
         checkpoint=str(checkpoint),
         model=info.model,
-        scheme=scheme_name(info.recipe.quantization),
+        scheme=Scheme(info.recipe.quantization).name,
         attention=info.recipe.quantization.attention,
         backend=given.model.backend,
         rows=rows,

@@ -19,9 +19,10 @@ from dfq.device import cpu_has, resolve_precision
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
 from dfq.pipeline.synthesis import versions
-from dfq.quantization.scheme import scheme_name
+from dfq.quantization.scheme import Scheme
 from dfq.recipe import to_dict
 from dfq.runtime import onednn, opaque
+from dfq.runtime.params import Needs
 from dfq.slow import slow_floats, slow_integers
 from dfq.vit.architecture import PIXEL_RANGE, Preprocessing, to_json
 from dfq.vit.describe import describe
@@ -88,7 +89,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "kind": "checkpoint",
         "path": str(path),
         "model": info.model,
-        "scheme": scheme_name(info.recipe.quantization),
+        "scheme": Scheme(info.recipe.quantization).name,
         "attention": info.recipe.quantization.attention,
         "backend": model.backend,
         "compiler": opaque.compiler(),
@@ -192,11 +193,15 @@ class DoctorReport:
     warnings: tuple[str, ...]
 
 
+PORTABLE = Needs(largest_weight=onednn.PORTABLE)
+"""Of checkpoints quantized with ``reduce_range``."""
+
+
 @checked
 def doctor(cache: str | Path | None = None) -> DoctorReport:
     """Look at versions, processor, integer kernels, cache directory and demo files."""
     cpu = torch.device("cpu")
-    backend = runtime.select(cpu, largest=onednn.PORTABLE).NAME
+    backend = runtime.select(cpu, needs=PORTABLE).NAME
     root = cache_directory(cache)
     problems = []
     if not _writable(root):
