@@ -72,6 +72,8 @@ def runs(block: tuple[str, list[str]]) -> bool:
 
 def can_run(program: str) -> bool:
     """Whether what a program needs is here."""
+    if "openvino" in program and not installed("openvino"):
+        return False
     if "onnx" in program and not installed("onnx"):
         return False
     return "compiled=True" not in program or opaque.compiler() is not None
