@@ -65,6 +65,7 @@ class IntegerLinear(opaque.Part):
         self.register_buffer("input_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
         self._quantizer = Quantizer(1.0, 0, scheme.input)
+        self._largest: int | None = None
         self._prepared: tuple[Any, ...] | None = None
         self._folded: tuple[nn.LayerNorm, object] | None = None
 
@@ -81,11 +82,12 @@ class IntegerLinear(opaque.Part):
         self.input_scale.fill_(quantizer.scale)
         self.input_zero_point.fill_(quantizer.zero_point)
         self._read_quantizer()
+        self._largest = None
         self.reset()
 
     def integers(self) -> Tensor:
         """The weights in units of ``weight_scale``, int8 ``[out, in]``."""
-        return self.stored.integers()
+        return self.stored.integers
 
     @property
     def stored(self) -> StoredWeight:
@@ -119,6 +121,8 @@ class IntegerLinear(opaque.Part):
             return reference, params, reference.prepack(params)
         if self._prepared is None:
             params = self._params()
+            if self._largest is None:
+                self._largest = params.weight.largest
             kernels = self.select(self.backend)
             self._prepared = (kernels, params, kernels.prepack(params))
         return self._prepared
@@ -134,8 +138,9 @@ class IntegerLinear(opaque.Part):
 
     def largest_weight(self) -> int:
         """Largest magnitude of the integers that products multiply."""
-        low, high = self.integers().aminmax()
-        return max(-int(low), int(high))
+        if self._largest is None:
+            self._largest = self.stored.largest
+        return self._largest
 
     def _params(self) -> LinearParams:
         return LinearParams(self.stored, self.weight_scale, self.bias, self._quantizer)
@@ -200,11 +205,12 @@ class IntegerLinear(opaque.Part):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None, "_folded": None}
+        return {**self.__dict__, "_largest": None, "_prepared": None, "_folded": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._read_quantizer()
+        self._largest = None
         self.reset()
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLinear:

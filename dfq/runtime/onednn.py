@@ -51,7 +51,7 @@ def to_bytes(x: Tensor, largest: int = 255) -> Tensor:
 def prepack(params: LinearParams) -> object:
     """oneDNN's blocked copy of the weight, and its scales and zero points."""
     zero_points = torch.zeros_like(params.weight_scale, dtype=torch.int32)
-    weight = pack_weight(params.weight.integers())
+    weight = pack_weight(params.weight.integers)
     return weight, params.weight_scale, zero_points, params.bias
 
 

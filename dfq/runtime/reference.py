@@ -34,7 +34,7 @@ def scores_at_once(device: torch.device) -> int:
 
 def prepack(params: LinearParams) -> object:
     """The weight in float64, in which sums of integer products are exact."""
-    return params.weight.integers().double()
+    return params.weight.integers.double()
 
 
 def linear(

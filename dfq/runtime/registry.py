@@ -74,11 +74,6 @@ def register(backend: Backend) -> None:
     _backends.insert(0, backend)
 
 
-def unregister(name: str) -> None:
-    """Take a backend away."""
-    _backends.remove(get(name))
-
-
 def backends() -> list[str]:
     """Names of the backends, the preferred first."""
     return [backend.NAME for backend in _backends]

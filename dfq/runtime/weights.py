@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,10 +33,17 @@ class StoredWeight:
             return self.content
         return unpack_bits(self.content, self.bits, self.inputs)
 
+    @cached_property
     def integers(self) -> Tensor:
         """What products multiply: the integers times their groups' scales, int8
         ``[out, inputs]``."""
         return multiply_groups(self.unpacked(), self.group_scale, self.group)
+
+    @property
+    def largest(self) -> int:
+        """Largest magnitude of what products multiply."""
+        low, high = self.integers.aminmax()
+        return max(-int(low), int(high))
 
 
 def stored_shape(outputs: int, inputs: int, bits: int) -> tuple[tuple[int, int], torch.dtype]:
