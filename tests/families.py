@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +40,14 @@ SIZES: dict[str, Any] = {
 
 def build(kind: Callable[..., nn.Module], **changes: Any) -> nn.Module:
     """A model of spread activations; nothing that a test could miss stays zero."""
+    return spread_out(partial(kind, **{**SIZES, **changes}))
+
+
+def spread_out(make: Callable[[], nn.Module]) -> nn.Module:
+    """What ``make`` returns, with weights that make its logits differ between images."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = kind(**{**SIZES, **changes})
+        model = make()
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.15)

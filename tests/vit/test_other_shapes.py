@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from families import spread_out
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -50,15 +52,8 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 def timm_model(**changes: Any) -> nn.Module:
     """A model whose logits differ between images."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model(NAME, **{"img_size": 32, "num_classes": 5, **changes})
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.15)
-            else:
-                parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    sizes = {"img_size": 32, "num_classes": 5, **changes}
+    return spread_out(partial(timm.create_model, NAME, **sizes))
 
 
 @dataclass(frozen=True)

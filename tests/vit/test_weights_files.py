@@ -12,6 +12,7 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from families import spread_out
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import beit, eva, vision_transformer
@@ -38,15 +40,7 @@ SMALL = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_class
 
 def timm_model(name: str = "vit_base_patch16_224", **changes: Any) -> Any:
     """A small model of a family, whose logits differ between images."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model(name, **{**SMALL, **changes})
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.15)
-            else:
-                parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    return spread_out(partial(timm.create_model, name, **{**SMALL, **changes}))
 
 
 def load(path: Path, name: str = "vit_base_patch16_224", **options: Any) -> LoadedModel:
