@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from dfq.pipeline.distill import distill
     from dfq.pipeline.evaluate import evaluate
     from dfq.pipeline.inspect import DoctorReport, ModelEntry, doctor, inspect, models
-    from dfq.pipeline.quantize import invert, quantize
+    from dfq.pipeline.invert import invert
+    from dfq.pipeline.quantize import quantize
     from dfq.pipeline.write_dataset import write_dataset
     from dfq.quantization.model import QuantizedViT
     from dfq.recipe import (
@@ -74,7 +75,7 @@ _HOMES = {
     "export": "dfq.exporting.formats",
     "fractal_noise": "dfq.data.augmentation",
     "inspect": "dfq.pipeline.inspect",
-    "invert": "dfq.pipeline.quantize",
+    "invert": "dfq.pipeline.invert",
     "list_cache": "dfq.data.cache",
     "load": "dfq.checkpoint",
     "load_model": "dfq.vit.load",

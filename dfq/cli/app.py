@@ -13,6 +13,35 @@ from rich.table import Table
 import dfq
 from dfq.cli.errors import Group
 from dfq.cli.interrupts import raise_again
+from dfq.cli.options import (
+    Cache,
+    ClassMap,
+    Device,
+    Eval,
+    GlobalPool,
+    Images,
+    ImgSize,
+    InChans,
+    InputRange,
+    Iterations,
+    Json,
+    Mean,
+    MinAccuracy,
+    MinAgreement,
+    Model,
+    NumClasses,
+    Precision,
+    Quiet,
+    RecipeFile,
+    Seed,
+    Stages,
+    Std,
+    Threads,
+    Weights,
+    counts,
+    floats,
+    sides,
+)
 from dfq.cli.terminal import Shown, is_first, print_json, print_text
 from dfq.errors import GateError, SettingError
 from dfq.results.tables import (
@@ -59,134 +88,15 @@ def root(
     """Quantize a pretrained vision transformer to W8A8 or W4A8 without any data."""
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A timm name, an alias (vit_base, deit_small, ...), hf-hub:NAME, local-dir:FOLDER, "
-        "or 'demo'.",
-        show_default=False,
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(help="Weights to load: safetensors, or a torch file.", show_default=False),
-]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of the head.", show_default=False)]
-ImgSize = Annotated[
-    str | None,
-    typer.Option(help="Input in pixels: a square's side, or HEIGHT,WIDTH.", show_default=False),
-]
-InChans = Annotated[int | None, typer.Option(help="Channels of the input.", show_default=False)]
-GlobalPool = Annotated[
-    str | None, typer.Option(help="Pooling: token, avg or map.", show_default=False)
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        help="Per channel, of pixels / 255 or in the units of --input-range: 0.5,0.5,0.5",
-        show_default=False,
-    ),
-]
-Std = Annotated[str | None, typer.Option(help="As --mean.", show_default=False)]
-InputRange = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LOW,HIGH",
-        help="Lowest and highest value of the data before normalisation, in the units of --mean "
-        "and --std, which are then 0 and 1 by default: 0,255 or -1024,3071.",
-        show_default="0,1: pixels / 255",
-    ),
-]
-RecipeFile = Annotated[
-    Path | None, typer.Option(help="TOML file of settings; flags override it.", show_default=False)
-]
-Images = Annotated[
-    int | None, typer.Option(help="Images to make or to calibrate on.", show_default="32")
-]
-Iterations = Annotated[
-    int | None, typer.Option(help="Iterations of a trajectory.", show_default="48")
-]
-Stages = Annotated[
-    int | None, typer.Option(help="PRI: images a trajectory yields.", show_default="4")
-]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same bytes.", show_default="0")]
-Threads = Annotated[
-    int | None, typer.Option(help="Threads of inversion; recorded.", show_default="torch's")
-]
-Precision = Annotated[
-    str | None,
-    typer.Option(help="Of inversion: auto, float32, bfloat16 or int8.", show_default="auto"),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Cache = Annotated[
-    Path | None,
-    typer.Option(help="Cache directory; else $DFQ_CACHE, else the user's.", show_default=False),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="JSON alone on stdout: an object, of lists an array.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
-MinAgreement = Annotated[
-    float | None,
-    typer.Option(
-        help="Fail (exit 1) if the 95 % interval of agreement begins below, 0 to 1.",
-        show_default=False,
-    ),
-]
-MinAccuracy = Annotated[
-    float | None,
-    typer.Option(
-        help="Fail (exit 1) if the 95 % interval of top-1 begins below, 0 to 1.",
-        show_default=False,
-    ),
-]
-Eval = Annotated[
-    str | None,
-    typer.Option(
-        help="Image folder, with labels as class folders, or .npz, or 'demo'.", show_default=False
-    ),
-]
-ClassMap = Annotated[
-    Path | None,
-    typer.Option(
-        help="Indices of class folders: .txt, a name a line, or .json, {name: index}.",
-        show_default=False,
-    ),
-]
-
-
-def _floats(text: str | None, flag: str, example: str = "0.5,0.5,0.5") -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise SettingError(
-            f"{flag} is {text!r}; give numbers with commas, such as {example}."
-        ) from None
-
-
-def _counts(text: str, flag: str, example: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise SettingError(f"{flag} is {text!r}; give whole numbers, such as {example}.") from None
-
-
-def _sides(text: str | None) -> int | list[int] | None:
-    """An image size: one side, or height and width."""
-    if text is None:
-        return None
-    sides = _counts(text, "--img-size", "224 or 192,256")
-    return sides[0] if len(sides) == 1 else sides
-
-
 @app.command(epilog="Example: [bold]dfq quantize vit_base --bits 4[/]")
 def quantize(
     model: Model,
     bits: Annotated[
         int | None,
-        typer.Option(help="Of the weights, 4 or 8; activations have 8.", show_default="8"),
+        typer.Option(
+            help="Of the weights, 2 to 8; activations have 8 unless a recipe says fewer.",
+            show_default="8",
+        ),
     ] = None,
     recipe: RecipeFile = None,
     weights: Weights = None,
@@ -233,12 +143,12 @@ def quantize(
             recipe=recipe,
             weights=weights,
             num_classes=num_classes,
-            img_size=_sides(img_size),
+            img_size=sides(img_size),
             in_chans=in_chans,
             global_pool=global_pool,
-            mean=_floats(mean, "--mean"),
-            std=_floats(std, "--std"),
-            input_range=_floats(input_range, "--input-range", "0,255"),
+            mean=floats(mean, "--mean"),
+            std=floats(std, "--std"),
+            input_range=floats(input_range, "--input-range", "0,255"),
             calibration=calibration,
             images=images,
             iterations=iterations,
@@ -305,12 +215,12 @@ def invert(
         precision=precision,
         weights=weights,
         num_classes=num_classes,
-        img_size=_sides(img_size),
+        img_size=sides(img_size),
         in_chans=in_chans,
         global_pool=global_pool,
-        mean=_floats(mean, "--mean"),
-        std=_floats(std, "--std"),
-        input_range=_floats(input_range, "--input-range", "0,255"),
+        mean=floats(mean, "--mean"),
+        std=floats(std, "--std"),
+        input_range=floats(input_range, "--input-range", "0,255"),
         seed=seed,
         device=device,
         cache=cache,
@@ -356,7 +266,7 @@ def evaluate(
             class_map=class_map,
             float_model=float_,
             weights=weights,
-            img_size=_sides(img_size),
+            img_size=sides(img_size),
             in_chans=in_chans,
             global_pool=global_pool,
             device=device,
@@ -443,12 +353,12 @@ def distill(
         recipe=recipe,
         weights=weights,
         num_classes=num_classes,
-        img_size=_sides(img_size),
+        img_size=sides(img_size),
         in_chans=in_chans,
         global_pool=global_pool,
-        mean=_floats(mean, "--mean"),
-        std=_floats(std, "--std"),
-        input_range=_floats(input_range, "--input-range", "0,255"),
+        mean=floats(mean, "--mean"),
+        std=floats(std, "--std"),
+        input_range=floats(input_range, "--input-range", "0,255"),
         out=out,
         eval=eval,
         class_map=class_map,
@@ -511,7 +421,7 @@ def benchmark(
     """Measure a checkpoint's speed beside PyTorch, ONNX Runtime and OpenVINO."""
     result = dfq.benchmark(
         checkpoint,
-        batch=_counts(batch, "--batch", "1,16"),
+        batch=counts(batch, "--batch", "1,16"),
         seconds=seconds,
         threads=threads,
         runtimes=None if runtimes is None else runtimes.split(","),

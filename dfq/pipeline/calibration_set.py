@@ -15,7 +15,6 @@ from dfq.errors import DataError, DatasetError, SettingError, nearest
 from dfq.pipeline.comparison import (
     EVALUATION_BATCH,
     Comparison,
-    Metric,
     compare,
     metric_of,
     sparse_batches,
@@ -26,7 +25,7 @@ from dfq.quantization import QuantizedViT
 from dfq.recipe import METHODS, InversionSettings, Recipe
 from dfq.results.gates import check_decidable, decides
 from dfq.results.intervals import images_to_decide
-from dfq.results.values import CalibrationSource
+from dfq.results.values import CalibrationSource, Metric
 from dfq.vit.load import LoadedModel
 
 HELD_OUT_SEED = 1_000_003

@@ -18,7 +18,6 @@ from dfq.errors import SettingError, WeightsError
 from dfq.pipeline.comparison import (
     EVALUATION_BATCH,
     Comparison,
-    Metric,
     compare,
     dense_batches,
     metric_of,
@@ -28,7 +27,7 @@ from dfq.quantization import QuantizedViT
 from dfq.quantization.scheme import Scheme
 from dfq.results.gates import check_bounds, check_bounds_decidable, check_shares, doubts, gate
 from dfq.results.intervals import share_interval
-from dfq.results.values import AgreementOn, EvaluateResult, FloatQuantized
+from dfq.results.values import AgreementOn, EvaluateResult, FloatQuantized, Metric
 from dfq.slow import slow_integers
 from dfq.vit import Architecture, Preprocessing, ViT
 from dfq.vit.load import load_model

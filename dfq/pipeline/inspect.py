@@ -192,15 +192,11 @@ class DoctorReport:
     warnings: tuple[str, ...]
 
 
-PORTABLE = Needs(largest_weight=onednn.PORTABLE)
-"""Of checkpoints quantized with ``reduce_range``."""
-
-
 @checked
 def doctor(cache: str | Path | None = None) -> DoctorReport:
     """Look at versions, processor, integer kernels, cache directory and demo files."""
     cpu = torch.device("cpu")
-    backend = runtime.select(cpu, needs=PORTABLE).NAME
+    backend = runtime.select(cpu, needs=Needs(onednn.PORTABLE)).NAME
     root = cache_directory(cache)
     problems = []
     if not _writable(root):

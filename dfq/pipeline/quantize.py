@@ -1,4 +1,4 @@
-"""The verbs ``invert`` and ``quantize``, with the disk between them."""
+"""``dfq.quantize``: from a float model to a checkpoint, with images on disk between."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from dfq.pipeline.calibration_set import (
 )
 from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.pipeline.evaluate import accuracy_pair, agreement_on, check_measurable, open_evaluation
-from dfq.pipeline.synthesis import make_dataset
 from dfq.pipeline.workers import check_alone
 from dfq.progress import Progress, Silent, note_all, warn
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
@@ -47,7 +46,6 @@ from dfq.results.values import (
     BlockLoss,
     Bytes,
     CalibrationSource,
-    InvertResult,
     LayerNoise,
     QuantizeResult,
     Seconds,
@@ -60,100 +58,6 @@ from dfq.vit.load import LoadedModel, load_model, module_name
 
 DIAGNOSIS_BATCH, DIAGNOSIS_BATCHES = 4, 4
 """Images of the calibration set on which every layer is measured: at most 4 times 4."""
-
-
-@checked
-def invert(
-    model: str | nn.Module,
-    *,
-    method: str | None = None,
-    images: int | None = None,
-    iterations: int | None = None,
-    stages: int | None = None,
-    out: str | Path | None = None,
-    seed: int | None = None,
-    threads: int | None = None,
-    precision: str | None = None,
-    recipe: str | Path | Recipe | None = None,
-    settings: dict[str, Any] | None = None,
-    weights: str | Path | None = None,
-    num_classes: int | None = None,
-    img_size: int | Sequence[int] | None = None,
-    in_chans: int | None = None,
-    global_pool: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    input_range: Sequence[float] | None = None,
-    device: str | torch.device = "cpu",
-    cache: str | Path | None = None,
-    progress: Progress | None = None,
-) -> InvertResult:
-    """Invert a model into a sparse-image dataset, in the cache or in ``out``.
-
-    Args:
-        model, weights, num_classes, img_size, in_chans, global_pool, mean, std, input_range: see
-            :func:`dfq.load_model`.
-        method: ``pri``, ``smi``, ``dmi`` or ``noise``.
-        images: how many to make.
-        iterations: of a trajectory.
-        stages: ``pri``: images a trajectory yields; by default 4, or fewer where there are fewer
-            patches or iterations.
-        out: a directory for the dataset; without it the cache keeps it.
-        seed: of noise, targets and jitter.
-        threads: of the optimisation; torch's by default.
-        precision: ``auto``, ``float32``, ``bfloat16`` or ``int8``.
-        recipe: a TOML file or a :class:`dfq.Recipe`; the arguments override it.
-        settings: further fields of :class:`dfq.InversionSettings` to override.
-
-    Raises:
-        DfqError: one of its subclasses says what is wrong.
-    """
-    overrides = given(
-        settings,
-        method=method,
-        images=images,
-        iterations=iterations,
-        stages=stages,
-        seed=seed,
-        threads=threads,
-        precision=precision,
-    )
-    chosen = make_recipe(recipe, inversion=overrides).inversion
-    target, progress = resolve_device(device), progress or Silent()
-    if chosen.method != "noise":
-        warn(progress, slow_floats(target, chosen.precision))
-    loaded = load_model(
-        model,
-        weights=weights,
-        num_classes=num_classes,
-        img_size=img_size,
-        in_chans=in_chans,
-        global_pool=global_pool,
-        mean=mean,
-        std=std,
-        input_range=input_range,
-    )
-    note_all(progress, loaded.notes)
-    if not is_set("stages", stages, settings, recipe):
-        chosen = fit_stages(chosen, loaded.vit.arch.grid.patches)
-    started = time.perf_counter()
-    dataset, cached = make_dataset(
-        loaded,
-        chosen,
-        out=None if out is None else Path(out),
-        device=target,
-        cache=cache,
-        progress=progress,
-    )
-    return InvertResult(
-        model=loaded.name,
-        method=chosen.method,
-        images=len(dataset),
-        path=str(dataset.path),
-        cached=cached,
-        seconds=time.perf_counter() - started,
-        bytes=dataset.bytes,
-    )
 
 
 @checked
@@ -193,7 +97,7 @@ def quantize(
     Args:
         model, weights, num_classes, img_size, in_chans, global_pool, mean, std, input_range: see
             :func:`dfq.load_model`.
-        bits: 4 or 8, of the weights; activations have 8.
+        bits: 2 to 8, of the weights; activations have 8 unless a recipe says fewer.
         calibration: ``pri``, ``smi``, ``dmi``, ``noise``, or the path of a sparse-image
             dataset, an image folder or an ``.npz``.
         images: size of the calibration set.

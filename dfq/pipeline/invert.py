@@ -1,0 +1,115 @@
+"""``dfq.invert``: a model into a sparse-image dataset."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dfq.arguments import checked
+from dfq.device import resolve_device
+from dfq.inversion.schedule import fit_stages
+from dfq.pipeline.synthesis import make_dataset
+from dfq.progress import Progress, Silent, note_all, warn
+from dfq.recipe import Recipe, given, is_set, make_recipe
+from dfq.results.values import InvertResult
+from dfq.slow import slow_floats
+from dfq.vit.load import load_model
+
+
+@checked
+def invert(
+    model: str | nn.Module,
+    *,
+    method: str | None = None,
+    images: int | None = None,
+    iterations: int | None = None,
+    stages: int | None = None,
+    out: str | Path | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    precision: str | None = None,
+    recipe: str | Path | Recipe | None = None,
+    settings: dict[str, Any] | None = None,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_range: Sequence[float] | None = None,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> InvertResult:
+    """Invert a model into a sparse-image dataset, in the cache or in ``out``.
+
+    Args:
+        model, weights, num_classes, img_size, in_chans, global_pool, mean, std, input_range: see
+            :func:`dfq.load_model`.
+        method: ``pri``, ``smi``, ``dmi`` or ``noise``.
+        images: how many to make.
+        iterations: of a trajectory.
+        stages: ``pri``: images a trajectory yields; by default 4, or fewer where there are fewer
+            patches or iterations.
+        out: a directory for the dataset; without it the cache keeps it.
+        seed: of noise, targets and jitter.
+        threads: of the optimisation; torch's by default.
+        precision: ``auto``, ``float32``, ``bfloat16`` or ``int8``.
+        recipe: a TOML file or a :class:`dfq.Recipe`; the arguments override it.
+        settings: further fields of :class:`dfq.InversionSettings` to override.
+
+    Raises:
+        DfqError: one of its subclasses says what is wrong.
+    """
+    overrides = given(
+        settings,
+        method=method,
+        images=images,
+        iterations=iterations,
+        stages=stages,
+        seed=seed,
+        threads=threads,
+        precision=precision,
+    )
+    chosen = make_recipe(recipe, inversion=overrides).inversion
+    target, progress = resolve_device(device), progress or Silent()
+    if chosen.method != "noise":
+        warn(progress, slow_floats(target, chosen.precision))
+    loaded = load_model(
+        model,
+        weights=weights,
+        num_classes=num_classes,
+        img_size=img_size,
+        in_chans=in_chans,
+        global_pool=global_pool,
+        mean=mean,
+        std=std,
+        input_range=input_range,
+    )
+    note_all(progress, loaded.notes)
+    if not is_set("stages", stages, settings, recipe):
+        chosen = fit_stages(chosen, loaded.vit.arch.grid.patches)
+    started = time.perf_counter()
+    dataset, cached = make_dataset(
+        loaded,
+        chosen,
+        out=None if out is None else Path(out),
+        device=target,
+        cache=cache,
+        progress=progress,
+    )
+    return InvertResult(
+        model=loaded.name,
+        method=chosen.method,
+        images=len(dataset),
+        path=str(dataset.path),
+        cached=cached,
+        seconds=time.perf_counter() - started,
+        bytes=dataset.bytes,
+    )
