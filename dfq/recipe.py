@@ -7,53 +7,50 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from dfq.arguments import checked
 from dfq.errors import RecipeError, SettingError, nearest
-from dfq.validation import describe, settings
+from dfq.inversion.losses import LOSSES
+from dfq.inversion.schedules import METHODS
+from dfq.inversion.schedules.method import LeaveFirst
+from dfq.validation import OWNED, OneOf, Shares, describe, made_of, settings
 
-Method = Literal["pri", "smi", "dmi", "noise"]
-METHODS: tuple[str, ...] = get_args(Method)
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Products = Literal[Precision, "int8"]
 Start = Literal["auto", "teacher", "random"]
-LeaveFirst = Literal["most", "least"]
 Observer = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]
 Rounding = Literal["nearest", "gptq"]
 AttentionMode = Literal["float", "int8"]
 
 
-Shares = Annotated[tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...], Strict(False)]
-"""Numbers from 0 to 1; a list counts as a tuple."""
 Divisors = Annotated[tuple[Annotated[float, Field(ge=1.0, le=1024.0)], ...], Strict(False)]
 Classes = Annotated[tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Strict(False)]
 
 
 @settings
+@made_of([*METHODS.items(), *(("", loss) for loss in LOSSES.values())])
 class InversionSettings:
     """How synthetic images are made.  Bounds are checked on construction.
+
+    Fields of a method or a loss are declared by it, in :mod:`dfq.inversion.schedules` and
+    :mod:`dfq.inversion.losses`.
 
     Raises:
         SettingError: a value is out of its range.
     """
 
-    method: Method = Field(
+    method: Annotated[str, OneOf(METHODS)] = Field(
         default="pri",
-        description=(
-            "pri: Patch Rebirth Inversion; smi: sparse, discarding; dmi: dense; noise: no "
-            "optimisation"
-        ),
+        description="; ".join(f"{name}: {kind.summary}" for name, kind in METHODS.items()),
     )
     images: int = Field(
         default=32, ge=1, le=10_000_000, description="images to make (pri: sparse images)"
     )
-    stages: int = Field(
-        default=4, ge=1, le=1024, description="pri: images a trajectory yields, v of the paper"
-    )
+    stages: int = OWNED
     iterations: int = Field(
         default=48, ge=1, le=1_000_000, description="iterations T of a trajectory"
     )
@@ -64,9 +61,7 @@ class InversionSettings:
     beta2: float = Field(
         default=0.99, ge=0.0, le=0.9999, description="decay of Adam's second moment"
     )
-    tv: float = Field(
-        default=5.7e-4, ge=0.0, le=1e6, description="weight of each image's total variation"
-    )
+    tv: float = OWNED
     jitter: float = Field(
         default=0.125,
         ge=0.0,
@@ -81,23 +76,9 @@ class InversionSettings:
             "random where neither exists"
         ),
     )
-    leave_first: LeaveFirst = Field(
-        default="most",
-        description="pri: whether the most or the least important patches leave first",
-    )
-    leave_at: Shares = Field(
-        default=(),
-        description=(
-            "pri: when images leave, as shares of T, rising, all but the last; empty: at equal "
-            "steps"
-        ),
-    )
-    snapshots: int = Field(
-        default=1,
-        ge=1,
-        le=1024,
-        description="dmi: dense images saved of a trajectory, at equal steps up to T",
-    )
+    leave_first: LeaveFirst = OWNED
+    leave_at: Shares = OWNED
+    snapshots: int = OWNED
     plateau: int = Field(
         default=0,
         ge=0,
@@ -107,13 +88,8 @@ class InversionSettings:
             "iterations to the next; 0: never"
         ),
     )
-    prune_at: Shares = Field(
-        default=(0.0125, 0.025, 0.05, 0.075),
-        description="smi: when patches are dropped, as shares of T",
-    )
-    prune_share: float = Field(
-        default=0.3, ge=0.0, le=0.99, description="smi: share of the live patches dropped each time"
-    )
+    prune_at: Shares = OWNED
+    prune_share: float = OWNED
     classes: Classes = Field(
         default=(), description="classes to make images of, in turn; empty: all"
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_origin
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, Strict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
+from pydantic_core import core_schema
 
 from dfq.errors import SettingError, nearest
 
@@ -16,6 +17,30 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """No conversion: ``"1"`` and ``True`` are no numbers, ``1.0`` is no whole number."""
 
 T = TypeVar("T")
+
+Shares = Annotated[tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...], Strict(False)]
+"""Numbers from 0 to 1; a list counts as a tuple."""
+
+OWNED: Any = object()
+"""The default of a field that a part of the class declares (:func:`made_of`), and which has only
+its place and its type in the class itself."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOf:
+    """Metadata of text that must be one of ``names``, which may grow."""
+
+    names: Collection[str]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str) -> str:
+        if value not in self.names:
+            raise ValueError("unknown name")
+        return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +102,43 @@ def settings(cls: type[T]) -> type[T]:
     return cast("type[T]", made)
 
 
+def made_of(parts: Iterable[tuple[str, type[Any]]]) -> Callable[[type[T]], type[T]]:
+    """Give a class the fields of settings classes, each with a label for its descriptions.
+
+    A field may be declared by several parts that mean the same by it.  Those that the class
+    annotates with the default :data:`OWNED` stay in their places, the others come last.
+
+    Raises:
+        TypeError: a name means two things, or no part declares it.
+    """
+    owners: dict[str, list[str]] = {}
+    fields: dict[str, FieldInfo] = {}
+    for label, part in parts:
+        for name, field in cast("dict[str, FieldInfo]", part.__pydantic_fields__).items():
+            if name in fields and _facts(fields[name]) != _facts(field):
+                raise TypeError(f"{part.__name__}.{name} means something else elsewhere.")
+            owners.setdefault(name, []).append(label)
+            fields[name] = field
+
+    def fill(cls: type[T]) -> type[T]:
+        for name in cls.__annotations__:
+            if (getattr(cls, name, None) is OWNED) != (name in fields):
+                raise TypeError(f"{cls.__name__}.{name} is declared twice or nowhere.")
+        for name, field in fields.items():
+            label = ", ".join(filter(None, owners[name]))
+            text = f"{label}: {field.description}" if label else field.description
+            kind: Any = field.annotation
+            cls.__annotations__[name] = Annotated[kind, *field.metadata] if field.metadata else kind
+            setattr(cls, name, Field(default=field.default, description=text))
+        return cls
+
+    return fill
+
+
+def _facts(field: FieldInfo) -> tuple[Any, ...]:
+    return field.annotation, field.metadata, field.default, field.description
+
+
 def _refusal(
     kind: type[Any], args: tuple[Any, ...], values: Mapping[str, Any], error: ValidationError
 ) -> SettingError:
@@ -111,6 +173,9 @@ def _describe(name: str, field: FieldInfo) -> SettingInfo:
         kind = options[0]
     kind, inner = _unwrap(kind)
     constraints += inner
+    for each in constraints:
+        if isinstance(each, OneOf):
+            kind = cast(Any, Literal[tuple(each.names)])
     if get_origin(kind) is tuple:
         element, inner = _unwrap(get_args(kind)[0])
         kind, constraints = tuple[element, ...], constraints + inner  # type: ignore[valid-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from calibration_bench.measure.measure import Stopwatch, Trace
 from calibration_bench.measure.methods import stages
 from dfq import InversionSettings, LoadedModel, SparseImages
-from dfq.inversion import Engine, Unit, Watch, plan_units
+from dfq.inversion import Callback, Engine, Unit, plan_units
 
 
 def run(loaded: LoadedModel, settings: InversionSettings, device: str) -> Trace:
@@ -25,10 +25,13 @@ def run(loaded: LoadedModel, settings: InversionSettings, device: str) -> Trace:
 
 
 def unit_images(
-    loaded: LoadedModel, settings: InversionSettings, unit: Unit, watch: Watch | None = None
+    loaded: LoadedModel,
+    settings: InversionSettings,
+    unit: Unit,
+    callback: Callback | None = None,
 ) -> list[SparseImages]:
     """The images of a unit of work; ``precision`` and ``threads`` must be resolved."""
-    return Engine(loaded.vit, loaded.preprocessing, settings).run(unit, watch=watch)
+    return Engine(loaded.vit, loaded.preprocessing, settings).run(unit, callback=callback)
 
 
 def images(loaded: LoadedModel, settings: InversionSettings) -> list[list[SparseImages]]:

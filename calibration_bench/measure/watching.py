@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from dfq.data.preview import BACKGROUND, enlarge, sheet, write_png
-from dfq.inversion import Watch
+from dfq.inversion import Callback
 from dfq.sparse import Grid, unpatchify
 
 LEAVING = np.array([255, 150, 40]) / 255
 STAYING = np.array([150, 200, 255]) / 255
 
 
-class Recorder(Watch):
+class Recorder(Callback):
     """Losses and live patches of every iteration, and every ranking, of a unit of work."""
 
     def __init__(self, trajectories: int) -> None:
@@ -25,11 +25,11 @@ class Recorder(Watch):
         self.live: list[int] = []
         self.rankings: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def iterated(self, loss: Tensor, positions: Tensor) -> None:
+    def on_iteration(self, loss: Tensor, positions: Tensor) -> None:
         self.losses.append(float(loss) / self.trajectories)
         self.live.append(positions.shape[1])
 
-    def selected(self, importance: Tensor, positions: Tensor, leaving: Tensor) -> None:
+    def on_selection(self, importance: Tensor, positions: Tensor, leaving: Tensor) -> None:
         self.rankings.append((importance.cpu(), positions.cpu(), leaving.cpu()))
 
 

@@ -44,6 +44,7 @@ from dfq.cli.options import (
 )
 from dfq.cli.terminal import Shown, is_first, print_json, print_text
 from dfq.errors import GateError, SettingError
+from dfq.inversion.schedules import METHODS
 from dfq.results.tables import (
     benchmark_table,
     distill_table,
@@ -110,7 +111,8 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="pri, smi, dmi, noise, or a dataset, an image folder or .npz.", show_default="pri"
+            help=f"{', '.join(METHODS)}, or a dataset, an image folder or .npz.",
+            show_default="pri",
         ),
     ] = None,
     images: Images = None,
@@ -176,7 +178,7 @@ def quantize(
 def invert(
     model: Model,
     method: Annotated[
-        str | None, typer.Option(help="pri, smi, dmi or noise.", show_default="pri")
+        str | None, typer.Option(help=f"{', '.join(METHODS)}.", show_default="pri")
     ] = None,
     images: Images = None,
     iterations: Iterations = None,
@@ -299,7 +301,8 @@ def distill(
     data: Annotated[
         str | None,
         typer.Option(
-            help="pri, smi, dmi, noise, or a dataset, an image folder or .npz.", show_default="pri"
+            help=f"{', '.join(METHODS)}, or a dataset, an image folder or .npz.",
+            show_default="pri",
         ),
     ] = None,
     images: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,10 +14,12 @@ from dfq.inversion.frozen import can_pack, pack_linears
 from dfq.inversion.importance import importance_of, resolve_importance
 from dfq.inversion.integer import multiply_integers
 from dfq.inversion.jitter import Move, draw
+from dfq.inversion.losses import ImageLoss, losses_of
 from dfq.inversion.objective import Objective, make_objective, seeded
 from dfq.inversion.plateau import Plateau
 from dfq.inversion.runners import CHUNK, DeviceRunner, HostRunner, Problem, Runner
-from dfq.inversion.schedule import Event, Unit, events
+from dfq.inversion.schedule import Unit, events
+from dfq.inversion.schedules import Event
 from dfq.inversion.state import State
 from dfq.inversion.units import fold_units, units_of
 from dfq.recipe import InversionSettings
@@ -28,14 +30,14 @@ ALGORITHM_VERSION = 3
 """Part of every cache key; raised when the same settings come to give other images."""
 
 
-class Watch:
-    """Looks on while a unit is optimised, and changes nothing; this one looks away."""
+class Callback:
+    """Is called while a unit is optimised, and changes nothing; this one does nothing."""
 
-    def iterated(self, loss: Tensor, positions: Tensor) -> None:
+    def on_iteration(self, loss: Tensor, positions: Tensor) -> None:
         """After an iteration with patches at ``positions`` ``[B, L]``; ``loss`` is the sum
-        over the unit's trajectories, without the prior."""
+        over the unit's trajectories, without the losses of images."""
 
-    def selected(self, importance: Tensor, positions: Tensor, leaving: Tensor) -> None:
+    def on_selection(self, importance: Tensor, positions: Tensor, leaving: Tensor) -> None:
         """Patches have been ranked: ``importance`` ``[B, L]`` of those at ``positions``, and
         the indices ``[B, count]`` into them that leave."""
 
@@ -44,7 +46,7 @@ class Engine:
     """Inverts a model into sparse images, one unit of work at a time.
 
     The model is frozen and held in the compute precision, its weights packed where that
-    pays; pixels, gradients of the priors and Adam's moments are float32 and packed
+    pays; pixels, gradients of the losses of images and Adam's moments are float32 and packed
     ``[B, L, D]`` with the live patches, so that a patch that has left costs nothing.
     """
 
@@ -54,8 +56,10 @@ class Engine:
         preprocessing: Preprocessing,
         settings: InversionSettings,
         device: torch.device | str = "cpu",
+        losses: Sequence[ImageLoss] | None = None,
     ) -> None:
-        """``settings.precision`` and ``settings.threads`` must be resolved."""
+        """``settings.precision`` and ``settings.threads`` must be resolved; ``losses`` of images
+        are by default those that have a weight in the settings."""
         self.settings, self.units = settings, units_of(preprocessing)
         self.device = torch.device(device)
         self.dtype = carrier(settings.precision, self.device)
@@ -73,7 +77,16 @@ class Engine:
         mean = channel_values(self.units.level_mean, self.grid)
         std = channel_values(self.units.level_std, self.grid)
         self.bounds = (-mean / std).to(self.device), ((1 - mean) / std).to(self.device)
-        self.problem = Problem(self.vit, self.grid, settings, self.dtype, self.bounds, self.device)
+        self.losses = tuple(losses_of(settings) if losses is None else losses)
+        self.problem = Problem(
+            vit=self.vit,
+            grid=self.grid,
+            settings=settings,
+            dtype=self.dtype,
+            bounds=self.bounds,
+            losses=self.losses,
+            device=self.device,
+        )
         self.runner = self._make_runner()
         self._stream: torch.cuda.Stream | None = None
 
@@ -81,15 +94,15 @@ class Engine:
         self,
         unit: Unit,
         advance: Callable[[int], None] | None = None,
-        watch: Watch | None = None,
+        callback: Callback | None = None,
     ) -> list[SparseImages]:
         """Optimise one unit; returns its images in the order in which stages finished.
 
-        ``advance`` is called with 1 after every iteration, ``watch`` is told what happens.
+        ``advance`` is called with 1 after every iteration, ``callback`` with what happens.
         """
         threads = thread_count(self.settings.threads or torch.get_num_threads())
         with threads, torch.inference_mode(False), torch.enable_grad(), self.own_stream():
-            return self._run(unit, advance or (lambda _: None), watch or Watch())
+            return self._run(unit, advance or (lambda _: None), callback or Callback())
 
     def _make_runner(self) -> Runner:
         if self.device.type == "cuda":
@@ -110,7 +123,9 @@ class Engine:
             yield
         outer.wait_stream(self._stream)
 
-    def _run(self, unit: Unit, advance: Callable[[int], None], watch: Watch) -> list[SparseImages]:
+    def _run(
+        self, unit: Unit, advance: Callable[[int], None], callback: Callback
+    ) -> list[SparseImages]:
         seed, first = self.settings.seed, unit.first_trajectory
         generator = seeded(seed, "unit", unit.index)
         classes = self.settings.classes
@@ -120,9 +135,9 @@ class Engine:
         found: list[SparseImages] = []
         done = 0
         for event in self.events:
-            self._stage(state, event.iteration - done, objective, generator, advance, watch)
+            self._stage(state, event.iteration - done, objective, generator, advance, callback)
             done = event.iteration
-            leaving = self._leaving(state, event, objective, generator, watch)
+            leaving = self._leaving(state, event, objective, generator, callback)
             if event.kept:
                 found.append(self._images(state, leaving, objective.labels, unit, len(found)))
             if not event.stays:
@@ -142,14 +157,14 @@ class Engine:
         objective: Objective,
         generator: torch.Generator,
         advance: Callable[[int], None],
-        watch: Watch,
+        callback: Callback,
     ) -> None:
         plateau, chunk = Plateau(self.settings.plateau), self.settings.plateau or CHUNK
-        told = type(watch) is not Watch
+        told = type(callback) is not Callback
 
         def after(loss: Tensor) -> None:
             if told:
-                watch.iterated(loss.clone(), state.positions)
+                callback.on_iteration(loss.clone(), state.positions)
             advance(1)
 
         if iterations:
@@ -173,7 +188,7 @@ class Engine:
         event: Event,
         objective: Objective,
         generator: torch.Generator,
-        watch: Watch,
+        callback: Callback,
     ) -> Tensor:
         """Indices ``[B, count]`` into the live patches, in ascending order."""
         live = state.positions.shape[1]
@@ -187,10 +202,9 @@ class Engine:
             objective,
             generator,
         )
-        descending = event.kept and self.settings.leave_first == "most"
-        order = importance.argsort(dim=1, descending=descending, stable=True)
+        order = importance.argsort(dim=1, descending=event.leave_first == "most", stable=True)
         leaving = order[:, : event.count].sort(dim=1).values
-        watch.selected(importance, state.positions, leaving)
+        callback.on_selection(importance, state.positions, leaving)
         return leaving
 
     def _images(

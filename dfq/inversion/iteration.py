@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dfq.inversion.jitter import Move, mirror, move_table
+from dfq.inversion.losses import ImageLoss
+from dfq.inversion.losses.total_variation import TotalVariation
 from dfq.inversion.objective import Objective
-from dfq.inversion.priors import TotalVariation
 from dfq.inversion.state import State
 from dfq.recipe import InversionSettings
 from dfq.sparse import Grid
@@ -105,14 +107,20 @@ class Plain:
     step: Step
 
     def __init__(
-        self, state: State, grid: Grid, settings: InversionSettings, bounds: tuple[Tensor, Tensor]
+        self,
+        state: State,
+        grid: Grid,
+        settings: InversionSettings,
+        bounds: tuple[Tensor, Tensor],
+        losses: Sequence[ImageLoss],
     ) -> None:
         """``bounds`` are the smallest and the largest input, ``[D]`` each."""
         self.state, self.grid, self.settings, self.bounds = state, grid, settings, bounds
-        self.prior = TotalVariation(state.positions, grid)
+        self.terms = [(each.weight, each.bind(state.positions, grid)) for each in losses]
 
     def place(self) -> None:
-        self.prior.place(self.state.positions)
+        for _, term in self.terms:
+            term.place(self.state.positions)
 
     def enter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         patches = self._mirrored(self.state.patches).to(dtype, copy=True)
@@ -121,8 +129,9 @@ class Plain:
 
     def descend(self, gradient: Tensor) -> None:
         state, settings = self.state, self.settings
-        gradient = self._mirrored(gradient)
-        total = self.prior.gradient(state.patches).mul_(settings.tv).add_(gradient)
+        total = self._mirrored(gradient).to(state.patches.dtype)
+        for weight, term in self.terms:
+            total = term.gradient(state.patches).mul_(weight).add_(total)
         state.first.lerp_(total, 1 - settings.beta1)
         state.second.mul_(settings.beta2).addcmul_(total, total, value=1 - settings.beta2)
         root = state.second.sqrt().div_(self.step.spread).add_(ADAM_EPS)
@@ -148,9 +157,10 @@ class OnDevice(Plain):
         grid: Grid,
         settings: InversionSettings,
         bounds: tuple[Tensor, Tensor],
+        losses: Sequence[ImageLoss],
         course: Course,
     ) -> None:
-        super().__init__(state, grid, settings, bounds)
+        super().__init__(state, grid, settings, bounds, losses)
         self.course = course
 
     def enter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -158,9 +168,17 @@ class OnDevice(Plain):
         return super().enter(dtype)
 
 
+def fused_weight(losses: Sequence[ImageLoss]) -> float | None:
+    """Total variation's weight where it is the only loss, which is what the kernels of
+    :class:`Fused` hold; 0 without any loss, None with others."""
+    if not losses:
+        return 0.0
+    return losses[0].weight if len(losses) == 1 and type(losses[0]) is TotalVariation else None
+
+
 class Fused:
     """The update in two Triton kernels (:mod:`dfq.inversion.kernels`); as :class:`Plain` but
-    for the order of sums."""
+    for the order of sums, and for total variation alone."""
 
     def __init__(
         self,
@@ -168,10 +186,15 @@ class Fused:
         grid: Grid,
         settings: InversionSettings,
         bounds: tuple[Tensor, Tensor],
+        losses: Sequence[ImageLoss],
         course: Course,
     ) -> None:
         from dfq.inversion import kernels
 
+        weight = fused_weight(losses)
+        if weight is None:
+            raise ValueError(f"no kernel holds the losses {[each.name for each in losses]}")
+        self.tv = weight
         self.kernels, self.state, self.grid, self.settings = kernels, state, grid, settings
         self.bounds, self.course = bounds, course
         batch, live = state.positions.shape
@@ -205,7 +228,7 @@ class Fused:
             *(course.mirrored, course.corrections, course.at),
             *(self.squares, gradient.contiguous(), *self.bounds),
             *(state.patches, state.first, state.second),
-            tv=settings.tv,
+            tv=self.tv,
             beta1=settings.beta1,
             beta2=settings.beta2,
             eps=ADAM_EPS,
@@ -213,7 +236,7 @@ class Fused:
 
 
 def iterate(vit: ViT, objective: Objective, update: Update, dtype: torch.dtype) -> Tensor:
-    """One iteration; returns the loss before it, summed over trajectories, without the prior."""
+    """One iteration; returns the objective before it, summed over trajectories."""
     patches, positions = update.enter(dtype)
     patches.requires_grad_()
     loss = objective.loss(vit.forward_sparse(patches, positions))

@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 
 from dfq.device import has_triton
-from dfq.inversion.iteration import Course, Fused, OnDevice, Plain, Update, iterate, make_step
+from dfq.inversion.iteration import (
+    Course,
+    Fused,
+    OnDevice,
+    Plain,
+    Update,
+    fused_weight,
+    iterate,
+    make_step,
+)
 from dfq.inversion.jitter import Move
+from dfq.inversion.losses import ImageLoss
 from dfq.inversion.objective import Objective
 from dfq.inversion.state import State
 from dfq.recipe import InversionSettings
@@ -39,6 +49,7 @@ class Problem:
     settings: InversionSettings
     dtype: torch.dtype
     bounds: tuple[Tensor, Tensor]
+    losses: tuple[ImageLoss, ...]
     device: torch.device
 
 
@@ -67,7 +78,7 @@ class HostRunner:
     def begin(self, state: State, objective: Objective) -> None:
         at = self.problem
         self.state, self.objective = state, objective
-        self.update = Plain(state, at.grid, at.settings, at.bounds)
+        self.update = Plain(state, at.grid, at.settings, at.bounds, at.losses)
 
     def run(self, moves: list[Move], after: Callable[[Tensor], None]) -> Tensor:
         at, losses = self.problem, []
@@ -90,9 +101,11 @@ class DeviceRunner:
     """
 
     def __init__(self, problem: Problem, *, graphs: bool, fused: bool | None = None) -> None:
-        """``fused``: update in Triton's kernels; by default where it has them."""
+        """``fused``: update in Triton's kernels where they hold all losses; by default if Triton
+        has them for the device."""
         self.problem, self.graphs = problem, graphs
-        self.fused = has_triton(problem.device) if fused is None else fused
+        wanted = has_triton(problem.device) if fused is None else fused
+        self.fused = wanted and fused_weight(problem.losses) is not None
         self.fallbacks: list[str] = []
         self._places: dict[tuple[int, int], _Place] = {}
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
@@ -130,7 +143,7 @@ class DeviceRunner:
 
     def _make_update(self, state: State, course: Course) -> Update:
         at, kind = self.problem, Fused if self.fused else OnDevice
-        return kind(state, at.grid, at.settings, at.bounds, course)
+        return kind(state, at.grid, at.settings, at.bounds, at.losses, course)
 
     def _iterate(self, here: _Place, left: int) -> None:
         if here.graph is None and self.graphs and here.done >= EAGER and left >= WORTH:

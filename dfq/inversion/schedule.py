@@ -1,4 +1,4 @@
-"""PRI, SMI and DMI as data: who leaves a trajectory when, and whether they are kept."""
+"""The schedule of settings: when patches leave a trajectory; and work cut into units."""
 
 from __future__ import annotations
 
@@ -8,21 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from dfq.errors import SettingError
+from dfq.inversion.losses import LOSSES
+from dfq.inversion.schedules import METHODS, Event, Method
+from dfq.inversion.schedules.method import OPTIMIZATION, RANKING
 from dfq.recipe import InversionSettings
-
-
-@dataclass(frozen=True)
-class Event:
-    """After ``iteration`` steps ``count`` patches of each trajectory leave.
-
-    ``kept`` events make an image of them; the others drop them.  With ``stays`` the image
-    is a copy, and its patches go on.
-    """
-
-    iteration: int
-    count: int
-    kept: bool
-    stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,83 +39,66 @@ class Unit:
         return dict(sorted(Counter(k for row in self.sizes for k in row).items()))
 
 
+def method_of(settings: InversionSettings) -> Method:
+    """The method that these settings name, with its fields."""
+    return METHODS[settings.method].of(settings)
+
+
 def events(settings: InversionSettings, patches: int) -> tuple[Event, ...]:
     """The events of a trajectory that starts with ``patches`` patches.
 
-    PRI (arXiv 2509.23235): at each of ``v`` uniform iterations the N/v most important
-    patches leave as one image.  SMI (arXiv 2510.27186): at four early iterations 30 % of
-    the live patches are dropped.  DMI (arXiv 1912.08795): all patches stay to the end; with
-    ``snapshots`` an image of all is saved on the way as often as that.
-
     Raises:
-        SettingError: more stages than patches or iterations, ``leave_at`` does not fit them,
-            or nothing is left to keep.
+        SettingError: the method's fields do not fit so many patches or iterations.
     """
-    total = settings.iterations
-    if settings.method == "noise":
-        return (Event(0, patches, True),)
-    if settings.method == "pri":
-        return _pri(settings, patches)
-    if settings.method == "dmi":
-        return _dmi(settings.snapshots, total, patches)
-    found: list[Event] = []
-    if settings.method == "smi":
-        for share in sorted(settings.prune_at):
-            count = round(patches * settings.prune_share)
-            patches -= count
-            if count:
-                found.append(Event(min(total, max(1, round(share * total))), count, False))
-        if patches < 1:
-            raise SettingError(
-                f"prune_share {settings.prune_share} at {settings.prune_at} leaves no patch."
-            )
-    return (*found, Event(total, patches, True))
+    schedule = method_of(settings).events(settings.iterations, patches)
+    if problem := _problem(schedule, settings.iterations, patches):
+        raise SettingError(f"The schedule of method {settings.method!r} is wrong: {problem}.")
+    return schedule
 
 
-def _dmi(snapshots: int, total: int, patches: int) -> tuple[Event, ...]:
-    if snapshots > total:
-        raise SettingError(f"snapshots is {snapshots}, but there are only {total} iterations.")
-    return tuple(
-        Event(round(k * total / snapshots), patches, True, stays=k < snapshots)
-        for k in range(1, snapshots + 1)
-    )
+def _problem(schedule: tuple[Event, ...], iterations: int, patches: int) -> str | None:
+    """What keeps a schedule from being run."""
+    times = [0, *(event.iteration for event in schedule)]
+    if any(a > b for a, b in pairwise(times)) or times[-1] > iterations:
+        return f"events at {times[1:]} of {iterations} iterations are not in order"
+    live = patches
+    for event in schedule:
+        if not 0 < event.count <= live:
+            return f"{event.count} of {live} live patches leave at iteration {event.iteration}"
+        live -= 0 if event.stays else event.count
+    return None if any(event.kept for event in schedule) else "it keeps no image"
 
 
-def _pri(settings: InversionSettings, patches: int) -> tuple[Event, ...]:
-    stages, total = settings.stages, settings.iterations
-    for limit, what in ((patches, "patches"), (total, "iterations")):
-        if stages > limit:
-            raise SettingError(
-                f"stages is {stages}, but there are only {limit} {what}; "
-                f"give at most {limit} (stages = {limit}, --stages {limit})."
-            )
-    return tuple(
-        Event(at, round(k * patches / stages) - round((k - 1) * patches / stages), True)
-        for k, at in enumerate(_detachments(settings), 1)
-    )
-
-
-def _detachments(settings: InversionSettings) -> list[int]:
-    """After how many iterations each image of a PRI trajectory leaves."""
-    stages, total = settings.stages, settings.iterations
-    if not settings.leave_at:
-        return [round(k * total / stages) for k in range(1, stages + 1)]
-    found = [*(round(share * total) for share in settings.leave_at), total]
-    if len(found) != stages or any(a >= b for a, b in pairwise([0, *found])):
-        raise SettingError(
-            f"leave_at is {list(settings.leave_at)}, which is after {found[:-1]} of {total} "
-            f"iterations; for stages = {stages} it takes {stages - 1} shares of T, each at least "
-            "an iteration after the one before, and the last before the end."
-        )
-    return found
+def unused_fields(method: str) -> set[str]:
+    """Fields of the settings that do not touch a method's images, and so are no part of their
+    cache key."""
+    kind = METHODS[method]
+    unused = {name for other in METHODS.values() for name in other.fields()} - {*kind.fields()}
+    if not kind.ranks:
+        unused |= RANKING
+    if not kind.optimizes:
+        unused |= {*OPTIMIZATION, *(name for loss in LOSSES.values() for name in loss.fields())}
+    return unused
 
 
 def fit_stages(settings: InversionSettings, patches: int) -> InversionSettings:
-    """The settings with no more stages than there are patches and iterations."""
-    if settings.leave_at:
-        return settings
-    most = min(settings.stages, settings.iterations, patches)
-    return dataclasses.replace(settings, stages=most)
+    """The settings with no more stages than there are patches and iterations, whatever the method;
+    those of a method that would lose another field of its own by it are left alone."""
+    for kind in METHODS.values():
+        own = kind.of(settings)
+        fitted = own.fitted(settings.iterations, patches)
+        changes = {n for n in kind.fields() if getattr(own, n) != getattr(fitted, n)}
+        if changes == {"stages"}:
+            settings = fit(settings, patches, kind)
+    return settings
+
+
+def fit(
+    settings: InversionSettings, patches: int, kind: type[Method] | None = None
+) -> InversionSettings:
+    """The settings with a method's fields, by default those of their own, as they can be run."""
+    fitted = (kind or METHODS[settings.method]).of(settings).fitted(settings.iterations, patches)
+    return dataclasses.replace(settings, **{n: getattr(fitted, n) for n in fitted.fields()})
 
 
 def plan_units(settings: InversionSettings, patches: int) -> tuple[Unit, ...]:

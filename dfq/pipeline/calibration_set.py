@@ -12,6 +12,7 @@ from dfq.data.dataset import SparseImageDataset
 from dfq.data.images import DenseImages, open_images
 from dfq.data.settings import SETTINGS
 from dfq.errors import DataError, DatasetError, SettingError, nearest
+from dfq.inversion.schedule import events, fit
 from dfq.pipeline.comparison import (
     EVALUATION_BATCH,
     Comparison,
@@ -82,7 +83,8 @@ def augmented(
     source: SparseImageDataset | DenseImages, settings: AugmentationSettings
 ) -> SparseImageDataset | DenseImages | AugmentedImages:
     """Inverted images with what makes them cover real ones; other images as they are."""
-    if isinstance(source, SparseImageDataset) and source.method != "noise":
+    noise = [name for name, method in METHODS.items() if not method.optimizes]
+    if isinstance(source, SparseImageDataset) and source.method not in noise:
         return AugmentedImages(source, settings)
     return source
 
@@ -116,20 +118,16 @@ def held_out_settings(
     Raises:
         SettingError: those cannot decide it either.
     """
-    method = settings.method if settings.method != "noise" else InversionSettings().method
-    most = min(settings.iterations, patches)
-    stages = min(settings.stages, most) if method == "pri" else 1
-    images = settings.unit_size * stages
+    method = settings.method if METHODS[settings.method].optimizes else InversionSettings().method
+    chosen = fit(dataclasses.replace(settings, method=method), patches)
+    images = settings.unit_size * sum(event.kept for event in events(chosen, patches))
     if min_agreement is not None and metric != "cosine" and not decides(min_agreement, images):
         images = max(images, settings.images)
         needed = images_to_decide(min_agreement)
         advice = f"give real ones (--eval DATA), or invert as many (--images {needed})"
         check_decidable("min_agreement", min_agreement, images, advice)
     return dataclasses.replace(
-        settings,
-        method=method,
-        stages=stages,
-        leave_at=settings.leave_at if stages == settings.stages else (),
+        chosen,
         seed=(settings.seed + HELD_OUT_SEED) % 2**31,
         images=images,
     )

@@ -27,6 +27,7 @@ from dfq.errors import DatasetError
 from dfq.files import make_directory, safe_name
 from dfq.inversion import ALGORITHM_VERSION, Engine, objective_of, plan_units, resolve_importance
 from dfq.inversion.objective import check_classes
+from dfq.inversion.schedule import unused_fields
 from dfq.inversion.units import units_of
 from dfq.pipeline.workers import Workers
 from dfq.progress import Progress
@@ -34,36 +35,18 @@ from dfq.recipe import InversionSettings, to_dict
 from dfq.vit.architecture import to_json as describe
 from dfq.vit.load import LoadedModel
 
-_UNUSED: dict[str, tuple[str, ...]] = {
-    "pri": ("prune_at", "prune_share", "snapshots"),
-    "smi": ("stages", "leave_first", "leave_at", "snapshots"),
-    "dmi": ("stages", "importance", "leave_first", "leave_at", "prune_at", "prune_share"),
-    "noise": (
-        "stages",
-        "leave_first",
-        "leave_at",
-        "snapshots",
-        "importance",
-        "plateau",
-        "prune_at",
-        "prune_share",
-        "iterations",
-        "lr",
-        "beta1",
-        "beta2",
-        "tv",
-        "jitter",
-        "flip",
-    ),
-}
-"""Settings that do not touch a method's images, and so are no part of its cache key."""
-
 IDLE = 3600.0
 """Seconds after which an unfinished dataset counts as given up."""
 
-_LATER = ("leave_first", "leave_at", "snapshots", "classes")
-"""Settings that datasets did not always have: recorded only where they are not the default,
-so that a dataset made before them is still found."""
+_ALWAYS = frozenset(
+    {
+        *("method", "images", "stages", "iterations", "lr", "beta1", "beta2", "tv", "jitter"),
+        *("flip", "importance", "plateau", "prune_at", "prune_share", "unit_size", "seed"),
+        "precision",
+    }
+)
+"""Settings that datasets had from the first.  Others are recorded only where they are not the
+default, so that a dataset made before them is still found."""
 
 
 def make_dataset(
@@ -130,9 +113,10 @@ def _dataset_settings(
     """Content of ``settings.json``."""
     relevant = to_dict(settings)
     threads = relevant.pop("threads")
-    unchanged = {n for n in _LATER if getattr(settings, n) == getattr(InversionSettings(), n)}
-    for name in {*_UNUSED[settings.method], *unchanged}:
-        relevant.pop(name)
+    default = to_dict(InversionSettings())
+    unchanged = {n for n in {*relevant} - _ALWAYS if relevant[n] == default[n]}
+    for name in unused_fields(settings.method) | unchanged:
+        del relevant[name]
     facts = dataset_facts(loaded, relevant, threads, machine_of(device))
     if units_of(loaded.preprocessing) is not loaded.preprocessing:
         facts["units"] = "input range"

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from dfq.errors import DamagedError, DataError, OutputError, SettingError
 from dfq.files import check_replaceable, replaced_directory
 from dfq.pipeline.synthesis import dataset_facts, machine_of
 from dfq.process_state import callers_state
-from dfq.recipe import Method
+from dfq.recipe import METHODS
 from dfq.sparse import Grid, SparseImages
 from dfq.vit.load import LoadedModel
 
@@ -53,11 +53,11 @@ def write_dataset(
         SettingError: ``origin`` is no word of lower-case letters, digits and hyphens, or the
             name of one of dfq's methods; or ``settings`` are no JSON.
     """
-    path, methods = Path(out), get_args(Method)
-    if not ORIGIN.fullmatch(origin) or origin in methods:
+    path = Path(out)
+    if not ORIGIN.fullmatch(origin) or origin in METHODS:
         raise SettingError(
             f"origin is {origin!r}; allowed: up to 32 lower-case letters, digits and hyphens, but "
-            f"none of dfq's own methods ({', '.join(methods)})."
+            f"none of dfq's own methods ({', '.join(METHODS)})."
         )
     try:
         json.dumps(settings, sort_keys=True, allow_nan=False)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import make_vit
 from timm.models.vision_transformer import VisionTransformer
 
-from dfq.inversion import Engine, Watch, plan_units
+from dfq.inversion import Callback, Engine, plan_units
 from dfq.inversion.importance import importance_of, resolve_importance
 from dfq.inversion.objective import BinaryObjective, ClassObjective, DirectionObjective
 from dfq.inversion.plateau import Plateau
@@ -277,17 +277,17 @@ def test_a_snapshot_is_what_a_run_of_that_length_makes(loaded: LoadedModel) -> N
     assert torch.equal(shots[0].patches, half.patches)
 
 
-class Selections(Watch):
+class Selections(Callback):
     """What the engine says while it runs."""
 
     def __init__(self) -> None:
         self.losses: list[tuple[float, int]] = []
         self.chosen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def iterated(self, loss: torch.Tensor, positions: torch.Tensor) -> None:
+    def on_iteration(self, loss: torch.Tensor, positions: torch.Tensor) -> None:
         self.losses.append((float(loss), positions.shape[1]))
 
-    def selected(
+    def on_selection(
         self, importance: torch.Tensor, positions: torch.Tensor, leaving: torch.Tensor
     ) -> None:
         self.chosen.append((importance, positions, leaving))
@@ -298,12 +298,12 @@ def test_the_most_or_the_least_important_leave_first(loaded: LoadedModel, first:
     settings = chosen(leave_first=first)
     engine = Engine(loaded.vit, loaded.preprocessing, settings)
     (unit,) = plan_units(settings, 16)
-    watch = Selections()
-    images = engine.run(unit, watch=watch)
+    callback = Selections()
+    images = engine.run(unit, callback=callback)
     assert same(images, engine.run(unit))
-    assert [live for _, live in watch.losses] == [16, 16, 12, 12, 8, 8, 4, 4]
-    assert len(watch.chosen) == 3
-    for (importance, positions, leaving), batch in zip(watch.chosen, images, strict=False):
+    assert [live for _, live in callback.losses] == [16, 16, 12, 12, 8, 8, 4, 4]
+    assert len(callback.chosen) == 3
+    for (importance, positions, leaving), batch in zip(callback.chosen, images, strict=False):
         ranks = importance.argsort(dim=1).argsort(dim=1)
         kept = ranks.gather(1, leaving)
         live = importance.shape[1]

@@ -10,9 +10,10 @@ import torch
 from conftest import make_vit
 from torch import Tensor
 
-from dfq.inversion import Engine, Watch, plan_units
+from dfq.inversion import Callback, Engine, plan_units
 from dfq.inversion.iteration import Course, Fused, OnDevice, Plain, Update, make_step
 from dfq.inversion.jitter import Move
+from dfq.inversion.losses.total_variation import TotalVariation
 from dfq.inversion.runners import DeviceRunner
 from dfq.inversion.state import State
 from dfq.recipe import InversionSettings
@@ -22,6 +23,7 @@ from dfq.vit.load import LoadedModel, load_model
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where there is no GPU, conftest.py has Triton's kernels interpreted."""
 
+TV = (TotalVariation(),)
 MOVES: list[Move] = [(1, -1, True), (-1, 0, False)]
 
 
@@ -87,9 +89,9 @@ def test_updates_are_the_plain_one(kind: type[Any], grid: Grid, live: int) -> No
     shape = (2, live, grid.patch_values)
     gradients = [torch.randn(shape, generator=g).to(DEVICE) * 1e-2 for _ in MOVES]
     plain, state = make_state(grid, live), make_state(grid, live)
-    expected = updated(Plain(plain, grid, settings, bounds), plain, gradients)
+    expected = updated(Plain(plain, grid, settings, bounds, TV), plain, gradients)
     course = make_course(settings, grid)
-    found = updated(kind(state, grid, settings, bounds, course), state, gradients, course)
+    found = updated(kind(state, grid, settings, bounds, TV, course), state, gradients, course)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=2e-6)
     assert not torch.equal(state.patches, make_state(grid, live).patches)
@@ -100,15 +102,15 @@ def test_a_place_takes_other_positions() -> None:
     bounds = torch.full((48,), -9.0, device=DEVICE), torch.full((48,), 9.0, device=DEVICE)
     state = make_state(grid, 4, seed=0)
     course = make_course(settings, grid)
-    update = OnDevice(state, grid, settings, bounds, course)
-    tensors = [pairs.data_ptr() for pairs in update.prior.pairs]
+    update = OnDevice(state, grid, settings, bounds, TV, course)
+    tensors = [pairs.data_ptr() for pairs in update.terms[0][1].pairs]
     state.copy_(make_state(grid, 4, seed=1))
     other = make_state(grid, 4, seed=1)
     gradients = [torch.zeros_like(state.patches) for _ in MOVES]
     found = updated(update, state, gradients, course)
-    expected = updated(Plain(other, grid, settings, bounds), other, gradients)
+    expected = updated(Plain(other, grid, settings, bounds, TV), other, gradients)
     torch.testing.assert_close(found, expected)
-    assert tensors == [pairs.data_ptr() for pairs in update.prior.pairs]
+    assert tensors == [pairs.data_ptr() for pairs in update.terms[0][1].pairs]
 
 
 def test_corrections_are_those_of_torch_optim() -> None:
@@ -122,7 +124,7 @@ def test_corrections_are_those_of_torch_optim() -> None:
     optimizer = torch.optim.Adam([leaf], lr=0.1, betas=betas, eps=1e-8)
     no_tv = dataclasses.replace(settings, tv=0.0)
     bounds = torch.full((48,), -99.0, device=DEVICE), torch.full((48,), 99.0, device=DEVICE)
-    update = Plain(state, GRID, no_tv, bounds)
+    update = Plain(state, GRID, no_tv, bounds, ())
     for step in (1, 2, 3):
         leaf.grad = gradient * step
         optimizer.step()
@@ -138,9 +140,9 @@ def on_device(loaded: LoadedModel, settings: InversionSettings, *, fused: bool) 
     return engine
 
 
-def images(engine: Engine, watch: Watch | None = None) -> list[SparseImages]:
+def images(engine: Engine, callback: Callback | None = None) -> list[SparseImages]:
     units = plan_units(engine.settings, engine.grid.patches)
-    return [batch for unit in units for batch in engine.run(unit, watch=watch)]
+    return [batch for unit in units for batch in engine.run(unit, callback=callback)]
 
 
 def assert_alike(found: list[SparseImages], expected: list[SparseImages]) -> None:
@@ -188,16 +190,16 @@ def test_images_by_kernels_are_those_from_the_host(loaded: LoadedModel) -> None:
     assert engine.runner.fallbacks == []
 
 
-class Losses(Watch):
+class Losses(Callback):
     def __init__(self) -> None:
         self.found: list[Tensor] = []
 
-    def iterated(self, loss: Tensor, positions: Tensor) -> None:
+    def on_iteration(self, loss: Tensor, positions: Tensor) -> None:
         assert positions.shape[1] in (4, 8, 12, 16)
         self.found.append(loss)
 
 
-def test_a_watch_may_keep_the_losses(loaded: LoadedModel) -> None:
+def test_a_callback_may_keep_the_losses(loaded: LoadedModel) -> None:
     here, there = Losses(), Losses()
     images(on_device(loaded, chosen(), fused=False), here)
     images(Engine(loaded.vit, loaded.preprocessing, chosen(), "cpu"), there)

@@ -135,7 +135,7 @@ def _settings(key: Key) -> InversionSettings:
 
 
 def _trajectories(loaded: LoadedModel, means: ClassMeans, key: Key, bench: Bench) -> Row:
-    """Run all trajectories of a method under watch, and look at their images by stage."""
+    """Run all trajectories of a method with a callback, and look at their images by stage."""
     settings, units, recorders = _settings(key), [], []
     importance = resolve_importance(settings.importance, loaded.vit.arch)
     by_attention = settings.method == "pri" and importance == "attention"

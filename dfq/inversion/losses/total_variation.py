@@ -1,23 +1,45 @@
-"""Image priors that act on any subset of an image's patches."""
+"""Total variation over the pairs of pixels that are both present."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
-from dfq.sparse import Grid, patchify, unpatchify
+from pydantic import Field
+
+from dfq.inversion.losses.loss import ImageLoss
+from dfq.validation import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dfq.sparse import Grid
 
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 """Right, down, and the two diagonals, in pixels (down, right)."""
 
 
-class TotalVariation:
+@settings
+class TotalVariation(ImageLoss):
     """Sum over four directions of the L2 norm of neighbouring pixels' differences.
 
     The prior of DeepInversion (arXiv 1912.08795, section 3.1), but per image, so that its
     strength does not depend on the batch, and only over pairs of which both pixels are
     in patches present, so that a missing neighbour is no border.
     """
+
+    name: ClassVar[str] = "total-variation"
+    weight_field: ClassVar[str] = "tv"
+
+    tv: float = Field(
+        default=5.7e-4, ge=0.0, le=1e6, description="weight of each image's total variation"
+    )
+
+    def bind(self, positions: Tensor, grid: Grid) -> BoundTotalVariation:
+        return BoundTotalVariation(positions, grid)
+
+
+class BoundTotalVariation:
+    """Total variation of images with patches at ``positions``."""
 
     def __init__(self, positions: Tensor, grid: Grid) -> None:
         """``positions`` are the live patches, int64 ``[B, L]``."""
@@ -31,18 +53,20 @@ class TotalVariation:
             pairs.copy_(new)
 
     def _pairs(self, positions: Tensor) -> list[Tensor]:
-        grid = self.grid
-        live = torch.ones(*positions.shape, 1, device=positions.device)
-        mask_grid = Grid(grid.image_size, grid.patch_size, 1)
-        live = live.expand(-1, -1, mask_grid.patch_values)
-        mask = unpatchify(live, positions, mask_grid)
+        from dfq.sparse import Grid, unpatchify
+
+        mask_grid = Grid(self.grid.image_size, self.grid.patch_size, 1)
+        live = positions.new_ones(*positions.shape, 1).float()
+        mask = unpatchify(live.expand(-1, -1, mask_grid.patch_values), positions, mask_grid)
         views = (_neighbours(mask, direction) for direction in DIRECTIONS)
         return [first * second for first, second in views]
 
     def gradient(self, patches: Tensor) -> Tensor:
         """Gradient ``[B, L, D]`` of the sum over images, for patches ``[B, L, D]``."""
+        from dfq.sparse import patchify, unpatchify
+
         canvas = unpatchify(patches, self.positions, self.grid)
-        result = torch.zeros_like(canvas)
+        result = canvas.new_zeros(canvas.shape)
         for direction, pairs in zip(DIRECTIONS, self.pairs, strict=True):
             first, second = _neighbours(canvas, direction)
             difference = (first - second).mul_(pairs)
@@ -55,13 +79,15 @@ class TotalVariation:
         return dense.gather(1, self.positions[..., None].expand_as(patches))
 
     def value(self, patches: Tensor) -> Tensor:
-        """The prior of each image, ``[B]``."""
+        """The loss of each image, ``[B]``."""
+        from dfq.sparse import unpatchify
+
         canvas = unpatchify(patches, self.positions, self.grid)
-        norms = []
+        total = canvas.new_zeros(len(canvas))
         for direction, pairs in zip(DIRECTIONS, self.pairs, strict=True):
             first, second = _neighbours(canvas, direction)
-            norms.append(((first - second) * pairs).flatten(1).norm(dim=1))
-        return torch.stack(norms).sum(0)
+            total = total + ((first - second) * pairs).flatten(1).norm(dim=1)
+        return total
 
 
 def _neighbours(image: Tensor, direction: tuple[int, int]) -> tuple[Tensor, Tensor]:
