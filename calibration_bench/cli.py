@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from typer.core import TyperGroup
 
-from calibration_bench import registry
-from calibration_bench.notes import Lines
-from calibration_bench.options import function
-from calibration_bench.report import markdown, report
+from calibration_bench.core import registry
+from calibration_bench.core.notes import Lines
+from calibration_bench.core.options import function
+from calibration_bench.core.report import markdown, report
+from dfq.cli.terminal import print_json, print_text, wants_json
 from dfq.errors import DfqError
-from dfq.plain import escape
-from dfq.terminal import print_json, print_text, wants_json
+from dfq.text import escape
 
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -130,13 +130,13 @@ def rescale_(
     seed: Annotated[int, typer.Option(help="Of the factors.")] = 0,
 ) -> None:
     """Write weights of the same function whose channels differ in size up to 100 times."""
-    from calibration_bench.rescale import rescale_file
+    from calibration_bench.core.rescale import rescale_file
 
     rescale_file(weights, out, seed)
 
 
 def _run(entry: registry.Entry, options: Any, json_: bool, results: Path, again: bool) -> None:
-    from calibration_bench.runner import run
+    from calibration_bench.core.runner import run
 
     outcome = run(entry, options, results, Lines(), again=again)
     if json_:
@@ -152,7 +152,7 @@ def _run_all(
     jobs: Jobs = None,
 ) -> None:
     """Each experiment's tables are printed as it ends; with --json one object at the end."""
-    from calibration_bench.everything import run_all
+    from calibration_bench.core.everything import run_all
 
     found = {}
     for outcome in run_all(results, Lines(), again=again, jobs=jobs):

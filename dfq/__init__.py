@@ -14,16 +14,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dfq.benchmarking.compare import benchmark
-    from dfq.cache import CacheEntry, list_cache, remove_cached, verify_cache
     from dfq.checkpoint import load
-    from dfq.dataset import SparseImageDataset
+    from dfq.data.cache import CacheEntry, list_cache, remove_cached, verify_cache
+    from dfq.data.dataset import SparseImageDataset
+    from dfq.data.preview import preview
     from dfq.distillation.distill import distill
     from dfq.errors import DfqError, GateError, RunError, UsageError
-    from dfq.evaluation import evaluate
     from dfq.exporting.formats import export
-    from dfq.inspection import DoctorReport, ModelEntry, doctor, inspect, models
-    from dfq.pictures import preview
-    from dfq.pipeline import invert, quantize
+    from dfq.pipeline.evaluate import evaluate
+    from dfq.pipeline.inspect import DoctorReport, ModelEntry, doctor, inspect, models
+    from dfq.pipeline.quantize import invert, quantize
+    from dfq.pipeline.write_dataset import write_dataset
     from dfq.quantization.coverage import fractal_noise
     from dfq.quantization.model import QuantizedViT
     from dfq.recipe import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
         Recipe,
         load_recipe,
     )
-    from dfq.results import (
+    from dfq.results.values import (
         BenchmarkResult,
         DistillResult,
         EvaluateResult,
@@ -43,48 +44,47 @@ if TYPE_CHECKING:
     )
     from dfq.sparse import SparseImages
     from dfq.vit.load import LoadedModel, load_model
-    from dfq.writing import write_dataset
 
 _HOMES = {
-    "BenchmarkResult": "dfq.results",
-    "CacheEntry": "dfq.cache",
+    "BenchmarkResult": "dfq.results.values",
+    "CacheEntry": "dfq.data.cache",
     "DfqError": "dfq.errors",
-    "DistillResult": "dfq.results",
+    "DistillResult": "dfq.results.values",
     "DistillationSettings": "dfq.recipe",
-    "DoctorReport": "dfq.inspection",
-    "EvaluateResult": "dfq.results",
-    "ExportResult": "dfq.results",
+    "DoctorReport": "dfq.pipeline.inspect",
+    "EvaluateResult": "dfq.results.values",
+    "ExportResult": "dfq.results.values",
     "GateError": "dfq.errors",
     "InversionSettings": "dfq.recipe",
-    "InvertResult": "dfq.results",
+    "InvertResult": "dfq.results.values",
     "LoadedModel": "dfq.vit.load",
-    "ModelEntry": "dfq.inspection",
+    "ModelEntry": "dfq.pipeline.inspect",
     "QuantizationSettings": "dfq.recipe",
-    "QuantizeResult": "dfq.results",
+    "QuantizeResult": "dfq.results.values",
     "QuantizedViT": "dfq.quantization.model",
     "Recipe": "dfq.recipe",
     "RunError": "dfq.errors",
-    "SparseImageDataset": "dfq.dataset",
+    "SparseImageDataset": "dfq.data.dataset",
     "SparseImages": "dfq.sparse",
     "UsageError": "dfq.errors",
     "benchmark": "dfq.benchmarking.compare",
     "distill": "dfq.distillation.distill",
-    "doctor": "dfq.inspection",
-    "evaluate": "dfq.evaluation",
+    "doctor": "dfq.pipeline.inspect",
+    "evaluate": "dfq.pipeline.evaluate",
     "export": "dfq.exporting.formats",
     "fractal_noise": "dfq.quantization.coverage",
-    "inspect": "dfq.inspection",
-    "invert": "dfq.pipeline",
-    "list_cache": "dfq.cache",
+    "inspect": "dfq.pipeline.inspect",
+    "invert": "dfq.pipeline.quantize",
+    "list_cache": "dfq.data.cache",
     "load": "dfq.checkpoint",
     "load_model": "dfq.vit.load",
     "load_recipe": "dfq.recipe",
-    "models": "dfq.inspection",
-    "preview": "dfq.pictures",
-    "quantize": "dfq.pipeline",
-    "remove_cached": "dfq.cache",
-    "verify_cache": "dfq.cache",
-    "write_dataset": "dfq.writing",
+    "models": "dfq.pipeline.inspect",
+    "preview": "dfq.data.preview",
+    "quantize": "dfq.pipeline.quantize",
+    "remove_cached": "dfq.data.cache",
+    "verify_cache": "dfq.data.cache",
+    "write_dataset": "dfq.pipeline.write_dataset",
 }
 
 __all__ = [

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import dfq
 from dfq import demo
-from dfq.cli import app
+from dfq.cli.app import app
 from dfq.errors import SettingError
-from dfq.results import QuantizeResult
+from dfq.results.values import QuantizeResult
 
 FAST = {"iterations": 8, "stages": 2, "unit_size": 2, "threads": 1}
 

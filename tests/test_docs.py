@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 import dfq
-from dfq.cli import app
+from dfq.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 import dfq
 from dfq import demo
-from dfq.cli import app
-from dfq.exporting.extras import installed
+from dfq.cli.app import app
+from dfq.extras import installed
 from dfq.runtime import opaque
 from dfq.vit import load
 

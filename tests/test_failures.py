@@ -14,9 +14,9 @@ from conftest import make_vit
 from PIL import Image
 
 import dfq
+from dfq.data.images import open_images
 from dfq.errors import DataError, DfqError, GateError
 from dfq.failures import explained, first_line
-from dfq.images import open_images
 from dfq.vit import Preprocessing
 from dfq.vit.convert import describe
 from dfq.vit.load import load_model

@@ -35,10 +35,10 @@ def users_of(module: str, place: str = "dfq") -> set[str]:
     [
         ("dfq", "calibration_bench"),
         ("dfq/inversion", "dfq.quantization"),
-        ("dfq/inversion", "dfq.dataset"),
-        ("dfq/inversion", "dfq.dataset_settings"),
+        ("dfq/inversion", "dfq.data.dataset"),
+        ("dfq/inversion", "dfq.data.settings"),
         ("dfq/quantization", "dfq.inversion"),
-        ("dfq/quantization", "dfq.pipeline"),
+        ("dfq/quantization", "dfq.pipeline.quantize"),
         ("dfq/runtime", "dfq.quantization"),
         ("dfq/vit", "dfq.inversion"),
         ("dfq/vit", "dfq.quantization"),
@@ -54,10 +54,10 @@ def test_torch_ao_stays_in_one_module() -> None:
 
 
 def test_the_command_line_is_imported_by_nothing_but_its_entry() -> None:
-    assert users_of("dfq.cli") == {"dfq/__main__.py"}
+    assert users_of("dfq.cli") == {"dfq/__main__.py", "dfq/cli/app.py"}
 
 
 def test_only_the_command_line_prints() -> None:
-    own = {"dfq/cli.py", "dfq/mistakes.py"}
-    assert users_of("dfq.terminal") == own
-    assert users_of("dfq.mistakes") == {"dfq/cli.py"}
+    own = {"dfq/cli/app.py", "dfq/cli/errors.py"}
+    assert users_of("dfq.cli.terminal") == own
+    assert users_of("dfq.cli.errors") == {"dfq/cli/app.py"}

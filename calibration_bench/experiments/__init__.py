@@ -1,1 +1,1 @@
-"""One module an experiment; :mod:`calibration_bench.registry` lists them."""
+"""One module an experiment; :mod:`calibration_bench.core.registry` lists them."""

@@ -20,7 +20,7 @@ import dfq
 from dfq import demo
 from dfq.checkpoint import CheckpointInfo
 from dfq.errors import RunError
-from dfq.results import Absent, ColdStart
+from dfq.results.values import Absent, ColdStart
 from dfq.vit.describe import describe
 from dfq.vit.options import pooled_as
 

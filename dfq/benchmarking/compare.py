@@ -22,12 +22,12 @@ from dfq.benchmarking.timing import interleaved, row_of, turns_of
 from dfq.checkpoint import CheckpointInfo
 from dfq.device import thread_count
 from dfq.errors import DfqError, SettingError, nearest
-from dfq.exporting.extras import installed
+from dfq.extras import installed
 from dfq.failures import first_line
-from dfq.inspection import doctor
+from dfq.pipeline.inspect import doctor
 from dfq.progress import Progress, Silent
 from dfq.quantization.scheme import scheme_name
-from dfq.results import Absent, BenchmarkResult, BenchmarkRow, ColdStart
+from dfq.results.values import Absent, BenchmarkResult, BenchmarkRow, ColdStart
 
 BATCHES = (1, 16)
 SECONDS = 5.0

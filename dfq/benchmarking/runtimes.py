@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dfq.exporting.extras import require
 from dfq.exporting.forms import dequantized
+from dfq.extras import require
 from dfq.quantization.model import QuantizedViT
 from dfq.sparse import images_to_input
 from dfq.vit import ViT

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from dfq.results import BenchmarkRow
+from dfq.results.values import BenchmarkRow
 
 TURN = 0.25
 """Seconds that a runtime is timed before the next has its turn."""

@@ -12,20 +12,18 @@ import torch
 from torch import nn
 
 from dfq.arguments import checked
-from dfq.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
+from dfq.data.images import ImageSource, load_batches
 from dfq.device import resolve_device
 from dfq.distillation.inherit import begin
 from dfq.distillation.student import create, student_arguments
 from dfq.distillation.training import Images, train
 from dfq.errors import OutputError, SettingError, UnsupportedModelError
-from dfq.evaluation import agreement_on, open_evaluation
 from dfq.files import check_writable, safe_name, write_json
-from dfq.gates import unmeasured
-from dfq.image_sets import calibration_set, covered
-from dfq.images import ImageSource, load_batches
-from dfq.intervals import share_interval
 from dfq.inversion.schedule import fit_stages
-from dfq.inversion.workers import check_alone
+from dfq.pipeline.calibration_set import calibration_set, covered
+from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
+from dfq.pipeline.evaluate import agreement_on, open_evaluation
+from dfq.pipeline.workers import check_alone
 from dfq.progress import Progress, Silent, note_all
 from dfq.recipe import (
     METHODS,
@@ -37,7 +35,9 @@ from dfq.recipe import (
     says,
     to_dict,
 )
-from dfq.results import DistillResult, TeacherStudent, to_json
+from dfq.results.gates import unmeasured
+from dfq.results.intervals import share_interval
+from dfq.results.values import DistillResult, TeacherStudent, to_json
 from dfq.vit import ViT
 from dfq.vit.convert import convert
 from dfq.vit.load import ALIASES, LoadedModel, load_model, module_name

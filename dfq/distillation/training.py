@@ -18,10 +18,10 @@ from dfq.distillation.student import tokens
 from dfq.errors import RunError
 from dfq.inversion.jitter import draw, mirror, move_table
 from dfq.inversion.objective import seeded
-from dfq.logits import class_logits
 from dfq.recipe import DistillationSettings
 from dfq.sparse import Grid, SparseImages, join, pixels_to_input
 from dfq.vit import Preprocessing, ViT
+from dfq.vit.logits import class_logits
 
 RECORDS = 50
 """Values of the loss that are kept, evenly spaced over the run."""

@@ -12,13 +12,13 @@ from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
 from dfq.errors import OutputError, SettingError
 from dfq.exporting import program
-from dfq.exporting.extras import require
 from dfq.exporting.facts import facts
 from dfq.exporting.forms import integer_layers
+from dfq.extras import require
 from dfq.files import check_writable, explain, replace_files, write_bytes
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.scheme import scheme_name
-from dfq.results import ExportResult
+from dfq.results.values import ExportResult
 from dfq.runtime import onednn
 
 Format = Literal["onnx", "openvino", "torch"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dfq.device import multiplies_bfloat16
-from dfq.exporting.extras import require
+from dfq.extras import require
 
 INTEGERS = ("i8", "u8")
 MULTIPLYING = ("FullyConnected", "MatMul", "Subgraph")

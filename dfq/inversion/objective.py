@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfq.errors import SettingError
-from dfq.logits import label_count
 from dfq.vit import Architecture
+from dfq.vit.logits import label_count
 
 DIRECTION_WEIGHT = 10.0
 """Weight of the cosine, which brings its gradient to the size of a cross-entropy's."""

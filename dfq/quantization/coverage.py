@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfq.arguments import checked
-from dfq.dataset import SparseImageDataset
+from dfq.data.dataset import SparseImageDataset
 from dfq.sparse import Grid, SparseImages, join, patchify, unpatchify
 
 SPREAD = 64.0

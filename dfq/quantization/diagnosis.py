@@ -14,7 +14,7 @@ from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.scheme import layers, weight_bits
 from dfq.recipe import QuantizationSettings
-from dfq.results import LayerNoise
+from dfq.results.values import LayerNoise
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import ViT
 

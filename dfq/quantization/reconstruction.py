@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dfq.errors import SettingError
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.model import QuantizedViT
-from dfq.results import BlockLoss
+from dfq.results.values import BlockLoss
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Block, ViT
 from dfq.vit.relations import Relations

@@ -1,0 +1,1 @@
+"""The framework of the bench: registry, stored rows, runner and report."""

@@ -1,0 +1,1 @@
+"""The experiment ``across-models`` and its tables."""

@@ -1,0 +1,1 @@
+"""The experiment ``calibration-sources`` and its tables."""

@@ -1,0 +1,1 @@
+"""The experiment ``evolution`` and its tables."""

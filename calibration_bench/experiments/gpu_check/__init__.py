@@ -1,0 +1,1 @@
+"""The experiment ``gpu-check`` and its tables."""

@@ -1,0 +1,1 @@
+"""The experiment ``image-statistics`` and its tables."""

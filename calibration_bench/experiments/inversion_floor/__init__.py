@@ -1,0 +1,1 @@
+"""The experiment ``inversion-floor`` and its tables."""

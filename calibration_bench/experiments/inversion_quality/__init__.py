@@ -1,0 +1,1 @@
+"""The experiment ``inversion-quality`` and its tables."""

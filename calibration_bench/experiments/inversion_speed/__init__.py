@@ -1,0 +1,1 @@
+"""The experiment ``inversion-speed`` and its tables."""

@@ -1,0 +1,1 @@
+"""The experiment ``knowledge-transfer`` and its tables."""

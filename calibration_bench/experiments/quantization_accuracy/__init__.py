@@ -1,0 +1,1 @@
+"""The experiment ``quantization-accuracy`` and its tables."""

@@ -1,0 +1,169 @@
+"""Which calibration images are worth what, and which ingredient of quantization.
+
+Sources are inversion methods, noise, and real images where some are given.  Variants
+change the quantization settings: the plain scheme with one ingredient after another
+added, and the default with each taken away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from calibration_bench.core.options import at_least, numbers, option, words
+from calibration_bench.core.registry import Bench, Experiment, Key, Measured
+from calibration_bench.experiments.calibration_sources.tables import accuracy_tables
+from calibration_bench.measure.methods import Method
+from calibration_bench.measure.quantized import (
+    REDUCE_RANGE,
+    Made,
+    Tested,
+    about,
+    invert,
+    load,
+    quantize_each,
+)
+from calibration_bench.measure.sources import RealImages, make
+from dfq import InversionSettings, QuantizationSettings
+from dfq.errors import SettingError
+
+REAL = "real"
+
+PLAIN: dict[str, Any] = {
+    "rounding": "nearest",
+    "bias_correction": False,
+    "group": 0,
+    "equalize": 0.0,
+    "damping": 0.01,
+    "smooth": (),
+    "fractal": 0,
+}
+"""Min-max ranges, rounding to the nearest, one scale per channel, the inverted images alone."""
+
+ORDER = (
+    ("gptq", ("rounding",)),
+    ("bias", ("bias_correction",)),
+    ("groups", ("group",)),
+    ("equalize", ("equalize",)),
+    ("damping", ("damping",)),
+    ("smooth", ("smooth",)),
+    ("fractal", ("fractal",)),
+)
+"""Ingredients in the order in which they are added, with their settings."""
+
+
+def _variants() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {"default": {}, "plain": PLAIN}
+    rest = dict(PLAIN)
+    for name, fields in ORDER:
+        found[f"without-{name}"] = {f: PLAIN[f] for f in fields}
+        rest = {f: v for f, v in rest.items() if f not in fields}
+        found[f"plain+{name}"] = rest
+    del found[f"plain+{ORDER[-1][0]}"]
+    for strength in (0.25, 0.75, 1.0):
+        found[f"equalize-{strength:g}"] = {"equalize": strength}
+    for observer in ("percentile", "mse"):
+        found[observer] = {"observer": observer}
+    return found
+
+
+VARIANTS = _variants()
+
+UNCOVERED: dict[str, Any] = {"smooth": (), "fractal": 0}
+"""Real images are calibrated on as they are."""
+
+
+@dataclass(frozen=True)
+class Options(Tested):
+    """What ``run quantization-accuracy`` takes."""
+
+    sources: str = option("pri4,smi,dmi,noise", "Methods, noise, and real with --real.")
+    real: str | None = option(None, "Images for the source 'real': a folder or an .npz.")
+    variants: str = option("default", f"Of quantization: {', '.join(VARIANTS)}; or all.")
+    bits: str = option("4,8", "Of the weights.")
+    attention: str = option("float", "float, int8, or both with a comma.")
+    reduce_range: bool = option(QuantizationSettings().reduce_range, REDUCE_RANGE)
+    iterations: int = option(InversionSettings().iterations, "Of inversion.")
+    limit: int | None = option(256, "Test on the first so many images only.")
+
+
+def plan(options: Options, bench: Bench) -> list[Key]:
+    """Seed by seed and source by source, so that images are made once for all variants."""
+    at_least(options.limit, 1, "--limit")
+    sources = words(options.sources, "--sources")
+    if REAL in sources and options.real is None:
+        raise SettingError("--sources has real; name the images with --real.")
+    for source in sources:
+        if source != REAL:
+            Method(source)
+    wanted = "all" if options.variants == "all" else "some"
+    variants = (
+        list(VARIANTS) if wanted == "all" else words(options.variants, "--variants", VARIANTS)
+    )
+    modes = words(options.attention, "--attention", ("float", "int8"))
+    bench.notes.note(f"reading {options.model} and {options.data}")
+    loaded, tested = load(options)
+    shared = about(options, loaded, tested)
+    seeds = numbers(options.seeds, "--seeds")
+    drawn: dict[int, str] = {}
+    if REAL in sources:
+        real = RealImages(loaded, options.real, options.data, None)
+        drawn = {seed: real.identity(options.images, seed, tested) for seed in seeds}
+    return [
+        {
+            **shared,
+            "source": source,
+            "real": drawn[seed] if source == REAL else None,
+            "iterations": 0 if source in (REAL, "noise") else options.iterations,
+            "seed": seed,
+            "variant": variant,
+            "bits": bits,
+            "attention": attention,
+            "reduce_range": options.reduce_range,
+        }
+        for seed in seeds
+        for source in sources
+        for variant in variants
+        for bits in numbers(options.bits, "--bits", 4)
+        for attention in modes
+    ]
+
+
+def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
+    """Quantize and compare; images are kept while the next key has the same."""
+    return quantize_each(
+        options,
+        missing,
+        bench,
+        make=partial(_images, options),
+        settings=_settings,
+        images=("source", "seed"),
+    )
+
+
+def _images(options: Options, key: Key, out: Path) -> Made:
+    """Where the images of a key are, and how long they took to make."""
+    if key["source"] == REAL:
+        loaded = load(options)[0]
+        real = RealImages(loaded, options.real, options.data, None)
+        return make(options, loaded, real, key, out)
+    made = invert(
+        options, key["source"], key, iterations=key["iterations"], seed=key["seed"], out=out
+    )
+    return Made(made.path, made.seconds, made.bytes)
+
+
+def _settings(key: Key) -> QuantizationSettings:
+    changed = VARIANTS[key["variant"]]
+    base = QuantizationSettings(
+        bits=key["bits"], attention=key["attention"], reduce_range=key["reduce_range"]
+    )
+    alone = UNCOVERED if key["source"] == REAL else {}
+    return dataclasses.replace(base, **{**changed, **alone})
+
+
+EXPERIMENT = Experiment(Options, plan, measure, accuracy_tables)

@@ -1,0 +1,1 @@
+"""The experiment ``rebirth`` and its tables."""

@@ -1,0 +1,623 @@
+"""The command line: parse, call the function of the same name, print."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+import dfq
+from dfq.cli.errors import Group
+from dfq.cli.interrupts import raise_again
+from dfq.cli.terminal import Shown, is_first, print_json, print_text
+from dfq.errors import GateError, SettingError
+from dfq.results.tables import (
+    benchmark_table,
+    distill_table,
+    entries_table,
+    evaluate_table,
+    facts_table,
+    field_table,
+    layers_of,
+    layers_table,
+    quantize_table,
+)
+
+app = typer.Typer(
+    cls=Group,
+    name="dfq",
+    help="Quantize a pretrained vision transformer to W8A8 or W4A8 without any data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cache_app = typer.Typer(
+    cls=Group, no_args_is_help=True, help="List, verify and remove cached datasets."
+)
+app.add_typer(cache_app, name="cache")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print_text(f"dfq {dfq.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Quantize a pretrained vision transformer to W8A8 or W4A8 without any data."""
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A timm name, an alias (vit_base, deit_small, ...), hf-hub:NAME, local-dir:FOLDER, "
+        "or 'demo'.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Weights to load: safetensors, or a torch file.", show_default=False),
+]
+NumClasses = Annotated[int | None, typer.Option(help="Classes of the head.", show_default=False)]
+ImgSize = Annotated[
+    str | None,
+    typer.Option(help="Input in pixels: a square's side, or HEIGHT,WIDTH.", show_default=False),
+]
+InChans = Annotated[int | None, typer.Option(help="Channels of the input.", show_default=False)]
+GlobalPool = Annotated[
+    str | None, typer.Option(help="Pooling: token, avg or map.", show_default=False)
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="Per channel, of pixels / 255 or in the units of --input-range: 0.5,0.5,0.5",
+        show_default=False,
+    ),
+]
+Std = Annotated[str | None, typer.Option(help="As --mean.", show_default=False)]
+InputRange = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW,HIGH",
+        help="Lowest and highest value of the data before normalisation, in the units of --mean "
+        "and --std, which are then 0 and 1 by default: 0,255 or -1024,3071.",
+        show_default="0,1: pixels / 255",
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option(help="TOML file of settings; flags override it.", show_default=False)
+]
+Images = Annotated[
+    int | None, typer.Option(help="Images to make or to calibrate on.", show_default="32")
+]
+Iterations = Annotated[
+    int | None, typer.Option(help="Iterations of a trajectory.", show_default="48")
+]
+Stages = Annotated[
+    int | None, typer.Option(help="PRI: images a trajectory yields.", show_default="4")
+]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same bytes.", show_default="0")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of inversion; recorded.", show_default="torch's")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="Of inversion: auto, float32, bfloat16 or int8.", show_default="auto"),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Cache directory; else $DFQ_CACHE, else the user's.", show_default=False),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="JSON alone on stdout: an object, of lists an array.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(
+        help="Fail (exit 1) if the 95 % interval of agreement begins below, 0 to 1.",
+        show_default=False,
+    ),
+]
+MinAccuracy = Annotated[
+    float | None,
+    typer.Option(
+        help="Fail (exit 1) if the 95 % interval of top-1 begins below, 0 to 1.",
+        show_default=False,
+    ),
+]
+Eval = Annotated[
+    str | None,
+    typer.Option(
+        help="Image folder, with labels as class folders, or .npz, or 'demo'.", show_default=False
+    ),
+]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(
+        help="Indices of class folders: .txt, a name a line, or .json, {name: index}.",
+        show_default=False,
+    ),
+]
+
+
+def _floats(text: str | None, flag: str, example: str = "0.5,0.5,0.5") -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingError(
+            f"{flag} is {text!r}; give numbers with commas, such as {example}."
+        ) from None
+
+
+def _counts(text: str, flag: str, example: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingError(f"{flag} is {text!r}; give whole numbers, such as {example}.") from None
+
+
+def _sides(text: str | None) -> int | list[int] | None:
+    """An image size: one side, or height and width."""
+    if text is None:
+        return None
+    sides = _counts(text, "--img-size", "224 or 192,256")
+    return sides[0] if len(sides) == 1 else sides
+
+
+@app.command(epilog="Example: [bold]dfq quantize vit_base --bits 4[/]")
+def quantize(
+    model: Model,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Of the weights, 4 or 8; activations have 8.", show_default="8"),
+    ] = None,
+    recipe: RecipeFile = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    in_chans: InChans = None,
+    global_pool: GlobalPool = None,
+    mean: Mean = None,
+    std: Std = None,
+    input_range: InputRange = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="pri, smi, dmi, noise, or a dataset, an image folder or .npz.", show_default="pri"
+        ),
+    ] = None,
+    images: Images = None,
+    iterations: Iterations = None,
+    stages: Stages = None,
+    attention: Annotated[
+        str | None, typer.Option(help="float or int8.", show_default="float")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the checkpoint.", show_default="./MODEL-SCHEME"),
+    ] = None,
+    eval: Eval = None,
+    class_map: ClassMap = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    precision: Precision = None,
+    device: Device = "cpu",
+    cache: Cache = None,
+    min_agreement: MinAgreement = None,
+    min_accuracy: MinAccuracy = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a ViT without data and write a checkpoint."""
+    try:
+        result = dfq.quantize(
+            model,
+            bits=bits,
+            recipe=recipe,
+            weights=weights,
+            num_classes=num_classes,
+            img_size=_sides(img_size),
+            in_chans=in_chans,
+            global_pool=global_pool,
+            mean=_floats(mean, "--mean"),
+            std=_floats(std, "--std"),
+            input_range=_floats(input_range, "--input-range", "0,255"),
+            calibration=calibration,
+            images=images,
+            iterations=iterations,
+            stages=stages,
+            attention=attention,
+            out=out,
+            eval=eval,
+            class_map=class_map,
+            seed=seed,
+            threads=threads,
+            precision=precision,
+            device=device,
+            cache=cache,
+            min_agreement=min_agreement,
+            min_accuracy=min_accuracy,
+            progress=Shown(quiet),
+        )
+    except GateError as error:
+        _show(error.result, json_, quiet, quantize_table)
+        raise
+    _show(result, json_, quiet, quantize_table)
+
+
+@app.command(epilog="Example: [bold]dfq invert vit_base --images 64 --out images[/]")
+def invert(
+    model: Model,
+    method: Annotated[
+        str | None, typer.Option(help="pri, smi, dmi or noise.", show_default="pri")
+    ] = None,
+    images: Images = None,
+    iterations: Iterations = None,
+    stages: Stages = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the dataset.", show_default="in the cache"),
+    ] = None,
+    recipe: RecipeFile = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    in_chans: InChans = None,
+    global_pool: GlobalPool = None,
+    mean: Mean = None,
+    std: Std = None,
+    input_range: InputRange = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    precision: Precision = None,
+    device: Device = "cpu",
+    cache: Cache = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Invert a ViT into a sparse-image dataset."""
+    result = dfq.invert(
+        model,
+        method=method,
+        images=images,
+        iterations=iterations,
+        stages=stages,
+        out=out,
+        recipe=recipe,
+        threads=threads,
+        precision=precision,
+        weights=weights,
+        num_classes=num_classes,
+        img_size=_sides(img_size),
+        in_chans=in_chans,
+        global_pool=global_pool,
+        mean=_floats(mean, "--mean"),
+        std=_floats(std, "--std"),
+        input_range=_floats(input_range, "--input-range", "0,255"),
+        seed=seed,
+        device=device,
+        cache=cache,
+        progress=Shown(quiet or not is_first()),
+    )
+    if is_first():
+        _show(result, json_, quiet, field_table)
+
+
+@app.command(epilog="Example: [bold]dfq evaluate demo-w4a8 --data demo --float demo[/]")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Image folder, with labels as class folders, or .npz, or 'demo'.",
+            show_default=False,
+        ),
+    ],
+    class_map: ClassMap = None,
+    float_: Annotated[
+        str | None,
+        typer.Option("--float", help="The float model, to measure agreement.", show_default=False),
+    ] = None,
+    weights: Weights = None,
+    img_size: ImgSize = None,
+    in_chans: InChans = None,
+    global_pool: GlobalPool = None,
+    device: Device = "cpu",
+    backend: Annotated[
+        str | None, typer.Option(help="onednn or reference.", show_default="fastest")
+    ] = None,
+    min_agreement: MinAgreement = None,
+    min_accuracy: MinAccuracy = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a checkpoint on images: accuracy with labels, agreement with the float model."""
+    try:
+        result = dfq.evaluate(
+            checkpoint,
+            data=data,
+            class_map=class_map,
+            float_model=float_,
+            weights=weights,
+            img_size=_sides(img_size),
+            in_chans=in_chans,
+            global_pool=global_pool,
+            device=device,
+            backend=backend,
+            min_agreement=min_agreement,
+            min_accuracy=min_accuracy,
+            progress=Shown(quiet),
+        )
+    except GateError as error:
+        _show(error.result, json_, quiet, evaluate_table)
+        raise
+    _show(result, json_, quiet, evaluate_table)
+
+
+@app.command(epilog="Example: [bold]dfq distill demo --depth 3 --eval demo[/]")
+def distill(
+    teacher: Annotated[
+        str, typer.Argument(metavar="MODEL", help="As for quantize.", show_default=False)
+    ],
+    student: Annotated[
+        str | None, typer.Option(help="timm's name.", show_default="the teacher's model")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Its blocks.", show_default=False)] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Its embedding width.", show_default=False)
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Its attention heads.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="pri, smi, dmi, noise, or a dataset, an image folder or .npz.", show_default="pri"
+        ),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Images to make or to train on.", show_default="512")
+    ] = None,
+    iterations: Iterations = None,
+    stages: Stages = None,
+    steps: Annotated[int | None, typer.Option(help="Of training.", show_default="2000")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights it begins with: teacher, random; auto: the teacher's if they fit.",
+            show_default="auto",
+        ),
+    ] = None,
+    recipe: RecipeFile = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    in_chans: InChans = None,
+    global_pool: GlobalPool = None,
+    mean: Mean = None,
+    std: Std = None,
+    input_range: InputRange = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the student.", show_default="./MODEL-student"),
+    ] = None,
+    eval: Eval = None,
+    class_map: ClassMap = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    cache: Cache = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a student ViT on images inverted from its teacher."""
+    result = dfq.distill(
+        teacher,
+        student=student,
+        depth=depth,
+        width=width,
+        heads=heads,
+        data=data,
+        images=images,
+        iterations=iterations,
+        stages=stages,
+        steps=steps,
+        start=start,
+        recipe=recipe,
+        weights=weights,
+        num_classes=num_classes,
+        img_size=_sides(img_size),
+        in_chans=in_chans,
+        global_pool=global_pool,
+        mean=_floats(mean, "--mean"),
+        std=_floats(std, "--std"),
+        input_range=_floats(input_range, "--input-range", "0,255"),
+        out=out,
+        eval=eval,
+        class_map=class_map,
+        seed=seed,
+        threads=threads,
+        device=device,
+        cache=cache,
+        progress=Shown(quiet),
+    )
+    _show(result, json_, quiet, distill_table)
+
+
+@app.command(epilog="Example: [bold]dfq export demo-w4a8 --out demo.onnx[/]")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
+    format: Annotated[str, typer.Option(help="onnx, openvino or torch.")] = "onnx",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file: .onnx, .xml (a .bin comes with it) or .pt2.",
+            show_default="./CHECKPOINT with the suffix",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of 4-bit checkpoints in ONNX: int8 (widened without loss; products run on "
+            "integers) or int4 (a smaller file; ONNX Runtime then computes in float).",
+            show_default="int8",
+        ),
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint as ONNX, OpenVINO IR or a torch.export program."""
+    export_checkpoint = dfq.export
+    raise_again()
+    result = export_checkpoint(checkpoint, format=format, out=out, weights=weights)
+    _show(result, json_, quiet, field_table)
+
+
+@app.command(epilog="Example: [bold]dfq benchmark demo-w4a8 --batch 1,16[/]")
+def benchmark(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
+    batch: Annotated[str, typer.Option(help="Numbers of images at once.")] = "1,16",
+    seconds: Annotated[float, typer.Option(help="Of each runtime and batch.")] = 5.0,
+    threads: Annotated[
+        int | None, typer.Option(help="Of every runtime.", show_default="torch's")
+    ] = None,
+    runtimes: Annotated[
+        str | None,
+        typer.Option(help="Some of them, with commas.", show_default="all but dfq-compiled"),
+    ] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Also processes that have loaded nothing.")
+    ] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a checkpoint's speed beside PyTorch, ONNX Runtime and OpenVINO."""
+    result = dfq.benchmark(
+        checkpoint,
+        batch=_counts(batch, "--batch", "1,16"),
+        seconds=seconds,
+        threads=threads,
+        runtimes=None if runtimes is None else runtimes.split(","),
+        cold=cold,
+        progress=Shown(quiet),
+    )
+    _show(result, json_, quiet, benchmark_table)
+
+
+@app.command(epilog="Example: [bold]dfq inspect demo-w4a8[/]")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A dataset or a checkpoint.", show_default=False)],
+    preview: Annotated[
+        Path | None,
+        typer.Option(help="Draw a dataset into this PNG file.", show_default=False),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Trajectories to draw, with --preview.", show_default="8")
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="What quantization leaves of each layer's output.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Say what a dataset or a checkpoint holds; datasets are verified."""
+    if rows is not None and preview is None:
+        raise SettingError("--rows goes with --preview FILE.")
+    if layers and preview is not None:
+        raise SettingError("--layers is of checkpoints, --preview of datasets; give one of them.")
+    facts = dfq.inspect(path)
+    if layers:
+        _show({"layers": layers_of(facts, path)}, json_, False, layers_table)
+        return
+    if preview is not None:
+        facts["preview"] = str(dfq.preview(path, preview, rows=8 if rows is None else rows))
+    _show(facts, json_, False, facts_table)
+
+
+@app.command(epilog="Example: [bold]dfq models deit[/]")
+def models(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Part of the name.", show_default=False)
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """List the models that can be named."""
+    entries = dfq.models(pattern)
+    if json_:
+        print_json([dataclasses.asdict(e) for e in entries])
+        return
+    for entry in entries:
+        weights = "" if entry.pretrained else "  (no pretrained weights)"
+        print_text(f"{entry.name}  [dim]{entry.kind}{weights}[/]", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]dfq doctor[/]")
+def doctor(cache: Cache = None, json_: Json = False) -> None:
+    """Say what this machine offers and what is wrong with it; exit 1 if anything is."""
+    report = dfq.doctor(cache)
+    _show(report, json_, False, field_table)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@cache_app.command("list", epilog="Example: [bold]dfq cache list[/]")
+def cache_list(cache: Cache = None, json_: Json = False) -> None:
+    """List the cached datasets."""
+    _show_entries(dfq.list_cache(cache), json_)
+
+
+@cache_app.command("verify", epilog="Example: [bold]dfq cache verify[/]")
+def cache_verify(cache: Cache = None, json_: Json = False) -> None:
+    """Read every cached file and compare it with its checksum; exit 1 if one is damaged."""
+    entries = dfq.verify_cache(cache)
+    _show_entries(entries, json_)
+    if any(e.problem and e.problem != "unfinished" for e in entries):
+        raise typer.Exit(1)
+
+
+@cache_app.command("remove", epilog="Example: [bold]dfq cache remove all[/]")
+def cache_remove(
+    name: Annotated[
+        str, typer.Argument(help="A dataset's name or its start, or 'all'.", show_default=False)
+    ],
+    cache: Cache = None,
+    json_: Json = False,
+) -> None:
+    """Remove cached datasets."""
+    _show_entries(dfq.remove_cached(name, cache), json_, title="Removed")
+
+
+def _show(
+    result: Any, as_json: bool, quiet: bool, table: Callable[[dict[str, Any]], Table]
+) -> None:
+    values = result if isinstance(result, dict) else dataclasses.asdict(result)
+    if as_json:
+        print_json(values)
+    elif not quiet:
+        print_text(table(values))
+
+
+def _show_entries(entries: list[Any], as_json: bool, title: str | None = None) -> None:
+    if as_json:
+        print_json([dataclasses.asdict(e) for e in entries])
+        return
+    if not entries:
+        print_text("The cache holds no datasets.")
+        return
+    print_text(entries_table(entries, title))

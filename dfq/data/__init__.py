@@ -1,0 +1,1 @@
+"""Images on disk: sparse-image datasets, the cache, and images of the user."""

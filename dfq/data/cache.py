@@ -1,0 +1,112 @@
+"""Where sparse-image datasets are kept between runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dfq.arguments import checked
+from dfq.data.dataset import SHARD_NAME, SparseImageDataset
+from dfq.data.settings import FORMAT, MANIFEST, SETTINGS, read_settings
+from dfq.errors import DatasetError
+from dfq.files import explain
+
+
+def cache_directory(path: str | Path | None = None) -> Path:
+    """``path``, else ``$DFQ_CACHE``, else ``dfq`` in the user's cache directory."""
+    if path is not None:
+        return Path(path)
+    if os.environ.get("DFQ_CACHE"):
+        return Path(os.environ["DFQ_CACHE"])
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "dfq"
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A dataset in the cache; ``problem`` says why it cannot be used, if so."""
+
+    name: str
+    path: str
+    model: str
+    method: str
+    images: int
+    bytes: int
+    problem: str | None
+
+
+@checked
+def list_cache(cache: str | Path | None = None) -> list[CacheEntry]:
+    """Every dataset in the cache, by name; DatasetError if the cache is a file."""
+    root = cache_directory(cache) / "datasets"
+    if not root.is_dir():
+        place = next((p for p in (root, root.parent) if p.exists() and not p.is_dir()), None)
+        if place is not None:
+            raise DatasetError(f"The cache {str(place)!r} is a file, not a directory.")
+        return []
+    return [_entry(p) for p in sorted(root.iterdir()) if _is_ours(p)]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a directory is a dataset of dfq's, be it unfinished or damaged."""
+    try:
+        settings = path / SETTINGS
+        named = settings.is_file() and FORMAT in settings.read_text("utf-8", errors="replace")
+        return named or any(SHARD_NAME.fullmatch(p.name) for p in path.iterdir())
+    except OSError:
+        return False
+
+
+@checked
+def verify_cache(cache: str | Path | None = None) -> list[CacheEntry]:
+    """As :func:`list_cache`, with every file read and compared with its checksum."""
+    return [_entry(Path(e.path), verify=True) for e in list_cache(cache)]
+
+
+@checked
+def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry]:
+    """Remove a dataset by its name or the start of it, or all with ``"all"``.
+
+    Raises:
+        DatasetError: none or several have that name.
+        OutputError: it cannot be removed.
+    """
+    entries = list_cache(cache)
+    exact = [e for e in entries if e.name == name]
+    chosen = entries if name == "all" else exact or [e for e in entries if e.name.startswith(name)]
+    if name != "all" and (not name or len(chosen) != 1):
+        known = ", ".join(e.name for e in entries) or "none"
+        what = "No dataset" if not chosen or not name else f"{len(chosen)} datasets"
+        raise DatasetError(f"{what} in the cache with a name of {name!r}; there are: {known}.")
+    for entry in chosen:
+        try:
+            shutil.rmtree(entry.path)
+        except OSError as error:
+            raise explain(error, Path(entry.path)) from error
+    return chosen
+
+
+def _entry(path: Path, verify: bool = False) -> CacheEntry:
+    size = sum(p.stat().st_size for p in path.iterdir() if p.is_file())
+    model = method = "?"
+    images, problem = 0, None
+    try:
+        settings = read_settings(path)
+        model = str(settings.get("model", {}).get("name", "?"))
+        method = str(settings.get("inversion", {}).get("method", "?"))
+        dataset = SparseImageDataset(path)
+        images = len(dataset)
+        if verify:
+            dataset.verify()
+    except DatasetError as error:
+        unfinished = (path / SETTINGS).is_file() and not (path / MANIFEST).is_file()
+        problem = "unfinished" if unfinished else str(error)
+    return CacheEntry(path.name, str(path), model, method, images, size, problem)

@@ -1,0 +1,120 @@
+"""Pictures of sparse-image datasets."""
+
+from __future__ import annotations
+
+import io
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dfq.arguments import checked
+from dfq.data.dataset import SparseImageDataset
+from dfq.errors import DatasetError, OutputError, SettingError
+from dfq.files import make_directory, write_bytes
+from dfq.sparse import SparseImages, unpatchify
+
+BACKGROUND = 40
+"""Grey level of absent patches and margins, so that black patches can be told apart."""
+
+MARGIN = 2
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MIN_SIDE = 112
+
+
+@checked
+def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
+    """Draw a dataset: trajectories as rows, stages as columns, absent patches dark grey.
+
+    Args:
+        dataset: directory of a sparse-image dataset.
+        out: the PNG file to write.
+        rows: how many trajectories to draw.
+
+    Raises:
+        DatasetError: the dataset cannot be read.
+        OutputError: the file cannot be written, does not end in ``.png``, or what is there is
+            no picture.
+        SettingError: ``rows`` is below 1.
+    """
+    if rows < 1:
+        raise SettingError(f"rows is {rows}; it must be at least 1.")
+    _check_name(Path(out))
+    source = SparseImageDataset(dataset)
+    cells: dict[tuple[int, int], np.ndarray] = {}
+    drawn: set[int] = set()
+    for batch in source.batches(64):
+        for i in range(len(batch)):
+            key = int(batch.trajectory[i]), int(batch.stage[i])
+            if key[0] in drawn or len(drawn) < rows:
+                drawn.add(key[0])
+                cells[key] = _draw(batch[i : i + 1], source)
+    if not cells:
+        raise DatasetError(f"{str(dataset)!r} has no images to draw.")
+    return write_png(sheet(cells), out)
+
+
+def write_png(pixels: np.ndarray, out: str | Path) -> Path:
+    """Write a picture uint8 ``[H, W, 3]``, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written, or does not end in ``.png``.
+    """
+    out = Path(out)
+    _check_name(out)
+    _check_picture(out)
+    make_directory(out.parent)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    write_bytes(out, buffer.getvalue())
+    return out
+
+
+def _check_name(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise OutputError(f"{str(out)!r} is no name of a PNG file; it must end in .png.")
+
+
+def _check_picture(out: Path) -> None:
+    if not out.exists():
+        return
+    with suppress(OSError), out.open("rb") as file:
+        if file.read(len(SIGNATURE)) in (SIGNATURE, b""):
+            return
+    raise OutputError(
+        f"{str(out)!r} is there and is no PNG file. It was not touched; choose another name."
+    )
+
+
+def _draw(image: SparseImages, source: SparseImageDataset) -> np.ndarray:
+    canvas = unpatchify(image.patches, image.positions, source.grid, fill=BACKGROUND)[0]
+    array = canvas.permute(1, 2, 0).numpy()
+    array = array.repeat(3, axis=2) if array.shape[2] == 1 else array[..., :3]
+    if array.shape[2] == 2:
+        array = np.concatenate([array, array[..., :1]], axis=2)
+    return enlarge(array)
+
+
+def enlarge(array: np.ndarray) -> np.ndarray:
+    """A small picture ``[H, W, 3]`` so many times as large that it can be seen."""
+    zoom = max(1, -(-MIN_SIDE // max(array.shape[:2])))
+    return array.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def sheet(cells: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
+    """Pictures of one size, each at its (row, column), with margins between them."""
+    height, width = next(iter(cells.values())).shape[:2]
+    rows = sorted({row for row, _ in cells})
+    columns = sorted({column for _, column in cells})
+    shape = (
+        len(rows) * (height + MARGIN) + MARGIN,
+        len(columns) * (width + MARGIN) + MARGIN,
+        3,
+    )
+    found = np.full(shape, BACKGROUND // 2, dtype=np.uint8)
+    for (row, column), cell in cells.items():
+        top = rows.index(row) * (height + MARGIN) + MARGIN
+        left = columns.index(column) * (width + MARGIN) + MARGIN
+        found[top : top + height, left : left + width] = cell
+    return found

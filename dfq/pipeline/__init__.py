@@ -1,0 +1,1 @@
+"""The public functions and what joins inversion, data and quantization."""

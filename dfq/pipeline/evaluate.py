@@ -1,0 +1,239 @@
+"""``dfq.evaluate``: a checkpoint on the user's images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dfq import checkpoint as checkpoints
+from dfq.arguments import checked
+from dfq.data.images import ImageSource, load_batches, open_images
+from dfq.device import resolve_device
+from dfq.errors import SettingError, WeightsError
+from dfq.pipeline.comparison import (
+    EVALUATION_BATCH,
+    Comparison,
+    Metric,
+    compare,
+    dense_batches,
+    metric_of,
+)
+from dfq.progress import Progress, Silent, note_all
+from dfq.quantization import QuantizedViT
+from dfq.quantization.scheme import scheme_name
+from dfq.results.gates import check_bounds, check_bounds_decidable, check_shares, doubts, gate
+from dfq.results.intervals import share_interval
+from dfq.results.values import AgreementOn, EvaluateResult, FloatQuantized
+from dfq.vit import Architecture, Preprocessing, ViT
+from dfq.vit.load import load_model
+from dfq.vit.options import pool_of
+from dfq.vit.saved import is_saved
+
+_NAME_IT = "Name the model that the checkpoint was made from (--float MODEL, --weights FILE)."
+
+
+@checked
+def evaluate(
+    path: str | Path,
+    *,
+    data: str | Path,
+    float_model: str | nn.Module | None = None,
+    weights: str | Path | None = None,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
+    min_agreement: float | None = None,
+    min_accuracy: float | None = None,
+    class_map: str | Path | None = None,
+    progress: Progress | None = None,
+) -> EvaluateResult:
+    """Measure a checkpoint on images, beside the float model where one is named.
+
+    Accuracy needs labels, agreement the float model.
+
+    Args:
+        path: the checkpoint.
+        data: an image folder with one folder a class or with image files alone, an ``.npz``
+            with ``x`` (and ``y``), or ``"demo"``.
+        float_model, weights, img_size, in_chans, global_pool: the float model, as for
+            :func:`dfq.load_model`; what is left out is the checkpoint's.
+        backend: integer kernels, ``onednn`` or ``reference``.
+        min_agreement, min_accuracy: bounds from 0 to 1, of the lower ends of 95 % intervals.
+        class_map: a file that numbers the class folders; see
+            :func:`dfq.data.image_files.read_class_map`.
+
+    Raises:
+        GateError: the interval of agreement or accuracy begins below its bound.
+        DfqError: one of its other subclasses says what is wrong.
+    """
+    check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
+    if min_agreement is not None and float_model is None:
+        raise SettingError("min_agreement needs the float model: give float_model (--float MODEL).")
+    options = {"img_size": img_size, "in_chans": in_chans, "global_pool": global_pool}
+    for name, value in {"weights": weights, **options}.items():
+        if value is not None and float_model is None:
+            raise SettingError(f"{name} is of the float model: name it too (--float MODEL).")
+    progress = progress or Silent()
+    target = resolve_device(device)
+    info = checkpoints.read_info(path)
+    model = checkpoints.load(path, device=target).set_backend(backend)
+    metric = metric_of(model.arch)
+    source = open_evaluation(data, model.arch, model.preprocessing, class_map)
+    check_measurable(source, metric, min_agreement, min_accuracy, "--data")
+    if float_model is None and (source.class_order is None or metric == "cosine"):
+        missing = "a classifier" if metric == "cosine" else f"labels in {source.name!r}"
+        raise SettingError(
+            f"Without {missing} there is agreement alone to measure, and it needs the float model: "
+            "give float_model (--float MODEL)."
+        )
+    made_from = str(info.source.get("fingerprint"))
+    reference = _float_reference(
+        model, made_from, float_model, target, progress, weights=weights, **options
+    )
+    batches = dense_batches(load_batches(source, model.preprocessing, EVALUATION_BATCH), target)
+    with progress.task("Evaluating", len(source)) as advance:
+        comparison = compare(model, reference, batches, advance, metric=metric)
+    agreement = None if reference is None else agreement_on(comparison, source.name)
+    accuracy = accuracy_pair(comparison, "top1")
+    result = EvaluateResult(
+        checkpoint=str(path),
+        model=info.model,
+        scheme=scheme_name(info.recipe.quantization),
+        data=source.name,
+        images=comparison.images,
+        agreement=comparison.agreement,
+        metric=comparison.metric,
+        kl=comparison.kl,
+        accuracy=accuracy,
+        accuracy_top5=accuracy_pair(comparison, "top5"),
+        backend=model.backend,
+        seconds=comparison.seconds,
+        images_per_second=comparison.images / comparison.seconds,
+        agreement_on=agreement,
+        class_order=None if accuracy is None else source.class_order,
+        gate=check_bounds(agreement, accuracy, min_agreement, min_accuracy),
+        warnings=doubts(agreement),
+    )
+    for warning in result.warnings:
+        progress.note(f"warning: {warning}")
+    gate(result)
+    return result
+
+
+def _float_reference(
+    model: QuantizedViT,
+    fingerprint: str,
+    name: str | nn.Module | None,
+    device: torch.device,
+    progress: Progress,
+    **options: Any,
+) -> ViT | None:
+    if name is None:
+        return None
+    arch = model.arch
+    built = isinstance(name, str) and not is_saved(name)  # so that its shape can be chosen
+    if built and name != "demo":
+        own = {"img_size": arch.image_size, "global_pool": pool_of(arch)}
+        options |= {key: value for key, value in own.items() if options[key] is None}
+    try:
+        loaded = load_model(
+            name,
+            num_classes=0 if built and not arch.num_classes else None,
+            mean=model.preprocessing.mean,
+            std=model.preprocessing.std,
+            input_range=model.preprocessing.input_range,
+            **options,
+        )
+    except (SettingError, WeightsError) as error:
+        if not error.advice:
+            raise
+        facts = error.facts
+        if isinstance(error, SettingError):
+            facts = (
+                "The float model takes another number of channels than the checkpoint, which "
+                f"takes {arch.in_channels}."
+            )
+        raise SettingError(f"{facts} {_NAME_IT}") from error
+    note_all(progress, loaded.notes)
+    differing = [
+        f"{field.replace('_', ' ')} {theirs!r} instead of {ours!r}"
+        for field, ours in dataclasses.asdict(arch).items()
+        if (theirs := getattr(loaded.vit.arch, field)) != ours
+    ]
+    if differing:
+        raise SettingError(
+            f"The float model {loaded.name!r} has another architecture than the checkpoint: "
+            f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. {_NAME_IT}"
+        )
+    if loaded.fingerprint != fingerprint:
+        progress.note("The float model's weights are not those that the checkpoint was made from.")
+    return loaded.vit.to(device)
+
+
+def open_evaluation(
+    data: str | Path,
+    arch: Architecture,
+    preprocessing: Preprocessing,
+    class_map: str | Path | None = None,
+) -> ImageSource:
+    """The images to measure on, with labels where there are some and the model has a classifier.
+
+    Raises:
+        SettingError: ``class_map`` is given for a model without a classifier.
+        DataError: the images cannot be used.
+    """
+    if class_map is not None and not arch.num_classes:
+        raise SettingError("class_map needs a classifier; the model has none.")
+    labelled = None if arch.num_classes else False
+    return open_images(data, arch, preprocessing, labelled=labelled, class_map=class_map)
+
+
+def check_measurable(
+    source: ImageSource,
+    metric: Metric,
+    min_agreement: float | None,
+    min_accuracy: float | None,
+    flag: str,
+) -> None:
+    """Raise :class:`SettingError` if the images, given by ``flag``, cannot decide a bound."""
+    if min_accuracy is not None and metric == "cosine":
+        raise SettingError("min_accuracy needs a classifier; the model has none.")
+    if min_accuracy is not None and source.class_order is None:
+        raise SettingError(
+            f"min_accuracy needs labels; {source.name!r} has none: no class folders, or no y. "
+            "Bound the agreement (min_agreement), or give labelled images."
+        )
+    check_bounds_decidable(metric, min_agreement, min_accuracy, len(source), flag)
+
+
+def agreement_on(comparison: Comparison, data: str) -> AgreementOn:
+    """What a comparison says of agreement on the images called ``data``."""
+    return AgreementOn(
+        data=data,
+        images=comparison.images,
+        metric=comparison.metric,
+        kl=comparison.kl,
+        agreement=comparison.agreement,
+        agreeing=comparison.agreeing,
+        interval=None if comparison.interval is None else list(comparison.interval),
+        threshold=comparison.threshold,
+        error_over_spread=comparison.error_over_spread,
+        not_finite=comparison.not_finite,
+    )
+
+
+def accuracy_pair(comparison: Comparison, name: Literal["top1", "top5"]) -> FloatQuantized | None:
+    """An accuracy of both models; None where the images have no labels."""
+    if comparison.quantized is None:
+        return None
+    reference = None if comparison.float is None else getattr(comparison.float, name)
+    share, images = getattr(comparison.quantized, name), comparison.images
+    correct = round(share * images)
+    return FloatQuantized(reference, share, correct, images, list(share_interval(correct, images)))

@@ -1,0 +1,269 @@
+"""What a dataset or checkpoint holds, which models there are, and what this machine can do."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfq import checkpoint, demo, runtime
+from dfq.arguments import checked
+from dfq.data.cache import cache_directory
+from dfq.data.dataset import SparseImageDataset
+from dfq.data.settings import SETTINGS
+from dfq.device import cpu_has, multiplies_bytes, resolve_precision
+from dfq.errors import DatasetError, UnknownModelError, nearest
+from dfq.files import read_json
+from dfq.pipeline.synthesis import versions
+from dfq.quantization.scheme import scheme_name
+from dfq.recipe import to_dict
+from dfq.runtime import onednn, opaque
+from dfq.vit.architecture import PIXEL_RANGE, Preprocessing, to_json
+from dfq.vit.describe import describe
+from dfq.vit.saved import REPORT, WEIGHTS, is_saved, read_saved
+
+
+@checked
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Facts about a sparse-image dataset, a checkpoint or a student, as JSON types.
+
+    Datasets are verified: every shard is read and compared with its checksum.
+
+    Raises:
+        DatasetError: the path is none of them, or the dataset's files are damaged.
+        CheckpointError: the checkpoint is damaged.
+        WeightsError: the student is damaged.
+    """
+    path = Path(path)
+    if (path / SETTINGS).is_file():
+        return _inspect_dataset(path)
+    if (path / checkpoint.CONFIG).is_file():
+        return _inspect_checkpoint(path)
+    if is_saved(path):
+        return _inspect_model(path)
+    raise DatasetError(
+        f"{str(path)!r} holds neither a sparse-image dataset nor a dfq checkpoint nor a student."
+        if path.exists()
+        else f"{str(path)!r} does not exist; give a sparse-image dataset, a dfq checkpoint or a "
+        "student."
+    )
+
+
+def _inspect_dataset(path: Path) -> dict[str, Any]:
+    dataset = SparseImageDataset(path)
+    dataset.verify()
+    grid = dataset.grid
+    kept = sum(shard.images * shard.patches for shard in dataset.shards)
+    return {
+        "kind": "dataset",
+        "path": str(path),
+        "model": dataset.settings.get("model", {}).get("name"),
+        "fingerprint": dataset.fingerprint,
+        "method": dataset.method,
+        "images": len(dataset),
+        "grid": [grid.rows, grid.columns],
+        "patches_per_image": sorted({shard.patches for shard in dataset.shards}),
+        "sparsity": 1 - kept / (len(dataset) * grid.patches),
+        "shards": len(dataset.shards),
+        "bytes": dataset.bytes,
+        "preprocessing": {
+            "input_range": list(PIXEL_RANGE),
+            **dataset.settings.get("preprocessing", {}),
+        },
+        "inversion": dataset.settings.get("inversion"),
+        "threads": dataset.settings.get("threads"),
+        "versions": dataset.settings.get("versions"),
+    }
+
+
+def _inspect_checkpoint(path: Path) -> dict[str, Any]:
+    info = checkpoint.read_info(path)
+    model = checkpoint.load(path)
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "model": info.model,
+        "scheme": scheme_name(info.recipe.quantization),
+        "attention": info.recipe.quantization.attention,
+        "backend": model.backend,
+        "compiler": opaque.compiler(),
+        "architecture": to_json(info.arch),
+        "preprocessing": _preprocessing(info.preprocessing),
+        "recipe": to_dict(info.recipe),
+        "source": info.source,
+        "bytes": (path / checkpoint.MODEL).stat().st_size,
+        "report": _report(path / checkpoint.REPORT),
+    }
+
+
+def _inspect_model(path: Path) -> dict[str, Any]:
+    model, timm_name, prepared = read_saved(path)
+    arch = describe(model, str(path))
+    return {
+        "kind": "student",
+        "path": str(path),
+        "model": timm_name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "architecture": to_json(arch),
+        "preprocessing": _preprocessing(prepared),
+        "bytes": (path / WEIGHTS).stat().st_size,
+        "report": _report(path / REPORT),
+    }
+
+
+def _preprocessing(prepared: Preprocessing) -> dict[str, Any]:
+    return {**to_json(prepared), "input_range": list(prepared.input_range)}
+
+
+def _report(path: Path) -> Any:
+    """What was measured, None where nothing readable is."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A name that :func:`dfq.load_model` takes; ``kind`` is demo, alias or timm."""
+
+    name: str
+    kind: str
+    pretrained: bool
+
+
+HOMES = ("vision_transformer", "deit", "beit", "eva")
+"""Modules of timm that define models which may be supported."""
+
+
+@checked
+def models(pattern: str | None = None) -> list[ModelEntry]:
+    """The names of models: demo, aliases, and timm's vision transformers.
+
+    ``pattern`` keeps names that contain it.  timm's names are those of its
+    modules of patch transformers; whether a member is supported shows when it is loaded.
+
+    Raises:
+        UnknownModelError: no name contains the pattern.
+    """
+    import timm
+
+    from dfq.vit.load import ALIASES
+
+    names = sorted({name for home in HOMES for name in timm.list_models(module=home)})
+    entries = [
+        ModelEntry("demo", "demo", True),
+        *(ModelEntry(alias, "alias", True) for alias in ALIASES),
+        *(ModelEntry(name, "timm", bool(timm.is_model_pretrained(name))) for name in names),
+    ]
+    found = [e for e in entries if pattern is None or pattern in e.name]
+    if not found:
+        raise UnknownModelError(
+            f"No model's name contains {pattern!r}.{nearest(pattern or '', names)}"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """What this machine offers.
+
+    ``problems`` is empty where all is well; ``warnings`` name what works and is slow.
+
+    ``backend`` names the kernels that checkpoints run on, ``compiler`` the C++ compiler that
+    ``dfq.load(..., compiled=True)`` would use, None where there is none.
+    """
+
+    versions: dict[str, str]
+    processor: str
+    instructions: tuple[str, ...]
+    threads: int
+    devices: tuple[str, ...]
+    backend: str
+    compiler: str | None
+    precision: str
+    cache: str
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@checked
+def doctor(cache: str | Path | None = None) -> DoctorReport:
+    """Look at versions, processor, integer kernels, cache directory and demo files."""
+    cpu = torch.device("cpu")
+    backend = runtime.select(cpu, largest=onednn.PORTABLE).NAME
+    root = cache_directory(cache)
+    problems = []
+    if not _writable(root):
+        problems.append(f"The cache directory {root} cannot be written; use --cache or $DFQ_CACHE.")
+    problems += [f"{p.name} is missing; reinstall dfq." for p in _missing_demo_files()]
+    return DoctorReport(
+        versions=versions(),
+        processor=_processor(),
+        instructions=_instructions(),
+        threads=torch.get_num_threads(),
+        devices=("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))),
+        backend=backend,
+        compiler=opaque.compiler(),
+        precision=resolve_precision("auto", cpu),
+        cache=str(root),
+        problems=tuple(problems),
+        warnings=_slow(cpu),
+    )
+
+
+def _slow(device: torch.device) -> tuple[str, ...]:
+    """What makes this processor slow, with what to do."""
+    slow = []
+    if not onednn.available(device, onednn.PORTABLE):
+        slow.append(
+            "This processor multiplies 8-bit integers neither with VNNI nor with AVX2: quantized "
+            "models run on the reference kernels, several times slower than in floating point."
+        )
+    elif not multiplies_bytes(device):
+        slow.append(
+            "This processor has no 8-bit dot products (VNNI), so wide weights would saturate: "
+            "checkpoints quantized with reduce_range (the default) run fast, others on the "
+            "reference kernels, several times slower than in floating point."
+        )
+    if resolve_precision("auto", device) == "float32":
+        slow.append(
+            "This processor does not multiply bfloat16 natively: inversion runs in float32 and "
+            "takes about three times as long as the README says."
+        )
+    return tuple(slow)
+
+
+def _missing_demo_files() -> list[Path]:
+    return [p for p in (demo.WEIGHTS, demo.TEST_SLICE) if not p.is_file()]
+
+
+def _writable(path: Path) -> bool:
+    """Whether a directory can be made there, tried out beside it without leaving a trace."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=path):
+            return True
+    except OSError:
+        return False
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _instructions() -> tuple[str, ...]:
+    return tuple(
+        name for name in ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile") if cpu_has(name)
+    )

@@ -1,0 +1,1 @@
+"""What the public functions return, with its intervals, gates and tables."""

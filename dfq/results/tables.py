@@ -1,0 +1,282 @@
+"""What the verbs return, as tables for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dfq.errors import UsageError
+from dfq.results.values import MADE
+from dfq.text import escape
+
+LOUDEST = 1000
+"""No ratio in decibels is larger; a report that says so is not ours."""
+
+RATIOS = ("weights", "activations", "both")
+"""What is quantized in the three ratios of a layer."""
+
+MARKED = 3
+"""How many of the noisiest layers are shown in red."""
+
+
+def _two_columns() -> Table:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def entries_table(entries: list[Any], title: str | None = None) -> Table:
+    """Cached datasets, one a row."""
+    table = Table(title=title)
+    for column in ("name", "model", "method", "images", "size", "state"):
+        table.add_column(column, overflow="fold")
+    for e in entries:
+        state = e.problem or "whole"
+        named = (escape(text) for text in (e.name, e.model, e.method))
+        table.add_row(*named, str(e.images), _size(e.bytes), escape(state))
+    return table
+
+
+def field_table(values: dict[str, Any]) -> Table:
+    """Fields and their values, without those that are empty."""
+    table = _two_columns()
+    for key, value in values.items():
+        if value is not None and value != () and value != {}:
+            table.add_row(escape(key.replace("_", " ")), _text(key, value))
+    return table
+
+
+def layers_of(facts: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The measured layers of a checkpoint's report.
+
+    Raises:
+        UsageError: it has none.
+    """
+    report = facts.get("report")
+    layers = report.get("layers") if isinstance(report, dict) else None
+    if not isinstance(layers, list) or not layers or not all(map(_is_layer, layers)):
+        raise UsageError(
+            f"{str(path)!r} has no measured layers; --layers takes a checkpoint with the "
+            "report.json that `dfq quantize` wrote."
+        )
+    return layers
+
+
+def _is_layer(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and all(type(row.get(key)) in (int, float) and abs(row[key]) <= LOUDEST for key in RATIOS)
+        and isinstance(row.get("name"), str)
+    )
+
+
+def layers_table(values: dict[str, Any]) -> Table:
+    """Signal-to-quantization-noise ratios in decibels, the worst layers marked."""
+    table = Table(title="signal to quantization noise, dB")
+    table.add_column("layer")
+    for column in RATIOS:
+        table.add_column(column, justify="right")
+    worst = sorted(row["both"] for row in values["layers"])[:MARKED]
+    for row in values["layers"]:
+        style = "bold red" if row["both"] in worst else None
+        table.add_row(escape(row["name"]), *(f"{row[k]:.1f}" for k in RATIOS), style=style)
+    return table
+
+
+def facts_table(values: dict[str, Any]) -> Table:
+    """Facts of a dataset or a checkpoint, of its report what was measured and the verdict."""
+    table = field_table({k: v for k, v in values.items() if k != "report"})
+    try:
+        report = values["report"]
+        rows = [*agreement_rows(report), *verdict_rows(report)]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        rows = []  # none, or one that other programs wrote
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        inner = {k: _text(k, v) for k, v in value.items() if v is not None}
+        lists = {k for k in inner if isinstance(value[k], list | tuple)}
+        return ", ".join(f"{escape(k)} {f'({v})' if k in lists else v}" for k, v in inner.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(key, v) for v in value)
+    if key == "bytes" and isinstance(value, int):
+        return _size(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return escape(str(value))
+
+
+def quantize_table(r: dict[str, Any]) -> Table:
+    """What ``quantize`` did and measured."""
+    table = _two_columns()
+    source, size = r["calibration"], r["bytes"]
+    origin = "from the cache" if source["cached"] else "made now"
+    if source["cached"] is None:
+        origin = escape(source["path"])
+    table.add_row("model", f"{escape(r['model'])}, {r['scheme']}, attention {r['attention']}")
+    table.add_row("calibration", f"{source['images']} images, {escape(source['method'])}, {origin}")
+    ratio = size["float"] / max(1, size["quantized"])
+    table.add_row(
+        "size", f"{_size(size['float'])} -> {_size(size['quantized'])} ({ratio:.1f} times smaller)"
+    )
+    for row in (*accuracy_rows(r), *agreement_rows(r), *verdict_rows(r)):
+        table.add_row(*row)
+    stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items())
+    table.add_row("seconds", stages)
+    table.add_row("checkpoint", escape(r["checkpoint"]))
+    return table
+
+
+def evaluate_table(r: dict[str, Any]) -> Table:
+    """What ``evaluate`` measured."""
+    table = _two_columns()
+    table.add_row("checkpoint", escape(r["checkpoint"]))
+    table.add_row("model", f"{escape(r['model'])}, {r['scheme']}")
+    table.add_row("data", f"{r['images']} images of {escape(r['data'])}")
+    for row in (*accuracy_rows(r), *agreement_rows(r), *verdict_rows(r)):
+        table.add_row(*row)
+    speed = f"{r['images_per_second']:.1f} images/s on {r['backend']}"
+    table.add_row("seconds", f"{r['seconds']:.1f}, {speed}")
+    return table
+
+
+def accuracy_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
+    """Accuracies of both models, and how the classes are numbered."""
+    rows = []
+    for name, key in (("top-1", "accuracy"), ("top-5", "accuracy_top5")):
+        accuracy = r[key]
+        if accuracy:
+            float_ = "" if accuracy["float"] is None else f"float {accuracy['float']:.2%}, "
+            counts = f"{accuracy['correct']} of {accuracy['images']}"
+            rows.append(
+                (
+                    name,
+                    f"{float_}quantized {accuracy['quantized']:.2%}"
+                    f"{_interval(accuracy['interval'], counts)}",
+                )
+            )
+    return [*rows, ("classes", _class_order(r["class_order"]))] if rows else []
+
+
+_ORDERS = {
+    "imagenet synsets": "folders are ImageNet synsets",
+    "number": "folders in the order of their numbers",
+    "name": "folders in the order of their names",
+    "class map": "folders as the class map says",
+    "y": "y of the array",
+}
+
+
+def _class_order(order: str | None) -> str:
+    return _ORDERS.get(order or "", "not labelled")
+
+
+_METRICS = {
+    "top1": "agreement",
+    "threshold": "agreement",
+    "cosine": "cosine of features",
+}
+
+
+def agreement_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
+    """Agreement on each kind of images that it was measured on."""
+    measured = [r.get("agreement_on"), r.get("agreement_outside")]
+    return [row for on in measured if on for row in _agreement_rows(on)]
+
+
+def _agreement_rows(on: dict[str, Any]) -> list[tuple[str, str]]:
+    where = escape(MADE.get(on["data"], f"images of {on['data']}"))
+    value = "not measured" if on["agreement"] is None else f"{on['agreement']:.2%}"
+    counts = "" if on["agreeing"] is None else f"{on['agreeing']:d} of {on['images']:d}"
+    side = "" if on["threshold"] is None else f", same side of {on['threshold']:.4g}"
+    rows = [
+        (
+            _METRICS[on["metric"]],
+            f"{value} on {on['images']:d} {where}{_interval(on['interval'], counts)}{side}",
+        )
+    ]
+    if on["metric"] != "top1" and on["error_over_spread"] is not None:
+        rows.append(("error over spread", f"{on['error_over_spread']:.4g}"))
+    return rows
+
+
+def _interval(interval: list[float] | None, counts: str = "") -> str:
+    if interval is None:
+        return ""
+    low, high = interval
+    return f" ({counts}{counts and '; '}95 %: {low:.2%} to {high:.2%})"
+
+
+def verdict_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
+    """Bounds and whether they were kept, and warnings."""
+    rows = []
+    for check in r.get("gate", ()):
+        passed = "kept" if check["passed"] else "[bold red]not kept[/]"
+        rows.append(("gate", f"{escape(check['what'])} of at least {check['bound']:g}: {passed}"))
+    return [*rows, *(("warning", escape(text)) for text in r.get("warnings", ()))]
+
+
+def distill_table(r: dict[str, Any]) -> Table:
+    """What ``distill`` did and measured."""
+    table = _two_columns()
+    table.add_row("teacher", escape(r["teacher"]))
+    table.add_row("student", f"{escape(r['student'])}, {r['parameters'] / 1e6:.2f} M parameters")
+    begun = "blocks of the teacher's" if r["start"] == "teacher" else "random weights"
+    table.add_row("began with", begun)
+    table.add_row("images", f"{r['data']['images']}, {escape(r['data']['method'])}")
+    table.add_row("loss", f"{r['losses'][0]:.3g} -> {r['losses'][-1]:.3g}")
+    if r["accuracy"]:
+        accuracy = r["accuracy"]
+        interval = _interval(accuracy["interval"])
+        table.add_row(
+            "top-1",
+            f"teacher {accuracy['teacher']:.2%}, student {accuracy['student']:.2%}{interval}",
+        )
+        table.add_row("classes", _class_order(r["class_order"]))
+    for row in (*agreement_rows(r), *verdict_rows(r)):
+        table.add_row(*row)
+    table.add_row("seconds", f"{r['seconds']:.1f}, of them training {r['training_seconds']:.1f}")
+    table.add_row("written to", escape(r["path"]))
+    return table
+
+
+def benchmark_table(r: dict[str, Any]) -> Table:
+    """Rows with their speed as a multiple of torch-fp32's at the same batch."""
+    threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+    notes = [f"{a['runtime']} absent: {a['reason']}" for a in r["absent"]]
+    notes += [
+        f"{c['runtime']} from a cold process to its first prediction: {c['seconds']:.2f} s, at "
+        f"most {_size(c['peak_bytes'])}"
+        for c in r["cold"] or ()
+    ]
+    table = Table(
+        title=escape(f"{r['model']}, {r['scheme']}, attention {r['attention']}, {threads}"),
+        caption=escape("\n".join(notes)),
+        caption_justify="left",
+    )
+    table.add_column("runtime", no_wrap=True)
+    for column in ("batch", "images/s", "median ms", "p95 ms", "of fp32"):
+        table.add_column(column, justify="right")
+    base = {x["batch"]: x["images_per_second"] for x in r["rows"] if x["runtime"] == "torch-fp32"}
+    for row in r["rows"]:
+        speed, batch = row["images_per_second"], row["batch"]
+        ratio = f"{speed / base[batch]:.2f}" if batch in base else ""
+        times = (f"{row['median_ms']:.2f}", f"{row['p95_ms']:.2f}")
+        table.add_row(row["runtime"], str(batch), f"{speed:.1f}", *times, ratio)
+    return table
+
+
+def _size(count: int) -> str:
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.2f} GB"

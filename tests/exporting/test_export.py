@@ -1,0 +1,267 @@
+"""``dfq.export``: what it writes, what it refuses, and what stays as it was."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported_models import checkpoint_of
+from typer.testing import CliRunner
+
+import dfq
+from dfq.cli.app import app
+from dfq.errors import CheckpointError, ExtraError, OutputError, SettingError
+from dfq.exporting.formats import SUFFIXES
+from dfq.files import replace_files
+from dfq.results.values import to_json
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed"
+)
+FORMATS = [
+    pytest.param("onnx"),
+    pytest.param("torch"),
+    pytest.param("openvino", marks=needs_openvino),
+]
+every_format = pytest.mark.parametrize("format", FORMATS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint_of(tmp_path_factory.mktemp("export") / "w8a8")
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint_of(tmp_path_factory.mktemp("export") / "w4a8", bits=4)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# ---- what is written
+
+
+@torch.no_grad()
+def test_the_file_takes_what_the_checkpoint_takes(checkpoint: Path, tmp_path: Path) -> None:
+    dfq.export(checkpoint, out=tmp_path / "model.onnx")
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images.numpy()})
+    expected = dfq.load(checkpoint)(images)
+    error = (torch.from_numpy(found) - expected).norm() / (expected - expected.mean(0)).norm()
+    assert float(error) < 0.1
+
+
+@every_format
+def test_the_result_says_what_was_written(format: str, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / f"model{SUFFIXES[format]}"
+    result = dfq.export(checkpoint, format=format, out=out)
+    assert (result.checkpoint, result.path) == (str(checkpoint), str(out))
+    assert (result.format, result.scheme, result.attention) == (format, "w8a8", "float")
+    assert result.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert result.weights == "int8"
+
+
+@every_format
+def test_without_out_the_file_is_named_after_the_checkpoint(
+    format: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = dfq.export(checkpoint, format=format)
+    assert result.path == f"w8a8{SUFFIXES[format]}"
+    assert (tmp_path / result.path).is_file()
+
+
+def test_the_file_says_what_it_is(four_bits: Path, tmp_path: Path) -> None:
+    dfq.export(four_bits, out=tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    found = {p.key: p.value for p in model.metadata_props}
+    assert (model.producer_name, model.producer_version) == ("dfq", dfq.__version__)
+    assert found["scheme"] == "w4a8"
+    assert found["weights"] == "int4, widened to int8"
+    assert json.loads(found["mean"]) == pytest.approx([0.5, 0.4, 0.3])
+    assert json.loads(found["image_size"]) == [16, 16]
+    assert (found["classes"], found["dfq_version"]) == ("5", dfq.__version__)
+
+
+def test_four_bits_can_stay_four_bits(four_bits: Path, tmp_path: Path) -> None:
+    wide = dfq.export(four_bits, out=tmp_path / "wide.onnx")
+    narrow = dfq.export(four_bits, out=tmp_path / "narrow.onnx", weights="int4")
+    assert (wide.weights, narrow.weights) == ("int8", "int4")
+    assert narrow.bytes < wide.bytes
+
+
+@every_format
+def test_an_older_export_is_replaced(
+    format: str, checkpoint: Path, four_bits: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / f"model{SUFFIXES[format]}"
+    dfq.export(checkpoint, format=format, out=out)
+    first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    dfq.export(four_bits, format=format, out=out)
+    second = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(first) == set(second)
+    assert first != second
+
+
+# ---- what is refused
+
+
+@every_format
+@pytest.mark.parametrize("content", [b"", b"precious", b"<net>", b"PK\x03\x04"], ids=repr)
+def test_something_else_is_not_replaced(
+    format: str, content: bytes, checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / f"model{SUFFIXES[format]}"
+    out.write_bytes(content)
+    with pytest.raises(OutputError, match=r"something other than .*Nothing there was touched"):
+        dfq.export(checkpoint, format=format, out=out)
+    assert (out.read_bytes(), names(tmp_path)) == (content, [out.name])
+
+
+def test_another_programs_model_is_not_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    dfq.export(checkpoint, out=tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    model.producer_name = "another"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(OutputError, match="something other than"):
+        dfq.export(checkpoint, out=tmp_path / "model.onnx")
+
+
+@needs_openvino
+def test_weights_of_something_else_are_not_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"precious")
+    with pytest.raises(OutputError, match="something other than"):
+        dfq.export(checkpoint, format="openvino", out=tmp_path / "model.xml")
+    assert (tmp_path / "model.bin").read_bytes() == b"precious"
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "format": ({"format": "tflite"}, SettingError, "one of onnx, openvino, torch"),
+    "suffix": ({"out": "model.xml"}, OutputError, r"ends in \.onnx"),
+    "weights": ({"weights": "int2"}, SettingError, "one of int8, int4"),
+    "weights of 8 bits": ({"weights": "int4"}, SettingError, "needs a checkpoint of 4 bits"),
+    "weights of a program": (
+        {"weights": "int8", "format": "torch"},
+        SettingError,
+        "choice of format 'onnx' alone",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_mistake_is_explained(
+    changes: dict[str, Any],
+    kind: type[Exception],
+    message: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=message):
+        dfq.export(checkpoint, **changes)
+    assert not names(tmp_path)
+
+
+def test_a_directory_is_not_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").mkdir()
+    with pytest.raises(OutputError, match="is a directory"):
+        dfq.export(checkpoint, out=tmp_path / "model.onnx")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a dfq checkpoint"):
+        dfq.export(tmp_path, out=tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(("format", "package"), [("onnx", "onnx"), ("openvino", "openvino")])
+def test_an_absent_package_is_named_with_its_extra(
+    format: str, package: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(name: str, *args: Any) -> Any:
+        if name == package:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return imported(name, *args)
+
+    imported: Callable[..., Any] = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(ExtraError, match=rf"pip install 'dfq\[{format}\]'"):
+        dfq.export(checkpoint, format=format, out=tmp_path / f"model{SUFFIXES[format]}")
+    assert not names(tmp_path)
+
+
+@every_format
+def test_an_export_that_fails_leaves_nothing(
+    format: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match="No space left"):
+        dfq.export(checkpoint, format=format, out=tmp_path / f"model{SUFFIXES[format]}")
+    assert not names(tmp_path)
+
+
+# ---- two files at once
+
+
+def test_files_move_together(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    moves = {tmp_path / "new" / n: tmp_path / n for n in ("a", "b")}
+    for new, place in moves.items():
+        new.write_text("new")
+        place.write_text("old")
+    replace_files(moves)
+    assert [p.read_text() for p in moves.values()] == ["new", "new"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["replaced", "first"])
+def test_files_that_cannot_all_move_stay(there: bool, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    moves = {tmp_path / "new" / n: tmp_path / n for n in ("a", "b")}
+    (tmp_path / "new" / "a").write_text("new")
+    for place in moves.values() if there else ():
+        place.write_text("old")
+    with pytest.raises(FileNotFoundError):
+        replace_files(moves)
+    assert [p.is_file() for p in moves.values()] == [there, there]
+    assert all(p.read_text() == "old" for p in moves.values() if there)
+
+
+# ---- the command
+
+
+def test_json_of_export_is_the_result_and_nothing_else(
+    four_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "model.onnx"
+    arguments = ["export", str(four_bits), "--out", str(out), "--weights", "int4", "--json"]
+    monkeypatch.setattr(sys, "argv", ["dfq", *arguments])
+    ended = CliRunner().invoke(app, arguments)
+    expected = dfq.export(four_bits, out=out, weights="int4")
+    assert (ended.exit_code, json.loads(ended.stdout)) == (0, to_json(expected))
+
+
+@needs_openvino
+def test_the_table_counts_products_on_integers(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, ["export", str(checkpoint), "--format", "openvino"])
+    lines = [line for line in ended.stdout.splitlines() if "products" in line]
+    assert len(lines) == 2
+    assert all(" 10 " in line for line in lines)

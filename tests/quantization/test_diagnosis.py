@@ -1,0 +1,143 @@
+"""Signal-to-quantization-noise ratios of layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_vit
+
+import dfq
+from dfq.inversion import Engine, plan_units
+from dfq.quantization import QuantizedViT, calibrate, quantize_vit
+from dfq.quantization.diagnosis import CEILING, POOR, layer_noise, poor_layers
+from dfq.quantization.scheme import layers
+from dfq.recipe import InversionSettings, QuantizationSettings
+from dfq.results.values import LayerNoise
+from dfq.sparse import SparseImages
+from dfq.vit.load import LoadedModel
+
+SETTINGS = InversionSettings(iterations=4, images=8, precision="float32", threads=1)
+
+
+@pytest.fixture
+def images(loaded: LoadedModel) -> list[SparseImages]:
+    engine = Engine(loaded.vit, loaded.preprocessing, SETTINGS)
+    return [b for unit in plan_units(SETTINGS, 16) for b in engine.run(unit)]
+
+
+def build(loaded: LoadedModel, images: list[SparseImages], bits: int) -> QuantizedViT:
+    settings = QuantizationSettings(bits=bits)  # type: ignore[arg-type]
+    found = calibrate(loaded.vit, images, loaded.preprocessing, settings)
+    return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
+
+
+def noise(
+    loaded: LoadedModel, images: list[SparseImages], quantized: QuantizedViT
+) -> dict[str, LayerNoise]:
+    return {n.name: n for n in layer_noise(loaded.vit, quantized, images)}
+
+
+def test_every_layer_is_measured_and_both_errors_add(
+    loaded: LoadedModel, images: list[SparseImages]
+) -> None:
+    found = noise(loaded, images, build(loaded, images, 8))
+    assert list(found) == layers(loaded.vit.arch)
+    for n in found.values():
+        assert 20 < n.both < CEILING
+        assert n.both < min(n.weights, n.activations) + 1
+
+
+def test_fewer_bits_leave_more_noise(loaded: LoadedModel, images: list[SparseImages]) -> None:
+    four = noise(loaded, images, build(loaded, images, 4))
+    eight = noise(loaded, images, build(loaded, images, 8))
+    for name in layers(loaded.vit.arch):
+        if name.startswith("blocks"):
+            assert four[name].weights + 4 < eight[name].weights
+            assert abs(four[name].activations - eight[name].activations) < 0.01
+
+
+def test_a_spoilt_layer_is_seen(loaded: LoadedModel, images: list[SparseImages]) -> None:
+    quantized = build(loaded, images, 8)
+    layer = quantized.get_submodule("blocks.1.mlp.fc2")
+    layer.weight_scale.mul_(1.5)
+    found = noise(loaded, images, quantized)
+    assert min(found.values(), key=lambda n: n.both).name == "blocks.1.mlp.fc2"
+    assert found["blocks.1.mlp.fc2"].activations > found["blocks.1.mlp.fc2"].weights + 10
+
+
+def test_pixels_lose_nothing_in_the_patch_embedding(
+    loaded: LoadedModel, images: list[SparseImages]
+) -> None:
+    found = noise(loaded, images, build(loaded, images, 8))
+    assert found["patch_embed"].activations > 90
+
+
+def test_the_models_are_left_as_they_are(loaded: LoadedModel, images: list[SparseImages]) -> None:
+    quantized = build(loaded, images, 4)
+    before = {k: v.clone() for k, v in quantized.state_dict().items()}
+    layer_noise(loaded.vit, quantized, images)
+    assert all(torch.equal(v, before[k]) for k, v in quantized.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in loaded.vit.modules())
+    assert dataclasses.is_dataclass(LayerNoise)
+
+
+# ---- warnings
+
+
+def of(name: str, weights: float, activations: float) -> LayerNoise:
+    powers = (10 ** (-ratio / 10) for ratio in (weights, activations))
+    return LayerNoise(name, weights, activations, -10 * math.log10(sum(powers)))
+
+
+def test_layers_above_the_threshold_are_not_warned_of() -> None:
+    healthy = [of("blocks.0.mlp.fc1", POOR + 4, POOR + 4), of("head", CEILING, CEILING)]
+    assert poor_layers(healthy, QuantizationSettings(bits=4)) == []
+
+
+@pytest.mark.parametrize(
+    ("noise", "bits", "advice"),
+    [
+        (of("blocks.0.mlp.fc1", 8, 40), 4, "--bits 8"),
+        (of("blocks.0.mlp.fc1", 8, 40), 8, "reduce_range = false"),
+        (of("head", 8, 40), 4, "reduce_range = false"),
+        (of("blocks.1.attn.proj", 40, 8), 4, "observer to mse"),
+    ],
+)
+def test_the_advice_is_that_of_what_is_noisy(noise: LayerNoise, bits: Any, advice: str) -> None:
+    (warning,) = poor_layers([of("patch_embed", 40, 90), noise], QuantizationSettings(bits=bits))
+    assert f"below 15 dB in {noise.name} (8.0 dB): " in warning
+    assert advice in warning
+    every = {"--bits 8", "reduce_range = false", "observer to mse"}
+    assert not any(other in warning for other in every - {advice})
+
+
+def test_the_worst_layers_are_named_and_the_rest_counted() -> None:
+    noise = [of(f"blocks.{i}.mlp.fc2", 40, 14 - i) for i in range(5)]
+    (warning,) = poor_layers(noise, QuantizationSettings())
+    assert "blocks.4.mlp.fc2 (10.0 dB), blocks.3.mlp.fc2 (11.0 dB), blocks.2.mlp.fc2" in warning
+    assert "and 2 more" in warning
+    assert "blocks.1" not in warning
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_result_and_its_report_warn_of_a_layer_that_is_noise(bits: Any, tmp_path: Path) -> None:
+    """A hidden unit behind GELU, of which nothing is folded away, 3000 times wider."""
+    model = make_vit()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias[5] = 3000.0
+        model.blocks[0].mlp.fc2.weight[:, 5] = 0
+    fast: dict[str, Any] = {"images": 8, "iterations": 4, "stages": 2}
+    result = dfq.quantize(model, bits=bits, out=tmp_path / "ckpt", **fast)
+    (warning,) = [w for w in result.warnings if "dB" in w]
+    assert "below 15 dB in blocks.0.mlp.fc2 (" in warning
+    assert "observer to mse" in warning
+    report = json.loads((tmp_path / "ckpt" / "report.json").read_text())
+    assert warning in report["warnings"]
+    fine = dfq.quantize(make_vit(), bits=bits, out=tmp_path / "fine", **fast)
+    assert not [w for w in fine.warnings if "dB" in w]

@@ -1,0 +1,307 @@
+"""The integer kernels against the reference that defines them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from exported_models import images_for, quantized, spread
+from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dfq import device, runtime
+from dfq.errors import SettingError
+from dfq.runtime import onednn, reference
+from dfq.runtime.params import LinearParams, OutputFormat
+
+CPU = torch.device("cpu")
+LARGEST = 127 if onednn.available(CPU) else onednn.PORTABLE
+"""Largest magnitude of the weights for which oneDNN is exact here."""
+
+needs_onednn = pytest.mark.skipif(
+    not onednn.available(CPU, onednn.PORTABLE), reason="oneDNN's integers are not exact here"
+)
+
+
+def make(rows: int, inputs: int, outputs: int, seed: int, kind: str) -> tuple[Tensor, LinearParams]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (rows, inputs), generator=g, dtype=torch.uint8)
+    weight = torch.randint(-LARGEST, LARGEST + 1, (outputs, inputs), generator=g, dtype=torch.int8)
+    scale, bias = torch.rand(outputs, generator=g) * 0.01 + 1e-5, torch.randn(outputs, generator=g)
+    if kind == "extreme":
+        x, weight = torch.full_like(x, 255), torch.full_like(weight, LARGEST)
+        weight[::2] = -LARGEST
+    elif kind == "huge":
+        scale = scale * 1e6
+    elif kind == "tiny":
+        scale, bias = scale * 1e-12, bias * 1e-9
+    elif kind == "zero":
+        weight = torch.zeros_like(weight)
+    zero_point = 0 if kind == "zero" else 117
+    return x, LinearParams(weight, scale, bias, 0.037, zero_point)
+
+
+def both(x: Tensor, params: LinearParams, out: OutputFormat) -> tuple[Tensor, Tensor]:
+    fast = onednn.linear(x, params, onednn.prepack(params), out)
+    return fast, reference.linear(x, params, reference.prepack(params), out)
+
+
+@needs_onednn
+@given(
+    rows=st.integers(1, 9),
+    inputs=st.integers(1, 130),
+    outputs=st.integers(1, 70),
+    seed=st.integers(0, 999),
+    kind=st.sampled_from(["random", "extreme", "huge", "tiny", "zero"]),
+)
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_float_outputs_agree_within_four_units_in_the_last_place(
+    rows: int, inputs: int, outputs: int, seed: int, kind: str
+) -> None:
+    x, params = make(rows, inputs, outputs, seed, kind)
+    fast, exact = both(x, params, OutputFormat())
+    product = (exact - params.bias).abs()
+    bound = 4 * torch.finfo(torch.float32).eps * (product + params.bias.abs())
+    assert bool(((fast - exact).abs() <= bound).all())
+
+
+@needs_onednn
+@given(
+    seed=st.integers(0, 999),
+    inputs=st.integers(1, 200),
+    gelu=st.sampled_from([None, "none", "tanh"]),
+    zero_point=st.integers(0, 255),
+)
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_uint8_outputs_agree_within_one_level(
+    seed: int, inputs: int, gelu: str | None, zero_point: int
+) -> None:
+    x, params = make(7, inputs, 33, seed, "random")
+    out = OutputFormat(torch.uint8, 0.11, zero_point, gelu)  # type: ignore[arg-type]
+    fast, exact = both(x, params, out)
+    assert fast.dtype == exact.dtype == torch.uint8
+    assert int((fast.int() - exact.int()).abs().max()) <= 1
+
+
+@needs_onednn
+def test_bfloat16_outputs_agree_within_one_rounding() -> None:
+    x, params = make(5, 64, 48, 0, "random")
+    fast, exact = both(x, params, OutputFormat(torch.bfloat16))
+    torch.testing.assert_close(fast, exact, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", sorted(runtime.BACKENDS))
+@pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8), (2, 0, 8), (1, 8), (2, 3, 8)])
+def test_shapes_hold_also_for_empty_batches(backend: str, shape: tuple[int, ...]) -> None:
+    if backend == "onednn" and not onednn.available(CPU, onednn.PORTABLE):
+        pytest.skip("oneDNN's integers are not exact here")
+    _, params = make(1, 8, 5, 0, "random")
+    kernels = runtime.BACKENDS[backend]
+    x = torch.zeros(shape, dtype=torch.uint8)
+    y = kernels.linear(x, params, kernels.prepack(params), OutputFormat())
+    assert y.shape == (*shape[:-1], 5)
+
+
+def test_reference_sums_are_exact_integers() -> None:
+    x, params = make(3, 4096, 6, 0, "extreme")
+    sums = (x.long() - params.input_zero_point) @ params.weight.long().T
+    expected = sums.float() * (params.weight_scale * params.input_scale) + params.bias
+    found = reference.linear(x, params, reference.prepack(params), OutputFormat())
+    assert torch.equal(found, expected)
+
+
+def test_quantize_rounds_half_to_even_and_clips() -> None:
+    x = torch.tensor([-1e9, -0.5, 0.5, 1.5, 2.5, 1e9])
+    assert reference.quantize(x, 1.0, 10).tolist() == [0, 10, 10, 12, 12, 255]
+
+
+def heads(tokens: int, seed: int, kind: str) -> tuple[list[Tensor], float]:
+    """int8 q, k and v ``[2, 3, tokens, 16]`` and the scale of their scores."""
+    g = torch.Generator().manual_seed(seed)
+    floats = [torch.randn(2, 3, tokens, 16, generator=g) * 40 for _ in range(3)]
+    if kind == "equal":
+        floats[0] = torch.zeros_like(floats[0])
+    if kind == "extreme":
+        floats = [x.sign() * 127 for x in floats]
+    scale = 2e-3 if kind == "peaked" else 2e-4
+    return [x.round().clamp(-127, 127).to(torch.int8) for x in floats], scale
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    scores = (q.double() @ k.double().transpose(-2, -1)) * scale
+    shares = ((scores - scores.amax(-1, keepdim=True)).exp() * 255).round()
+    return (shares @ v.double()) / shares.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaked", "equal", "extreme"])
+def test_integer_attention_is_exact_attention_on_integers(kind: str) -> None:
+    operands, scale = heads(9, 0, kind)
+    found = reference.attention(*operands, scale)
+    torch.testing.assert_close(found.double(), exact_attention(*operands, scale), rtol=0, atol=0.02)
+
+
+def test_flat_rows_of_attention_keep_all_levels() -> None:
+    """With one scale for all rows each of 300 equal shares would be 1 of 255, or 0."""
+    operands, scale = heads(300, 0, "equal")
+    mean = operands[2].double().mean(-2, keepdim=True).expand(-1, -1, 300, -1)
+    found = reference.attention(*operands, scale).double()
+    torch.testing.assert_close(found, mean, rtol=0, atol=1e-4)
+
+
+@needs_onednn
+@given(
+    tokens=st.integers(1, 60),
+    seed=st.integers(0, 999),
+    kind=st.sampled_from(["normal", "peaked", "equal", "extreme"]),
+)
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_fast_integer_attention_is_as_exact_as_bfloat16(tokens: int, seed: int, kind: str) -> None:
+    operands, scale = heads(tokens, seed, kind)
+    exact = reference.attention(*operands, scale)
+    q, k, v = (x.bfloat16() for x in operands)
+    scores = (q @ k.transpose(-2, -1)) * scale
+    plain = (scores.softmax(-1) @ v).float() - exact
+    error = onednn.attention(*operands, scale).float() - exact
+    assert float(error.norm()) <= 2 * float(plain.norm()) + 0.005 * float(exact.norm())
+
+
+@needs_onednn
+@given(
+    rows=st.integers(1, 9),
+    width=st.integers(1, 130),
+    seed=st.integers(0, 999),
+    zero_point=st.integers(0, 255),
+    size=st.sampled_from([0.0, 1e-6, 1.0, 1e6]),
+)
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_quantized_norms_agree_within_one_level(
+    rows: int, width: int, seed: int, zero_point: int, size: float
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    norm = torch.nn.LayerNorm(width).requires_grad_(False)
+    norm.weight.copy_(torch.randn(width, generator=g))
+    norm.bias.copy_(torch.randn(width, generator=g))
+    x = torch.randn(2, rows, width, generator=g) * size
+    fast = onednn.quantize_norm(x, onednn.fold_norm(norm, 0.013, zero_point))
+    exact = reference.quantize_norm(x, reference.fold_norm(norm, 0.013, zero_point))
+    assert fast.dtype == torch.uint8
+    assert int((fast.int() - exact.int()).abs().max()) <= 1
+
+
+@needs_onednn
+@given(
+    x=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=50),
+    scale=st.floats(1e-6, 1e6),
+    zero_point=st.integers(0, 255),
+)
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_quantizing_agrees_within_one_level(x: list[float], scale: float, zero_point: int) -> None:
+    values = torch.tensor(x)
+    fast = onednn.quantize(values, scale, zero_point).int()
+    assert int((fast - reference.quantize(values, scale, zero_point).int()).abs().max()) <= 1
+
+
+@needs_onednn
+@given(seed=st.integers(0, 999), zero_point=st.integers(0, 255))
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_quantizing_an_affine_agrees_within_one_level(seed: int, zero_point: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, factor, summand = (torch.randn(n, generator=g) for n in ((3, 5, 7), (7,), (7,)))
+    affine = (factor, summand)
+    fast = onednn.quantize(x, 0.013, zero_point, affine).int()
+    exact = reference.quantize(x, 0.013, zero_point, affine).int()
+    assert torch.equal(exact, reference.quantize(x * factor + summand, 0.013, zero_point).int())
+    assert int((fast - exact).abs().max()) <= 1
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(1, 24), (2, 3, 24), (0, 3, 24)], ids=str)
+def test_residuals_are_added_last(shape: tuple[int, ...]) -> None:
+    _, params = make(1, 24, 10, 0, "random")
+    x = torch.randint(0, 256, shape, dtype=torch.uint8)
+    residual = torch.randn(*shape[:-1], 10)
+    exact = reference.linear(x, params, reference.prepack(params), OutputFormat(), residual.clone())
+    fast = onednn.linear(x, params, onednn.prepack(params), OutputFormat(), residual)
+    torch.testing.assert_close(fast, exact, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float_outputs_are_written_in_units_of_the_scale(each: bool, dtype: torch.dtype) -> None:
+    x, params = make(5, 24, 10, 0, "random")
+    scale = torch.rand(10, generator=torch.Generator().manual_seed(1)) + 0.1 if each else 0.25
+    fast, exact = both(x, params, OutputFormat(dtype, scale))
+    _, plain = both(x, params, OutputFormat())
+    torch.testing.assert_close(exact, (plain / scale).to(dtype))
+    assert fast.dtype == dtype
+    torch.testing.assert_close(
+        fast, exact, rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-5
+    )
+
+
+@needs_onednn
+@given(inputs=st.integers(1, 130), outputs=st.integers(1, 70), seed=st.integers(0, 999))
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_int8_outputs_with_a_scale_each_agree_within_one_level(
+    inputs: int, outputs: int, seed: int
+) -> None:
+    x, params = make(5, inputs, outputs, seed, "random")
+    scale = torch.rand(outputs, generator=torch.Generator().manual_seed(seed)) + 0.01
+    fast, exact = both(x, params, OutputFormat(torch.int8, scale))
+    assert fast.dtype == exact.dtype == torch.int8
+    assert int((fast.int() - exact.int()).abs().max()) <= 1
+
+
+def test_unknown_backends_are_named() -> None:
+    with pytest.raises(SettingError, match=r"'fast'.*onednn.*reference"):
+        runtime.select("cpu", "fast")
+
+
+def test_where_products_saturate_full_range_weights_run_on_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device, "_worst_product_is_exact", lambda largest: largest <= 64)
+    assert [runtime.select("cpu", largest=n).NAME for n in (127, 65)] == ["reference"] * 2
+    assert runtime.select("cpu", largest=64).NAME == "onednn"
+    with pytest.raises(SettingError, match=r"VNNI.*weights reach 127.*reduce_range"):
+        runtime.select("cpu", "onednn")
+
+
+SATURATION = """
+import torch
+from dfq.device import multiplies_bytes, resolve_precision
+cpu = torch.device("cpu")
+print(multiplies_bytes(cpu), multiplies_bytes(cpu, 64), resolve_precision("auto", cpu))
+"""
+
+
+@pytest.mark.skipif(not device.cpu_has("avx2"), reason="this is no x86 processor with AVX2")
+def test_what_onednn_is_limited_to_decides_and_not_the_processor() -> None:
+    """Limited to AVX2, oneDNN saturates on every processor, and takes no bfloat16."""
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    ended = subprocess.run(
+        [sys.executable, "-c", SATURATION],
+        env={**os.environ, **limits},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.split() == ["False", "True", "float32"]
+
+
+@needs_onednn
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_reduced_range_runs_on_onednn_and_as_the_reference_does(bits: int) -> None:
+    model = quantized(FAMILIES[0], bits=bits, attention="float")
+    images = images_for(model)
+    exact = model(images)
+    model.set_backend(None)
+    assert model.backend == "onednn"
+    assert spread(model(images), exact) < 1e-5
+    model.set_backend("reference")
