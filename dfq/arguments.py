@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from dfq.errors import SettingError
 from dfq.process_state import fresh_state
 
@@ -18,8 +20,6 @@ T = TypeVar("T")
 
 LONGEST = 255
 """Bytes of a file's name."""
-
-_NUMBERS: dict[Any, Any] = {int: int, float: (int, float)}
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -72,24 +72,17 @@ def check_text(name: str, value: Any) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; what cannot be told counts as yes."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, each) for each in inner)
-    if hint in _NUMBERS:
-        return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
-    if origin is Sequence:
-        return (
-            isinstance(value, Sequence)
-            and not isinstance(value, str | bytes)
-            and all(fits(each, inner[0]) for each in value)
-        )
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items()
-        )
-    kind = origin or hint
-    return hint is Any or not isinstance(kind, type) or isinstance(value, kind)
+    """Whether a value is of an annotated type, without conversion."""
+    try:
+        _adapter(hint).validate_python(value)
+    except ValidationError:
+        return False
+    return not (isinstance(value, str | bytes) and get_origin(hint) is Sequence)
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 
 
 def _names(hint: Any) -> str:

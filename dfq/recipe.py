@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, Strict
 
 from dfq.arguments import checked
 from dfq.errors import RecipeError, SettingError, nearest
+from dfq.validation import describe, settings
 
 Method = Literal["pri", "smi", "dmi", "noise"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -23,12 +26,13 @@ Rounding = Literal["nearest", "gptq"]
 AttentionMode = Literal["float", "int8"]
 
 
-def _setting(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
-    """A documented field; ``low`` and ``high`` are the inclusive bounds of numbers."""
-    return field(default=default, metadata={"doc": text, "low": low, "high": high})
+Shares = Annotated[tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...], Strict(False)]
+"""Numbers from 0 to 1; a list counts as a tuple."""
+Divisors = Annotated[tuple[Annotated[float, Field(ge=1.0, le=1024.0)], ...], Strict(False)]
+Classes = Annotated[tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Strict(False)]
 
 
-@dataclass(frozen=True)
+@settings
 class InversionSettings:
     """How synthetic images are made.  Bounds are checked on construction.
 
@@ -36,73 +40,103 @@ class InversionSettings:
         SettingError: a value is out of its range.
     """
 
-    method: Method = _setting(
-        "pri",
-        "pri: Patch Rebirth Inversion; smi: sparse, discarding; dmi: dense; noise: no optimisation",
+    method: Method = Field(
+        default="pri",
+        description=(
+            "pri: Patch Rebirth Inversion; smi: sparse, discarding; dmi: dense; noise: no "
+            "optimisation"
+        ),
     )
-    images: int = _setting(32, "images to make (pri: sparse images)", 1, 10_000_000)
-    stages: int = _setting(4, "pri: images a trajectory yields, v of the paper", 1, 1024)
-    iterations: int = _setting(48, "iterations T of a trajectory", 1, 1_000_000)
-    lr: float = _setting(0.25, "step size of Adam, in normalised pixels", 1e-6, 100.0)
-    beta1: float = _setting(0.5, "decay of Adam's first moment", 0.0, 0.9999)
-    beta2: float = _setting(0.99, "decay of Adam's second moment", 0.0, 0.9999)
-    tv: float = _setting(5.7e-4, "weight of each image's total variation", 0.0, 1e6)
-    jitter: float = _setting(
-        0.125,
-        "largest random roll, a share of the grid's side, rounded down to patches",
-        0.0,
-        0.5,
+    images: int = Field(
+        default=32, ge=1, le=10_000_000, description="images to make (pri: sparse images)"
     )
-    flip: bool = _setting(True, "flip half of the iterations horizontally")
-    importance: Importance = _setting(
-        "auto",
-        "which patches leave first; auto: attention of the class token or the pooling query, "
-        "random where neither exists",
+    stages: int = Field(
+        default=4, ge=1, le=1024, description="pri: images a trajectory yields, v of the paper"
     )
-    leave_first: LeaveFirst = _setting(
-        "most", "pri: whether the most or the least important patches leave first"
+    iterations: int = Field(
+        default=48, ge=1, le=1_000_000, description="iterations T of a trajectory"
     )
-    leave_at: tuple[float, ...] = _setting(
-        (),
-        "pri: when images leave, as shares of T, rising, all but the last; empty: at equal steps",
-        0.0,
-        1.0,
+    lr: float = Field(
+        default=0.25, ge=1e-6, le=100.0, description="step size of Adam, in normalised pixels"
     )
-    snapshots: int = _setting(
-        1, "dmi: dense images saved of a trajectory, at equal steps up to T", 1, 1024
+    beta1: float = Field(default=0.5, ge=0.0, le=0.9999, description="decay of Adam's first moment")
+    beta2: float = Field(
+        default=0.99, ge=0.0, le=0.9999, description="decay of Adam's second moment"
     )
-    plateau: int = _setting(
-        0,
-        "end a stage early once the unit's loss has not fallen from one window of this many "
-        "iterations to the next; 0: never",
-        0,
-        1_000_000,
+    tv: float = Field(
+        default=5.7e-4, ge=0.0, le=1e6, description="weight of each image's total variation"
     )
-    prune_at: tuple[float, ...] = _setting(
-        (0.0125, 0.025, 0.05, 0.075), "smi: when patches are dropped, as shares of T", 0.0, 1.0
+    jitter: float = Field(
+        default=0.125,
+        ge=0.0,
+        le=0.5,
+        description="largest random roll, a share of the grid's side, rounded down to patches",
     )
-    prune_share: float = _setting(
-        0.3, "smi: share of the live patches dropped each time", 0.0, 0.99
+    flip: bool = Field(default=True, description="flip half of the iterations horizontally")
+    importance: Importance = Field(
+        default="auto",
+        description=(
+            "which patches leave first; auto: attention of the class token or the pooling query, "
+            "random where neither exists"
+        ),
     )
-    classes: tuple[int, ...] = _setting(
-        (), "classes to make images of, in turn; empty: all", 0, 1_000_000
+    leave_first: LeaveFirst = Field(
+        default="most",
+        description="pri: whether the most or the least important patches leave first",
     )
-    unit_size: int = _setting(4, "trajectories of a unit of work", 1, 4096)
-    seed: int = _setting(0, "seed of noise, targets and jitter", 0, 2**31 - 1)
-    precision: Products = _setting(
-        "auto",
-        "of the forward and backward pass; auto: bfloat16 where the processor is faster; int8: "
-        "linear layers on 8-bit integers, the rest as auto",
+    leave_at: Shares = Field(
+        default=(),
+        description=(
+            "pri: when images leave, as shares of T, rising, all but the last; empty: at equal "
+            "steps"
+        ),
     )
-    threads: int | None = _setting(None, "threads of a unit; left out: torch's", 1, 4096)
+    snapshots: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="dmi: dense images saved of a trajectory, at equal steps up to T",
+    )
+    plateau: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description=(
+            "end a stage early once the unit's loss has not fallen from one window of this many "
+            "iterations to the next; 0: never"
+        ),
+    )
+    prune_at: Shares = Field(
+        default=(0.0125, 0.025, 0.05, 0.075),
+        description="smi: when patches are dropped, as shares of T",
+    )
+    prune_share: float = Field(
+        default=0.3, ge=0.0, le=0.99, description="smi: share of the live patches dropped each time"
+    )
+    classes: Classes = Field(
+        default=(), description="classes to make images of, in turn; empty: all"
+    )
+    unit_size: int = Field(default=4, ge=1, le=4096, description="trajectories of a unit of work")
+    seed: int = Field(
+        default=0, ge=0, le=2**31 - 1, description="seed of noise, targets and jitter"
+    )
+    precision: Products = Field(
+        default="auto",
+        description=(
+            "of the forward and backward pass; auto: bfloat16 where the processor is faster; int8: "
+            "linear layers on 8-bit integers, the rest as auto"
+        ),
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=4096, description="threads of a unit; left out: torch's"
+    )
 
     def __post_init__(self) -> None:
-        check_bounds(self)
         if len(set(self.classes)) < len(self.classes):
             raise SettingError(f"classes is {self.classes!r}; allowed: each class once.")
 
 
-@dataclass(frozen=True)
+@settings
 class QuantizationSettings:
     """What is quantized to what.  Bounds are checked on construction.
 
@@ -110,65 +144,82 @@ class QuantizationSettings:
         SettingError: a value is out of its range.
     """
 
-    bits: Literal[4, 8] = _setting(8, "bits of the weights; activations have 8")
-    attention: AttentionMode = _setting(
-        "float", "float: fused attention; int8: both attention products on 8-bit integers"
+    bits: Literal[4, 8] = Field(default=8, description="bits of the weights; activations have 8")
+    attention: AttentionMode = Field(
+        default="float",
+        description="float: fused attention; int8: both attention products on 8-bit integers",
     )
-    observer: Observer = _setting(
-        "minmax",
-        "how activation ranges follow from calibration; equalised layers always take minmax",
+    observer: Observer = Field(
+        default="minmax",
+        description=(
+            "how activation ranges follow from calibration; equalised layers always take minmax"
+        ),
     )
-    equalize: float = _setting(
-        0.5,
-        "bring channels that one layer alone reads to more equal ranges: 1 to their own range each "
-        "(arXiv 2212.08254), less leaves room beyond it, 0 leaves them as they are",
-        0.0,
-        1.0,
+    equalize: float = Field(
+        default=0.5,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "bring channels that one layer alone reads to more equal ranges: 1 to their own range "
+            "each (arXiv 2212.08254), less leaves room beyond it, 0 leaves them as they are"
+        ),
     )
-    rounding: Rounding = _setting(
-        "gptq", "nearest; gptq: second-order rounding of 4-bit weights (arXiv 2210.17323)"
+    rounding: Rounding = Field(
+        default="gptq",
+        description="nearest; gptq: second-order rounding of 4-bit weights (arXiv 2210.17323)",
     )
-    group: int = _setting(
-        32,
-        "inputs of 4-bit weights that share an integer scale within their channel "
-        "(arXiv 2405.04532); 0: one scale per output channel",
-        0,
-        1 << 20,
+    group: int = Field(
+        default=32,
+        ge=0,
+        le=1 << 20,
+        description=(
+            "inputs of 4-bit weights that share an integer scale within their channel (arXiv "
+            "2405.04532); 0: one scale per output channel"
+        ),
     )
-    reduce_range: bool = _setting(
-        True,
-        "keep weights within -64..63 (8-bit ones to 7 bits, scales of groups to 8), so that no x86 "
-        "processor and no runtime saturates; false: the full range, for processors with VNNI",
+    reduce_range: bool = Field(
+        default=True,
+        description=(
+            "keep weights within -64..63 (8-bit ones to 7 bits, scales of groups to 8), so that no "
+            "x86 processor and no runtime saturates; false: the full range, for processors with "
+            "VNNI"
+        ),
     )
-    bias_correction: bool = _setting(
-        True, "shift biases by the mean error of the rounded weights (arXiv 1906.04721, 4.2)"
+    bias_correction: bool = Field(
+        default=True,
+        description="shift biases by the mean error of the rounded weights (arXiv 1906.04721, 4.2)",
     )
-    damping: float = _setting(
-        0.1, "gptq: added to the Hessian's diagonal, as a share of its mean", 1e-6, 1e3
+    damping: float = Field(
+        default=0.1,
+        ge=1e-6,
+        le=1e3,
+        description="gptq: added to the Hessian's diagonal, as a share of its mean",
     )
-    smooth: tuple[float, ...] = _setting(
-        (4.0, 8.0),
-        "calibrate on inverted images at these shares of their resolution too, as divisors",
-        1.0,
-        1024.0,
+    smooth: Divisors = Field(
+        default=(4.0, 8.0),
+        description=(
+            "calibrate on inverted images at these shares of their resolution too, as divisors"
+        ),
     )
-    fractal: int = _setting(
-        16, "images of noise with a natural spectrum to calibrate on beside inverted ones", 0, 4096
+    fractal: int = Field(
+        default=16,
+        ge=0,
+        le=4096,
+        description="images of noise with a natural spectrum to calibrate on beside inverted ones",
     )
-    reconstruct: int = _setting(
-        0,
-        "steps that fit each block's scales, biases and norms to the float block (arXiv "
-        "2102.05426), a quarter of the trajectories held out; 0: none",
-        0,
-        1_000_000,
+    reconstruct: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description=(
+            "steps that fit each block's scales, biases and norms to the float block (arXiv "
+            "2102.05426), a quarter of the trajectories held out; 0: none"
+        ),
     )
-    batch: int = _setting(8, "images of a calibration step", 1, 4096)
+    batch: int = Field(default=8, ge=1, le=4096, description="images of a calibration step")
 
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
-
-@dataclass(frozen=True)
+@settings
 class DistillationSettings:
     """How a student is trained on a teacher's images.  Bounds are checked on construction.
 
@@ -176,55 +227,77 @@ class DistillationSettings:
         SettingError: a value is out of its range.
     """
 
-    steps: int = _setting(2000, "steps of training", 1, 10_000_000)
-    batch: int = _setting(64, "images of a step, at most", 1, 65536)
-    start: Start = _setting(
-        "auto",
-        "weights the student begins with: random, or of as many of the teacher's blocks; auto: the "
-        "teacher's where they fit and are fewer",
+    steps: int = Field(default=2000, ge=1, le=10_000_000, description="steps of training")
+    batch: int = Field(default=64, ge=1, le=65536, description="images of a step, at most")
+    start: Start = Field(
+        default="auto",
+        description=(
+            "weights the student begins with: random, or of as many of the teacher's blocks; auto: "
+            "the teacher's where they fit and are fewer"
+        ),
     )
-    lr: float = _setting(5e-4, "largest step size of AdamW", 1e-9, 10.0)
-    weight_decay: float = _setting(0.05, "of matrices, by AdamW", 0.0, 10.0)
-    warmup: float = _setting(0.1, "share of the steps over which the step size grows", 0.0, 1.0)
-    clip: float = _setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
-    temperature: float = _setting(
-        2.0, "of teacher's and student's predictions (arXiv 1503.02531, section 2)", 0.01, 1000.0
+    lr: float = Field(default=5e-4, ge=1e-9, le=10.0, description="largest step size of AdamW")
+    weight_decay: float = Field(default=0.05, ge=0.0, le=10.0, description="of matrices, by AdamW")
+    warmup: float = Field(
+        default=0.1, ge=0.0, le=1.0, description="share of the steps over which the step size grows"
     )
-    jitter: float = _setting(
-        0.125, "largest random roll, a share of the grid's side, rounded down to patches", 0.0, 0.5
+    clip: float = Field(default=1.0, ge=1e-6, le=1e6, description="largest norm of the gradient")
+    temperature: float = Field(
+        default=2.0,
+        ge=0.01,
+        le=1000.0,
+        description="of teacher's and student's predictions (arXiv 1503.02531, section 2)",
     )
-    flip: bool = _setting(True, "flip half of the batches horizontally")
-    contrast: float = _setting(
-        4.0,
-        "each image's contrast is multiplied by up to so much, or divided, about a random level; "
-        "1: left as it is",
-        1.0,
-        64.0,
+    jitter: float = Field(
+        default=0.125,
+        ge=0.0,
+        le=0.5,
+        description="largest random roll, a share of the grid's side, rounded down to patches",
     )
-    features: float = _setting(
-        1.0,
-        "weight of the distance of the last patch tokens from the teacher's, where both have the "
-        "same width",
-        0.0,
-        1e6,
+    flip: bool = Field(default=True, description="flip half of the batches horizontally")
+    contrast: float = Field(
+        default=4.0,
+        ge=1.0,
+        le=64.0,
+        description=(
+            "each image's contrast is multiplied by up to so much, or divided, about a random "
+            "level; 1: left as it is"
+        ),
     )
-    smooth: tuple[float, ...] = _setting(
-        (1.0, 2.0, 4.0),
-        "train on whole inverted images and fractal noise at these shares of their resolution too, "
-        "as divisors",
-        1.0,
-        1024.0,
+    features: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=1e6,
+        description=(
+            "weight of the distance of the last patch tokens from the teacher's, where both have "
+            "the same width"
+        ),
     )
-    fractal: int = _setting(
-        128, "images of noise with a natural spectrum to train on beside inverted ones", 0, 65536
+    smooth: Divisors = Field(
+        default=(1.0, 2.0, 4.0),
+        description=(
+            "train on whole inverted images and fractal noise at these shares of their resolution "
+            "too, as divisors"
+        ),
     )
-    seed: int = _setting(0, "seed of the student's weights, of batches and jitter", 0, 2**31 - 1)
-    precision: Precision = _setting(
-        "auto", "of the forward and backward pass; auto: bfloat16 where the processor is faster"
+    fractal: int = Field(
+        default=128,
+        ge=0,
+        le=65536,
+        description="images of noise with a natural spectrum to train on beside inverted ones",
     )
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=2**31 - 1,
+        description="seed of the student's weights, of batches and jitter",
+    )
+    precision: Precision = Field(
+        default="auto",
+        description=(
+            "of the forward and backward pass; auto: bfloat16 where the processor is faster"
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -234,8 +307,8 @@ class Recipe:
     ``distillation`` is that of a recipe for ``dfq distill``; nothing else reads it.
     """
 
-    inversion: InversionSettings = field(default_factory=InversionSettings)
-    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
+    inversion: InversionSettings = InversionSettings()
+    quantization: QuantizationSettings = QuantizationSettings()
     distillation: DistillationSettings | None = None
 
 
@@ -244,45 +317,6 @@ SECTIONS: dict[str, type[Any]] = {
     "quantization": QuantizationSettings,
     "distillation": DistillationSettings,
 }
-
-
-def check_bounds(settings: Any) -> None:
-    """Raise :class:`SettingError` if a field has the wrong type or is out of its range."""
-    hints = get_type_hints(type(settings))
-    for f in dataclasses.fields(settings):
-        value, doc = getattr(settings, f.name), f.metadata
-        allowed = _allowed(value, hints[f.name], doc)
-        if allowed is not None:
-            raise SettingError(
-                f"{f.name} is {value!r}; allowed: {allowed}{'' if allowed.endswith('?') else '.'}"
-            )
-
-
-def _allowed(value: Any, hint: Any, doc: Any) -> str | None:
-    """What is allowed, if ``value`` is not."""
-    low, high = doc["low"], doc["high"]
-    span = f"{low} to {high}"
-    choices = get_args(hint)
-    if choices and all(isinstance(c, str | int) and not isinstance(c, type) for c in choices):
-        known = ", ".join(map(str, choices))
-        if isinstance(value, str):
-            known += f".{nearest(value, map(str, choices))}".removesuffix(".")
-        good = any(value == c and type(value) is type(c) for c in choices)
-        return None if good else known
-    if hint is bool:
-        return None if isinstance(value, bool) else "true or false"
-    if hint is int or hint == (int | None):
-        if value is None and hint is not int:
-            return None
-        good = type(value) is int and low <= value <= high
-        return None if good else f"a whole number from {span}"
-    if hint is float:
-        good = type(value) in (int, float) and low <= value <= high
-        return None if good else f"a number from {span}"
-    whole = hint == tuple[int, ...]
-    kinds = (int,) if whole else (int, float)
-    good = isinstance(value, tuple) and all(type(v) in kinds and low <= v <= high for v in value)
-    return None if good else f"{'whole ' if whole else ''}numbers from {span}"
 
 
 @checked
@@ -340,7 +374,6 @@ def _section(section: str, values: dict[str, Any], source: str) -> Any:
                 f"{source}: unknown key {key!r} in [{section}]; known: {', '.join(known)}."
                 f"{nearest(key, known)}"
             )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
         return kind(**values)
     except SettingError as error:
@@ -349,15 +382,10 @@ def _section(section: str, values: dict[str, Any], source: str) -> Any:
 
 def override(recipe: Recipe, section: str, **values: Any) -> Recipe:
     """The recipe with the values that are not None put in place of its own."""
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
-    known = [f.name for f in dataclasses.fields(SECTIONS[section])]
-    for key in given:
-        if key not in known:
-            raise SettingError(
-                f"Unknown setting {key!r}; known: {', '.join(known)}.{nearest(key, known)}"
-            )
+    given = {k: v for k, v in values.items() if v is not None}
     before = getattr(recipe, section) or SECTIONS[section]()
-    changed = dataclasses.replace(before, **given)
+    fields = {name: getattr(before, name) for name in describe(SECTIONS[section])}
+    changed = SECTIONS[section](**{**fields, **given})
     return dataclasses.replace(recipe, **{section: changed})
 
 
@@ -424,17 +452,16 @@ def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML, every field with a comment that says what it is."""
     lines: list[str] = []
     for section, kind in SECTIONS.items():
-        settings = getattr(recipe, section)
-        if settings is None:
+        chosen = getattr(recipe, section)
+        if chosen is None:
             continue
         lines.append(f"[{section}]")
-        for f in dataclasses.fields(kind):
-            value = getattr(settings, f.name)
-            doc = f.metadata["doc"]
+        for name, info in describe(kind).items():
+            value = getattr(chosen, name)
             if value is None:
-                lines.append(f"# {f.name} =  # {doc}")
+                lines.append(f"# {name} =  # {info.description}")
             else:
-                lines.append(f"{f.name} = {_toml_value(value)}  # {doc}")
+                lines.append(f"{name} = {_toml_value(value)}  # {info.description}")
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
 

@@ -8,7 +8,7 @@ import math
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +27,7 @@ from dfq.recipe import (
     to_dict,
     to_toml,
 )
+from dfq.validation import describe
 
 QUICK = settings(deadline=None, max_examples=100, derandomize=True)
 
@@ -39,9 +40,8 @@ ALL_FIELDS = [
 
 def spec(section: str, name: str) -> tuple[Any, float, float]:
     """A field's type and its bounds."""
-    kind = SECTIONS[section]
-    (field,) = (f for f in dataclasses.fields(kind) if f.name == name)
-    return get_type_hints(kind)[name], field.metadata["low"], field.metadata["high"]
+    info = describe(SECTIONS[section])[name]
+    return (info.kind | None if info.optional else info.kind), info.low, info.high
 
 
 def is_tuple(section: str, name: str) -> bool:
@@ -254,9 +254,9 @@ def test_toml_explains_every_field() -> None:
     for section, kind in SECTIONS.items():
         head, *lines = tables[section].splitlines()
         assert head == f"[{section}]"
-        for field in dataclasses.fields(kind):
-            (line,) = (x for x in lines if re.match(rf"(# )?{field.name} =", x))
-            assert line.endswith(f"  # {field.metadata['doc']}")
+        for name, info in describe(kind).items():
+            (line,) = (x for x in lines if re.match(rf"(# )?{name} =", x))
+            assert line.endswith(f"  # {info.description}")
 
 
 def test_fields_that_are_left_out_keep_their_defaults(tmp_path: Path) -> None:
