@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
 
 from dfq.errors import SettingError
 from dfq.process_state import fresh_state
@@ -82,6 +83,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 @functools.cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
+    if dataclasses.is_dataclass(hint):
+        return TypeAdapter(InstanceOf[hint])
     return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 
 

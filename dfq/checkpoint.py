@@ -18,11 +18,10 @@ from safetensors.torch import save
 
 from dfq.arguments import checked
 from dfq.device import resolve_device
-from dfq.errors import CheckpointError, UsageError
+from dfq.errors import CheckpointError, SettingError, UsageError
 from dfq.files import check_replaceable, read_json, replaced_directory, write_bytes, write_json
+from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.model import QuantizedViT
-from dfq.quantization.qtype import LARGEST_GROUP_SCALE
-from dfq.quantization.quantizer import Quantizer
 from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
 from dfq.vit.architecture import (
     Architecture,
@@ -33,8 +32,8 @@ from dfq.vit.architecture import (
 from dfq.vit.preprocessing import check_preprocessing
 
 FORMAT = "dfq-checkpoint"
-FORMAT_VERSION = 6
-READABLE = (5, 6)
+FORMAT_VERSION = 7
+READABLE = (5, 6, 7)
 CONFIG, MODEL, REPORT, RECIPE = "config.json", "model.safetensors", "report.json", "recipe.toml"
 
 _SAFETENSORS_NAMES = {
@@ -168,7 +167,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if type(version) is not int or version not in READABLE:
         raise CheckpointError(
             f"{str(file)!r} has format version {version!r}; this dfq reads "
-            f"{' and '.join(map(str, READABLE))}. Install the dfq that wrote it, or quantize again."
+            f"{', '.join(map(str, READABLE))}. Install the dfq that wrote it, or quantize again."
         )
     if version == 5:
         _say_full_range(config)
@@ -206,9 +205,12 @@ def load(
     try:
         with torch.device("meta"):
             model = QuantizedViT(info.arch, info.recipe.quantization, info.preprocessing)
+    except SettingError as error:
+        raise CheckpointError(f"{CONFIG}: {error}") from error
     except (RuntimeError, OverflowError) as error:
         raise CheckpointError(f"The architecture in {CONFIG} cannot be built: {error}") from error
     state = _read_state(path / MODEL, model.state_dict())
+    _check_integers(model, state, path / MODEL)
     model.load_state_dict(state, assign=True)
     model.set_normalisation()
     config = _read_config(path)
@@ -273,14 +275,28 @@ def _check_values(name: str, tensor: torch.Tensor, path: Path) -> None:
         raise CheckpointError(f"{str(path)!r}: {name!r} holds NaN or infinite values.")
     if name.endswith(("_scale", ".scales")) and not bool((tensor > 0).all()):
         raise CheckpointError(f"{str(path)!r}: {name!r} holds a scale that is not above 0.")
-    if name.endswith("group_scale") and int(tensor.max()) > LARGEST_GROUP_SCALE:
-        raise CheckpointError(f"{str(path)!r}: {name!r} holds a scale above {LARGEST_GROUP_SCALE}.")
-    if name.endswith("input_zero_point") and not 0 <= int(tensor) <= 255:
-        raise CheckpointError(f"{str(path)!r}: {name!r} is {int(tensor)}, outside 0..255.")
+
+
+def _check_integers(model: QuantizedViT, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise :class:`CheckpointError` unless scales of groups and zero points fit their types."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, IntegerLinear):
+            continue
+        if layer.group:
+            largest, found = layer.scheme.largest_group_scale, state[f"{name}.group_scale"]
+            if int(found.max()) > largest:
+                raise CheckpointError(
+                    f"{str(path)!r}: '{name}.group_scale' holds a scale above {largest}."
+                )
+        zero_point, qmax = int(state[f"{name}.input_zero_point"]), layer.scheme.input.qmax
+        if not 0 <= zero_point <= qmax:
+            raise CheckpointError(
+                f"{str(path)!r}: '{name}.input_zero_point' is {zero_point}, outside 0..{qmax}."
+            )
 
 
 def _check_ranges(model: QuantizedViT, ranges: Any) -> None:
-    quantizers: dict[str, Quantizer] = model.quantizers()
+    quantizers = model.quantizers()
     if not isinstance(ranges, dict) or set(ranges) != set(quantizers):
         raise CheckpointError(f"{CONFIG}: activation_ranges do not name the model's sites.")
     for name, quantizer in quantizers.items():

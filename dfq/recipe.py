@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, Strict
+from pydantic import BeforeValidator, Field, Strict
 
 from dfq.arguments import checked
 from dfq.errors import RecipeError, SettingError, nearest
@@ -137,6 +138,41 @@ class InversionSettings:
 
 
 @settings
+class LayerSettings:
+    """An exception for some layers; what it leaves out is that of the other layers.
+
+    Raises:
+        SettingError: a value is out of its range.
+    """
+
+    bits: int | None = Field(default=None, ge=2, le=8, description="bits of the weights")
+    input_bits: int | None = Field(default=None, ge=4, le=8, description="bits of the input")
+    group: int | None = Field(
+        default=None, ge=0, le=1 << 20, description="inputs that share an integer scale; 0: none"
+    )
+    rounding: Rounding | None = Field(default=None, description="nearest or gptq")
+    observer: Observer | None = Field(default=None, description="how the input's range is found")
+
+    def over(self, other: LayerSettings) -> LayerSettings:
+        """These settings, with those of ``other`` where they say nothing."""
+        said = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return dataclasses.replace(other, **said)
+
+
+def _layers(value: Any) -> Any:
+    """Tables of exceptions as TOML has them, as :class:`LayerSettings`."""
+    if not isinstance(value, dict):
+        return value
+    made: dict[Any, Any] = {}
+    for pattern, said in value.items():
+        try:
+            made[pattern] = LayerSettings(**said) if isinstance(said, dict) else said
+        except SettingError as error:
+            raise SettingError(f"layers.{pattern!r}: {error}") from error
+    return made
+
+
+@settings
 class QuantizationSettings:
     """What is quantized to what.  Bounds are checked on construction.
 
@@ -144,7 +180,12 @@ class QuantizationSettings:
         SettingError: a value is out of its range.
     """
 
-    bits: Literal[4, 8] = Field(default=8, description="bits of the weights; activations have 8")
+    bits: int = Field(
+        default=8, ge=2, le=8, description="bits of the weights; the first and last layer have 8"
+    )
+    input_bits: int = Field(
+        default=8, ge=4, le=8, description="bits of the inputs of layers; as with bits"
+    )
     attention: AttentionMode = Field(
         default="float",
         description="float: fused attention; int8: both attention products on 8-bit integers",
@@ -217,6 +258,10 @@ class QuantizationSettings:
         ),
     )
     batch: int = Field(default=8, ge=1, le=4096, description="images of a calibration step")
+    layers: Annotated[dict[str, LayerSettings], BeforeValidator(_layers)] = Field(
+        default_factory=dict,
+        description="exceptions by name of layer, such as blocks.*.mlp.fc2 (* is any text)",
+    )
 
 
 @settings
@@ -312,6 +357,9 @@ class Recipe:
     distillation: DistillationSettings | None = None
 
 
+LAYERS = "layers"
+"""Tables of a recipe with exceptions by layer: ``[layers."blocks.*.mlp.fc2"]``."""
+
 SECTIONS: dict[str, type[Any]] = {
     "inversion": InversionSettings,
     "quantization": QuantizationSettings,
@@ -347,7 +395,15 @@ def recipe_from_dict(content: Any, source: str = "Recipe") -> Recipe:
     if not isinstance(content, dict):
         raise RecipeError(f"{source}: expected tables {sorted(SECTIONS)}, got {content!r:.60}.")
     parts: dict[str, Any] = {}
+    if isinstance(layers := content.get(LAYERS), dict) and layers:
+        quantization = content.get("quantization", {})
+        if isinstance(quantization, dict):
+            content = {**content, "quantization": {**quantization, LAYERS: layers}}
     for section, values in content.items():
+        if section == LAYERS:
+            if not isinstance(values, dict):
+                raise RecipeError(f"{source}: [{LAYERS}] holds tables, got {values!r:.60}.")
+            continue
         if section not in SECTIONS:
             homes = [
                 f"[{name}]"
@@ -356,8 +412,8 @@ def recipe_from_dict(content: Any, source: str = "Recipe") -> Recipe:
             ]
             hint = f" It belongs under {' or '.join(homes)}." if homes else ""
             raise RecipeError(
-                f"{source}: unknown key {section!r}; tables are {sorted(SECTIONS)}."
-                f"{hint or nearest(section, SECTIONS)}"
+                f"{source}: unknown key {section!r}; tables are {sorted([*SECTIONS, LAYERS])}."
+                f"{hint or nearest(section, [*SECTIONS, LAYERS])}"
             )
         if not isinstance(values, dict):
             raise RecipeError(f"{source}: [{section}] must be a table, got {values!r:.60}.")
@@ -443,6 +499,9 @@ def to_dict(value: Any) -> dict[str, Any]:
         item = getattr(value, f.name)
         if dataclasses.is_dataclass(item):
             result[f.name] = to_dict(item)
+        elif isinstance(item, dict):
+            if item:
+                result[f.name] = {key: to_dict(value) for key, value in item.items()}
         elif item is not None:
             result[f.name] = list(item) if isinstance(item, tuple) else item
     return result
@@ -458,12 +517,22 @@ def to_toml(recipe: Recipe) -> str:
         lines.append(f"[{section}]")
         for name, info in describe(kind).items():
             value = getattr(chosen, name)
+            if name == LAYERS:
+                continue
             if value is None:
                 lines.append(f"# {name} =  # {info.description}")
             else:
                 lines.append(f"{name} = {_toml_value(value)}  # {info.description}")
         lines.append("")
+    for pattern, exception in recipe.quantization.layers.items():
+        lines.append(f"[{LAYERS}.{_toml_key(pattern)}]")
+        lines += [f"{k} = {_toml_value(v)}" for k, v in to_dict(exception).items()]
+        lines.append("")
     return "\n".join(lines[:-1]) + "\n"
+
+
+def _toml_key(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _toml_value(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,9 @@ from torch import Tensor
 import dfq
 from dfq import demo
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
+from dfq.quantization.scheme import LayerScheme, Scheme
 from dfq.recipe import QuantizationSettings
+from dfq.runtime.qtype import INT8, QType
 from dfq.sparse import SparseImages, patchify
 from dfq.vit import ViT
 from dfq.vit.load import load_model
@@ -26,16 +28,32 @@ W8: dict[str, Any] = {"bits": 8, "attention": "float"}
 MEMBERS = [pytest.param(f, id=f.name) for f in [*FAMILIES, *VARIANTS]]
 
 
+def layer_scheme(bits: int, **settings: Any) -> LayerScheme:
+    """How a block's layer is quantized with so many bits."""
+    return Scheme(QuantizationSettings(bits=bits, **settings)).for_layer("blocks.0.attn.qkv")
+
+
+def allow_lowest_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have signed activations reach -128, as ONNX has them; the reference ends at -127."""
+    qmin = cast(property, QType.qmin)
+    lowest = property(lambda qtype: -128 if qtype == INT8 else qmin.__get__(qtype))
+    monkeypatch.setattr(QType, "qmin", lowest)
+
+
 @cache
 def quantized(family: Family, *, bits: int, attention: Any) -> QuantizedViT:
     """A member of a family, calibrated on random pixels, on the reference kernels."""
+    settings = QuantizationSettings(bits=bits, attention=attention)
+    return quantized_as(family, settings).set_backend("reference")
+
+
+def quantized_as(family: Family, settings: QuantizationSettings) -> QuantizedViT:
+    """A member of a family, calibrated on random pixels."""
     module = family.make()
     channels = module.get_parameter("patch_embed.proj.weight").shape[1]
     loaded = load_model(module, mean=[0.4] * channels, std=[0.25] * channels)
-    settings = QuantizationSettings(bits=bits, attention=attention)
-    found = calibrate(loaded.vit, [_noise(loaded.vit)], loaded.preprocessing, settings)
-    model = quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
-    return model.set_backend("reference")
+    found = calibrate(loaded.vit, [_noise(loaded.vit)], loaded.preprocessing, Scheme(settings))
+    return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
 
 
 def _noise(vit: ViT, count: int = 8) -> SparseImages:
@@ -78,7 +96,7 @@ def quantized_demo(bits: int, attention: Any) -> QuantizedViT:
     pixels = torch.from_numpy(np.load(demo.TEST_SLICE)["x"][-16:])[:, None]
     patches = patchify(pixels, loaded.vit.arch.grid)
     settings = QuantizationSettings(bits=bits, attention=attention)
-    found = calibrate(loaded.vit, [_whole(patches)], loaded.preprocessing, settings)
+    found = calibrate(loaded.vit, [_whole(patches)], loaded.preprocessing, Scheme(settings))
     return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
 
 

@@ -35,6 +35,7 @@ from dfq.checkpoint import check_output, load, read_info, save_checkpoint, write
 from dfq.errors import CheckpointError, OutputError
 from dfq.inversion import Engine, plan_units
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
+from dfq.quantization.scheme import Scheme
 from dfq.recipe import InversionSettings, QuantizationSettings, Recipe, load_recipe
 from dfq.vit import Architecture
 from dfq.vit.load import LoadedModel, load_model
@@ -57,7 +58,7 @@ def quantized(loaded: LoadedModel, settings: QuantizationSettings) -> QuantizedV
     engine = Engine(loaded.vit, loaded.preprocessing, INVERSION)
     units = plan_units(INVERSION, loaded.vit.arch.grid.patches)
     images = [batch for unit in units for batch in engine.run(unit)]
-    found = calibrate(loaded.vit, images, loaded.preprocessing, settings)
+    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
     return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
 
 

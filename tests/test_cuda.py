@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_vit
+from exported_models import layer_scheme
 from timm.models.vision_transformer import VisionTransformer
 
 import dfq
 from dfq.inversion import Engine, plan_units
 from dfq.inversion.runners import DeviceRunner
 from dfq.quantization import rounding
-from dfq.quantization.qtype import WeightType
 from dfq.recipe import InversionSettings
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit.load import load_model
@@ -84,7 +84,7 @@ def test_inversion_raises_the_target_class_on_a_gpu() -> None:
     )
     (found,) = images(Engine(loaded.vit, loaded.preprocessing, settings, "cuda"))
     p = loaded.preprocessing
-    x = pixels_to_input(found.patches, p.mean, p.std, loaded.vit.arch.grid)
+    x = pixels_to_input(found.patches, p, loaded.vit.arch.grid)
     probabilities = loaded.vit.forward_sparse(x, found.positions).softmax(-1)
     assert float(probabilities.gather(1, found.labels[:, None]).mean()) > 0.9
 
@@ -92,9 +92,10 @@ def test_inversion_raises_the_target_class_on_a_gpu() -> None:
 def test_gptq_on_a_gpu_gives_the_integers_of_a_cpu() -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(900, 300, generator=g) @ torch.randn(300, 300, generator=g)
-    weight, hessian, qtype = torch.randn(70, 300, generator=g), x.T @ x / 900, WeightType(4)
-    scales = rounding.search_scales(weight, qtype, hessian.diagonal())
-    expected = rounding.round_gptq(weight, scales, qtype, hessian)
+    weight, hessian = torch.randn(70, 300, generator=g), x.T @ x / 900
+    scheme = layer_scheme(4, group=0)
+    scales = rounding.search_scales(weight, scheme, hessian.diagonal())
+    expected = rounding.round_gptq(weight, scales, scheme.weight, hessian)
     moved = rounding.WeightScales(scales.channel.cuda())
-    found = rounding.round_gptq(weight.cuda(), moved, qtype, hessian.cuda()).cpu()
+    found = rounding.round_gptq(weight.cuda(), moved, scheme.weight, hessian.cuda()).cpu()
     assert float((found == expected).double().mean()) > 0.99

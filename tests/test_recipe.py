@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfq.errors import RecipeError, SettingError
+from dfq.errors import RecipeError, SettingError, UsageError
 from dfq.recipe import (
+    LAYERS,
     SECTIONS,
     DistillationSettings,
     InversionSettings,
+    LayerSettings,
     QuantizationSettings,
     Recipe,
     load_recipe,
@@ -34,7 +36,10 @@ QUICK = settings(deadline=None, max_examples=100, derandomize=True)
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
 ALL_FIELDS = [
-    (section, f.name) for section, kind in SECTIONS.items() for f in dataclasses.fields(kind)
+    (section, name)
+    for section, kind in SECTIONS.items()
+    for name in describe(kind)
+    if name != LAYERS
 ]
 
 
@@ -225,7 +230,20 @@ def values_of(section: str, name: str) -> st.SearchStrategy[Any]:
 
 def settings_of(section: str) -> st.SearchStrategy[Any]:
     fields = [name for s, name in ALL_FIELDS if s == section]
-    return st.builds(SECTIONS[section], **{name: values_of(section, name) for name in fields})
+    strategies = {name: values_of(section, name) for name in fields}
+    if section == "quantization":
+        strategies[LAYERS] = st.dictionaries(st.text(max_size=12), exceptions, max_size=3)
+    return st.builds(SECTIONS[section], **strategies)
+
+
+exceptions = st.builds(
+    LayerSettings,
+    bits=st.none() | st.integers(2, 8),
+    input_bits=st.none() | st.integers(4, 8),
+    group=st.none() | st.integers(0, 1 << 20),
+    rounding=st.sampled_from([None, "nearest", "gptq"]),
+    observer=st.sampled_from([None, "mse", "minmax"]),
+)
 
 
 recipes = st.builds(
@@ -255,6 +273,8 @@ def test_toml_explains_every_field() -> None:
         head, *lines = tables[section].splitlines()
         assert head == f"[{section}]"
         for name, info in describe(kind).items():
+            if name == LAYERS:
+                continue
             (line,) = (x for x in lines if re.match(rf"(# )?{name} =", x))
             assert line.endswith(f"  # {info.description}")
 
@@ -386,3 +406,30 @@ def test_recipes_are_shipped() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_recipe_loads(path: Path) -> None:
     assert isinstance(load_recipe(path), Recipe)
+
+
+# exceptions by layer
+
+
+def test_exceptions_by_layer_are_tables(tmp_path: Path) -> None:
+    text = '[quantization]\nbits = 4\n[layers."blocks.*.mlp.fc2"]\nbits = 8\ninput_bits = 6\n'
+    recipe = load_text(tmp_path, text)
+    assert recipe.quantization.layers == {"blocks.*.mlp.fc2": LayerSettings(bits=8, input_bits=6)}
+    assert recipe.quantization.bits == 4
+    (tmp_path / "again.toml").write_text(to_toml(recipe))
+    assert load_recipe(tmp_path / "again.toml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("table", "facts"),
+    [
+        ('[layers."head"]\nbits = 9', ("head", "bits", "9", "2 to 8")),
+        ('[layers."head"]\nbit = 4', ("head", "bit", "input_bits")),
+        ("[layers]\nhead = 4", ("head", "4")),
+        ("layers = 4", ("layers", "4")),
+    ],
+)
+def test_wrong_exceptions_are_named(tmp_path: Path, table: str, facts: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_text(tmp_path, table)
+    assert all(fact in str(caught.value) for fact in facts)

@@ -15,7 +15,8 @@ from dfq.inversion.jitter import Move, draw
 from dfq.inversion.runners import Runner
 from dfq.inversion.state import State
 from dfq.quantization import rounding
-from dfq.quantization.qtype import WeightType
+from dfq.quantization.scheme import Scheme
+from dfq.recipe import QuantizationSettings
 
 WARMUP = 8
 """Iterations before the clock starts: the host's, a graph's capture, and its first replays."""
@@ -134,9 +135,10 @@ def gptq(outputs: int, inputs: int, group: int, damping: float, device: torch.de
 
     ``equal_share``: of all integers; ``error_ratio``: of the outputs' squared errors.
     """
-    qtype = WeightType(4, reduce_range=True)
+    scheme = Scheme(QuantizationSettings(bits=4, group=group)).for_layer("blocks.0.mlp.fc1")
+    qtype = scheme.weight
     weight, hessian = rounding_problem(outputs, inputs)
-    scales = rounding.search_scales(weight, qtype, hessian.diagonal(), group=group)
+    scales = rounding.search_scales(weight, scheme, hessian.diagonal())
     expected = rounding.round_gptq(weight, scales, qtype, hessian, damping)
     there = weight.to(device), hessian.to(device)
     moved = rounding.WeightScales(
@@ -154,7 +156,7 @@ def gptq(outputs: int, inputs: int, group: int, damping: float, device: torch.de
         left = (weight - scales.dequantize(integers)).double()
         return float(((left @ hessian.double()) * left).sum())
 
-    own = rounding.search_scales(there[0], qtype, there[1].diagonal(), group=group)
+    own = rounding.search_scales(there[0], scheme, there[1].diagonal())
     return {
         "equal_share": float((found == expected).double().mean()),
         "equal_channels": float((found == expected).all(1).double().mean()),
@@ -165,7 +167,7 @@ def gptq(outputs: int, inputs: int, group: int, damping: float, device: torch.de
             lambda: rounding._inverse_factor(there[1], damping), device
         ),
         "search_seconds": median_seconds(
-            lambda: rounding.search_scales(there[0], qtype, there[1].diagonal(), group=group),
+            lambda: rounding.search_scales(there[0], scheme, there[1].diagonal()),
             device,
         ),
         "launches": launches(whole, device),

@@ -26,7 +26,7 @@ from dfq.extras import installed
 from dfq.failures import first_line
 from dfq.pipeline.inspect import doctor
 from dfq.progress import Progress, Silent
-from dfq.quantization.scheme import scheme_name
+from dfq.quantization.scheme import Scheme
 from dfq.results.values import Absent, BenchmarkResult, BenchmarkRow, ColdStart
 
 BATCHES = (1, 16)
@@ -85,7 +85,7 @@ def benchmark(
     return BenchmarkResult(
         checkpoint=str(checkpoint),
         model=info.model,
-        scheme=scheme_name(info.recipe.quantization),
+        scheme=Scheme(info.recipe.quantization).name,
         attention=info.recipe.quantization.attention,
         backend=given.model.backend,
         rows=rows,

@@ -6,7 +6,7 @@ import json
 
 from dfq import __version__
 from dfq.checkpoint import CheckpointInfo
-from dfq.quantization.scheme import scheme_name
+from dfq.quantization.scheme import Scheme
 
 
 def facts(info: CheckpointInfo, weights: str) -> dict[str, str]:
@@ -20,7 +20,7 @@ def facts(info: CheckpointInfo, weights: str) -> dict[str, str]:
     return {
         "dfq_version": __version__,
         "model": info.model,
-        "scheme": scheme_name(settings),
+        "scheme": Scheme(settings).name,
         "attention": settings.attention,
         "weights": wider,
         "classes": str(arch.num_classes),

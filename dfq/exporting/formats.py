@@ -17,7 +17,7 @@ from dfq.exporting.forms import integer_layers
 from dfq.extras import require
 from dfq.files import check_writable, explain, replace_files, write_bytes
 from dfq.quantization.model import QuantizedViT
-from dfq.quantization.scheme import scheme_name
+from dfq.quantization.scheme import Scheme
 from dfq.results.values import ExportResult
 from dfq.runtime import onednn
 
@@ -81,7 +81,7 @@ def export(
     return ExportResult(
         checkpoint=str(checkpoint),
         model=info.model,
-        scheme=scheme_name(settings),
+        scheme=Scheme(settings).name,
         attention=settings.attention,
         format=format,
         weights=chosen,
@@ -106,7 +106,7 @@ def _saturating(model: QuantizedViT) -> list[str]:
             f"Weights reach {largest}, which {where}: logits are wrong there. Quantize again with "
             "reduce_range = true (the default)."
         )
-    if model.settings.attention == "int8":
+    if model.scheme.integer_attention:
         warnings.append(
             f"The 8-bit products of attention {where}. Use attention = 'float' for those."
         )

@@ -11,11 +11,11 @@ from dfq.exporting.transformer import softmax_of
 from dfq.exporting.weights import WeightType, write_weight
 from dfq.quantization.layers import IntegerPatchEmbed
 from dfq.quantization.model import QuantizedViT
-from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES
+from dfq.runtime.qtype import INT8, Quantizer
 from dfq.vit import ViT
 
-SHARES = Quantizer(1 / 255, 0, signed=False)
+SHARES = Quantizer(1 / 255)
 """Probabilities divided by the largest of their row, which is 1."""
 
 
@@ -66,7 +66,7 @@ def write_attention(
     with graph.part("scores"):
         q = graph.op("Mul", q, graph.scalar("scale", scale))
         if sites:
-            scaled = Quantizer(sites[0].scale * scale, 0, signed=True)
+            scaled = Quantizer(sites[0].scale * scale, 0, INT8)
             q, k = rounded(graph, q, scaled, "q"), rounded(graph, k, sites[1], "k")
         scores = graph.op("MatMul", q, k)
     shares = softmax_of(graph, scores, bias)
@@ -83,13 +83,20 @@ def write_attention(
 
 def rounded(graph: Graph, x: str, quantizer: Quantizer, name: str = "input") -> str:
     """The values that quantized ``x`` stands for."""
-    kind = np.int8 if quantizer.signed else np.uint8
+    kind = np.int8 if quantizer.qtype.signed else np.uint8
     constants = (
         graph.scalar(f"{name}_scale", quantizer.scale),
         graph.constant(f"{name}_zero_point", np.array(quantizer.zero_point, kind)),
     )
+    if quantizer.qtype.bits < 8:
+        x = graph.op("Clip", x, *(graph.scalar(f"{name}_{end}", v) for end, v in _ends(quantizer)))
     x = graph.op("QuantizeLinear", x, *constants)
     return graph.op("DequantizeLinear", x, *constants)
+
+
+def _ends(quantizer: Quantizer) -> tuple[tuple[str, float], ...]:
+    low, high = quantizer.range
+    return ("low", low), ("high", high)
 
 
 class QuantizedProducts(FloatProducts):
@@ -103,7 +110,7 @@ class QuantizedProducts(FloatProducts):
         super().__init__(model)
         self.layers, self.weights = integer_layers(model), weights
         self.quantizers = model.quantizers()
-        self.integer_attention = model.settings.attention == "int8"
+        self.integer_attention = model.scheme.integer_attention
 
     def images(self, graph: Graph, x: str) -> str:
         """Pixels / 255 on the 256 levels that the patch embedding reads."""
@@ -136,7 +143,7 @@ class QuantizedProducts(FloatProducts):
 def integer_products(model: QuantizedViT) -> list[str]:
     """Names of the products that have quantizers on both sides."""
     names = list(integer_layers(model))
-    if model.settings.attention == "int8":
+    if model.scheme.integer_attention:
         blocks = range(model.arch.depth)
         names += [f"blocks.{i}.attn.{p}" for i in blocks for p in ("scores", "values")]
     return [f"{name}/MatMul" for name in names]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dfq.exporting.forms import with_layers
 from dfq.quantization.layers import IntegerLinear, IntegerPatchEmbed
 from dfq.quantization.model import QuantizedViT
-from dfq.quantization.packing import unpack_int4
-from dfq.quantization.rounding import WeightScales
 from dfq.runtime import reference
 from dfq.runtime.params import LinearParams, OutputFormat
+from dfq.runtime.qtype import INT8, Quantizer
+from dfq.runtime.weights import StoredWeight
 from dfq.vit import ViT
 
 FACTS = "dfq.json"
@@ -25,7 +25,7 @@ FACTS = "dfq.json"
 class ReferenceLinear(nn.Module):
     """An integer layer on :mod:`dfq.runtime.reference`, between floats.
 
-    Weights stay as they lie in the checkpoint, 4-bit ones two to a byte.
+    Weights stay as they are in the checkpoint.
     """
 
     weight: Tensor
@@ -44,20 +44,14 @@ class ReferenceLinear(nn.Module):
             self.register_buffer("mean", layer.mean)
             self.register_buffer("std", layer.std)
 
-    def integers(self) -> Tensor:
-        if self.bits == 8:
-            return self.weight
-        group = self.get_buffer("group_scale") if self.group else None
-        scales = WeightScales(self.weight_scale, group, self.group)
-        return scales.widen(unpack_int4(self.weight, self.in_features))
-
     def forward(self, x: Tensor) -> Tensor:
         """Float32 ``[..., in]`` to ``[..., out]``."""
         if self.pixels:
             x = x * self.get_buffer("std") + self.get_buffer("mean")
-        weight, by = self.integers(), self.quantizer
-        params = LinearParams(weight, self.weight_scale, self.bias, by.scale, by.zero_point)
-        quantized = reference.quantize(x, by.scale, by.zero_point)
+        group_scale = self.get_buffer("group_scale") if self.group else None
+        stored = StoredWeight(self.weight, self.bits, self.in_features, group_scale, self.group)
+        params = LinearParams(stored, self.weight_scale, self.bias, self.quantizer)
+        quantized = reference.quantize(x, self.quantizer)
         return reference.linear(quantized, params, reference.prepack(params), OutputFormat())
 
 
@@ -70,7 +64,7 @@ class ReferenceProduct(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         pairs = zip((q, k, v), self.scales, strict=True)
-        q, k, v = (reference.quantize_signed(x, scale) for x, scale in pairs)
+        q, k, v = (reference.quantize(x, Quantizer(scale, 0, INT8)) for x, scale in pairs)
         scale = self.scales[0] * self.scales[1] * q.shape[-1] ** -0.5
         return reference.attention(q, k, v, scale, bias) * self.scales[2]
 
@@ -78,7 +72,7 @@ class ReferenceProduct(nn.Module):
 def reference_form(model: QuantizedViT) -> ViT:
     """The quantized model in plain torch; what is not integer is float32."""
     vit = with_layers(model, ReferenceLinear)
-    if model.settings.attention == "int8":
+    if model.scheme.integer_attention:
         for index, product in enumerate(model.products()):
             vit.block(index).attn.product = ReferenceProduct(product.scales)
     return vit

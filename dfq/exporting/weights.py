@@ -10,8 +10,8 @@ from onnx import TensorProto
 
 from dfq.exporting.graph import Graph
 from dfq.quantization.layers import IntegerLinear
-from dfq.quantization.packing import pack_int4, unpack_int4
-from dfq.quantization.rounding import expand_groups
+from dfq.runtime.packing import pack_bits
+from dfq.runtime.weights import expand_groups
 
 WeightType = Literal["int8", "int4"]
 
@@ -47,8 +47,8 @@ def four_bit_block(layer: IntegerLinear) -> int | None:
 
 def _four_bits(graph: Graph, layer: IntegerLinear, block: int) -> str:
     """4-bit weights with a float scale for each block of inputs of each column."""
-    integers = unpack_int4(layer.weight, layer.in_features).T
-    content = pack_int4(integers.reshape(1, -1)).numpy().tobytes()
+    integers = layer.stored.unpacked().T
+    content = pack_bits(integers.reshape(1, -1), 4).numpy().tobytes()
     shape = (layer.in_features, layer.out_features)
     weight = graph.packed("weight", TensorProto.INT4, shape, content)
     if not layer.group:

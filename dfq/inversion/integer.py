@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.inversion.frozen import replace_linears
+from dfq.runtime import onednn
 from dfq.vit import ViT
 
 TINY = 1e-30
@@ -53,9 +54,8 @@ class _Product(torch.autograd.Function):
 def _pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """oneDNN's blocked int8 copy of ``[out, in]``, scales and zero points ``[out]``."""
     scale = weight.abs().amax(1).clamp_min(TINY) / 127
-    integers = (weight / scale[:, None]).round_().to(torch.int8).contiguous()
-    packed = torch.ops.onednn.qlinear_prepack(integers, None)
-    return packed, scale, torch.zeros(len(scale), dtype=torch.int32)
+    integers = (weight / scale[:, None]).round_().to(torch.int8)
+    return onednn.pack_weight(integers), scale, torch.zeros(len(scale), dtype=torch.int32)
 
 
 def _multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -63,8 +63,7 @@ def _multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor,
     rows = x.to(torch.float32, copy=True)
     largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
     largest.clamp_min_(TINY)
-    signed = rows.mul_(127 / largest).round_().to(torch.int8)
-    unsigned = signed.view(torch.uint8).bitwise_xor_(128)
+    unsigned = onednn.to_bytes(rows.mul_(127 / largest))
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         *(unsigned, 1.0, 128, *weight, None, 1.0, 0, x.dtype, "none", [], "")
     )

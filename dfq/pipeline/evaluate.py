@@ -25,7 +25,7 @@ from dfq.pipeline.comparison import (
 )
 from dfq.progress import Progress, Silent, note_all
 from dfq.quantization import QuantizedViT
-from dfq.quantization.scheme import scheme_name
+from dfq.quantization.scheme import Scheme
 from dfq.results.gates import check_bounds, check_bounds_decidable, check_shares, doubts, gate
 from dfq.results.intervals import share_interval
 from dfq.results.values import AgreementOn, EvaluateResult, FloatQuantized
@@ -105,7 +105,7 @@ def evaluate(
     result = EvaluateResult(
         checkpoint=str(path),
         model=info.model,
-        scheme=scheme_name(info.recipe.quantization),
+        scheme=Scheme(info.recipe.quantization).name,
         data=source.name,
         images=comparison.images,
         agreement=comparison.agreement,

@@ -19,9 +19,10 @@ from dfq.device import cpu_has, multiplies_bytes, resolve_precision
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
 from dfq.pipeline.synthesis import versions
-from dfq.quantization.scheme import scheme_name
+from dfq.quantization.scheme import Scheme
 from dfq.recipe import to_dict
 from dfq.runtime import onednn, opaque
+from dfq.runtime.params import Needs
 from dfq.vit.architecture import PIXEL_RANGE, Preprocessing, to_json
 from dfq.vit.describe import describe
 from dfq.vit.saved import REPORT, WEIGHTS, is_saved, read_saved
@@ -87,7 +88,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "kind": "checkpoint",
         "path": str(path),
         "model": info.model,
-        "scheme": scheme_name(info.recipe.quantization),
+        "scheme": Scheme(info.recipe.quantization).name,
         "attention": info.recipe.quantization.attention,
         "backend": model.backend,
         "compiler": opaque.compiler(),
@@ -191,11 +192,15 @@ class DoctorReport:
     warnings: tuple[str, ...]
 
 
+PORTABLE = Needs(largest_weight=onednn.PORTABLE)
+"""Of checkpoints quantized with ``reduce_range``."""
+
+
 @checked
 def doctor(cache: str | Path | None = None) -> DoctorReport:
     """Look at versions, processor, integer kernels, cache directory and demo files."""
     cpu = torch.device("cpu")
-    backend = runtime.select(cpu, largest=onednn.PORTABLE).NAME
+    backend = runtime.select(cpu, needs=PORTABLE).NAME
     root = cache_directory(cache)
     problems = []
     if not _writable(root):
@@ -219,7 +224,7 @@ def doctor(cache: str | Path | None = None) -> DoctorReport:
 def _slow(device: torch.device) -> tuple[str, ...]:
     """What makes this processor slow, with what to do."""
     slow = []
-    if not onednn.available(device, onednn.PORTABLE):
+    if onednn.refusal(device, PORTABLE) is not None:
         slow.append(
             "This processor multiplies 8-bit integers neither with VNNI nor with AVX2: quantized "
             "models run on the reference kernels, several times slower than in floating point."

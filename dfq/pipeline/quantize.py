@@ -39,7 +39,7 @@ from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.diagnosis import layer_noise, poor_layers
 from dfq.quantization.equalization import equalize
 from dfq.quantization.reconstruction import reconstruct
-from dfq.quantization.scheme import layers, scheme_name
+from dfq.quantization.scheme import Scheme, layers
 from dfq.recipe import METHODS, SECTIONS, InversionSettings, Recipe, given, is_set, make_recipe
 from dfq.results.gates import check_bounds, check_shares, doubts, gate
 from dfq.results.values import (
@@ -233,7 +233,7 @@ def quantize(
     chosen = _recipe(recipe, settings, inversion, given(None, bits=bits, attention=attention))
     target = resolve_device(device)
     name = model if isinstance(model, str) else module_name(model)
-    scheme = scheme_name(chosen.quantization)
+    scheme = Scheme(chosen.quantization).name
     out = Path(out) if out is not None else Path(f"{safe_name(name)}-{scheme}")
     checkpoints.check_output(out)
     check_writable(out.parent)
@@ -252,6 +252,7 @@ def quantize(
         )
         note_all(progress, loaded.notes)
         vit = loaded.vit.to(target)
+        Scheme(chosen.quantization).check_layers(vit.arch)
         patches, metric = vit.arch.grid.patches, metric_of(vit.arch)
         if not is_set("stages", stages, (settings or {}).get("inversion"), recipe):
             chosen = dataclasses.replace(chosen, inversion=fit_stages(chosen.inversion, patches))
@@ -292,7 +293,7 @@ def quantize(
         seconds=clock.seconds(),
         gate=check_bounds(result.agreement_on, result.accuracy, min_agreement, min_accuracy),
         warnings=[
-            *poor_layers(noise, chosen.quantization),
+            *poor_layers(noise, quantized.scheme),
             *doubts(result.agreement_on, result.agreement_outside),
         ],
     )
@@ -378,10 +379,11 @@ def _quantized(
     """The model in integers, calibrated on ``source`` and what is laid beside it; what that
     leaves of every layer's output, and the losses of reconstruction."""
     settings = recipe.quantization
+    scheme = Scheme(settings)
     wide = covered(source, settings)
     with clock("calibrate"), progress.task("Calibrating", len(wide)) as advance:
         batches = wide.batches(settings.batch)
-        found = calibrate(vit, batches, loaded.preprocessing, settings, advance)
+        found = calibrate(vit, batches, loaded.preprocessing, scheme, advance)
     with clock("quantize"):
         with progress.task("Quantizing", len(layers(vit.arch))) as advance:
             equal, found = equalize(vit, found, settings.equalize)
@@ -406,7 +408,7 @@ def _note_replaced(out: Path, name: str, scheme: str, progress: Progress) -> Non
     except CheckpointError:
         before = ("a damaged checkpoint", "")
     else:
-        before = (info.model, scheme_name(info.recipe.quantization))
+        before = (info.model, Scheme(info.recipe.quantization).name)
     if before != (name, scheme):
         progress.note(f"{str(out)!r} holds {' '.join(before).strip()}, which will be replaced")
 

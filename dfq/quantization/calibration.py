@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from dfq.errors import DatasetError, RunError
 from dfq.quantization.observers import RangeObserver
-from dfq.quantization.quantizer import Quantizer
-from dfq.quantization.scheme import ATTENTION_SITES, layers, range_sites, weight_bits
-from dfq.recipe import QuantizationSettings
+from dfq.quantization.scheme import ATTENTION_SITES, Scheme, layers, range_sites
+from dfq.runtime.qtype import Quantizer
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Preprocessing, ViT
 from dfq.vit.modules import merge_heads
@@ -94,7 +93,7 @@ def calibrate(
     vit: ViT,
     batches: Iterable[SparseImages],
     preprocessing: Preprocessing,
-    settings: QuantizationSettings,
+    scheme: Scheme,
     advance: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Run sparse images through the float model and collect ranges and statistics.
@@ -110,20 +109,20 @@ def calibrate(
     """
     arch, device = vit.arch, vit.prefix.device
     observers = {
-        site: RangeObserver(settings.observer, signed=site.endswith(ATTENTION_SITES))
-        for site in range_sites(arch, settings)
+        site: RangeObserver(scheme.observer_of(site), scheme.input_of(site))
+        for site in range_sites(arch, scheme)
     }
     statistics = {
         name: InputStatistics(
             _linear(vit, name).in_features,
-            second_moment=settings.rounding == "gptq" and weight_bits(name, settings) < 8,
+            second_moment=scheme.for_layer(name).second_order,
             device=device,
         )
         for name in layers(arch)
     }
     handles = _watch_layers(vit, observers, statistics)
     heads: dict[str, InputStatistics] = {}
-    if settings.attention == "int8":
+    if scheme.integer_attention:
         handles += _watch_attention(vit, observers, heads)
     images = 0
     try:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.model import QuantizedViT
-from dfq.quantization.scheme import layers, weight_bits
-from dfq.recipe import QuantizationSettings
+from dfq.quantization.scheme import Scheme, layers
 from dfq.results.values import LayerNoise
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import ViT
@@ -77,14 +76,14 @@ def layer_noise(
 
 
 _ADVICE = {
-    "weights of 4 bits": "Give the weights 8 bits (--bits 8).",
-    "weights of 8 bits": "Set reduce_range = false in a recipe if the processor has VNNI.",
+    "few bits": "Give their weights 8 bits (--bits 8, or [layers] in a recipe).",
+    "reduced range": "Set reduce_range = false in a recipe if the processor has VNNI.",
     "input": "For a noisy input keep equalize above 0, calibrate on other images or, at proj and "
     "fc2, set observer to mse in a recipe.",
 }
 
 
-def poor_layers(noise: list[LayerNoise], settings: QuantizationSettings) -> list[str]:
+def poor_layers(noise: list[LayerNoise], scheme: Scheme) -> list[str]:
     """A warning that names the worst layers whose ratio is below :data:`POOR`, with what to do.
 
     None where every layer's ratio is above it.
@@ -94,7 +93,7 @@ def poor_layers(noise: list[LayerNoise], settings: QuantizationSettings) -> list
         return []
     named = ", ".join(f"{n.name} ({n.both:.1f} dB)" for n in poor[:NAMED])
     more = f" and {len(poor) - NAMED} more" if len(poor) > NAMED else ""
-    causes = {_cause(n, settings) for n in poor}
+    causes = {_cause(n, scheme) for n in poor}
     advice = " ".join(text for cause, text in _ADVICE.items() if cause in causes)
     return [
         f"The signal-to-quantization-noise ratio is below {POOR:g} dB in {named}{more}: much of "
@@ -102,10 +101,10 @@ def poor_layers(noise: list[LayerNoise], settings: QuantizationSettings) -> list
     ]
 
 
-def _cause(noise: LayerNoise, settings: QuantizationSettings) -> str:
+def _cause(noise: LayerNoise, scheme: Scheme) -> str:
     if noise.activations < noise.weights:
         return "input"
-    return f"weights of {weight_bits(noise.name, settings)} bits"
+    return "few bits" if scheme.for_layer(noise.name).bits < 8 else "reduced range"
 
 
 def _hook(target: IntegerLinear, energies: _Energies) -> Callable[..., None]:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dfq.quantization.calibration import Calibration, InputStatistics
-from dfq.quantization.histogram import quantizer_of
-from dfq.quantization.quantizer import LEAST_SCALE, Quantizer
 from dfq.quantization.scheme import ATTENTION_SITES
+from dfq.runtime.qtype import LEAST_SCALE, QType, Quantizer, quantizer_of
 from dfq.vit import Architecture, ViT
 
 BAND = 4.0
@@ -142,9 +141,9 @@ def _scale(vit: ViT, pair: ScalePair, moved: Calibration, strength: float) -> No
         parameter[rows] /= ratio if parameter.ndim == 1 else ratio[:, None]
     repeated = ratio.repeat(len(before.low) // pair.width)
     reader.weight.mul_(repeated)
-    _move(moved.statistics, moved.quantizers, pair.reader, repeated, signed=False)
+    _move(moved.statistics, moved.quantizers, pair.reader, repeated)
     if pair.site in moved.heads:
-        _move(moved.heads, moved.quantizers, pair.site, ratio, signed=True)
+        _move(moved.heads, moved.quantizers, pair.site, ratio)
 
 
 def _centre_and_scale(
@@ -159,7 +158,7 @@ def _centre_and_scale(
     linear.weight.mul_(ratio)
     norm.bias.sub_(middle).div_(ratio)
     norm.weight.div_(ratio)
-    _move(moved.statistics, moved.quantizers, name, ratio, middle, signed=False)
+    _move(moved.statistics, moved.quantizers, name, ratio, middle)
 
 
 def _ratio(half: Tensor, column: Tensor, strength: float) -> Tensor:
@@ -182,17 +181,15 @@ def _move(
     name: str,
     ratio: Tensor,
     middle: Tensor | None = None,
-    *,
-    signed: bool,
 ) -> None:
     """Have statistics and the quantizer of a site be those of ``(x - middle) / ratio``."""
     middle = torch.zeros_like(ratio) if middle is None else middle
     statistics[name] = statistics[name].moved(middle, ratio)
-    quantizers[name] = _quantizer(statistics[name], signed=signed)
+    quantizers[name] = _quantizer(statistics[name], quantizers[name].qtype)
 
 
-def _quantizer(found: InputStatistics, *, signed: bool) -> Quantizer:
-    return quantizer_of(float(found.low.min()), float(found.high.max()), signed)
+def _quantizer(found: InputStatistics, qtype: QType) -> Quantizer:
+    return quantizer_of(float(found.low.min()), float(found.high.max()), qtype)
 
 
 def _balance(
@@ -209,4 +206,4 @@ def _balance(
         rows = slice(index * width, (index + 1) * width)
         linear.weight[rows] /= ratio[:, None]
         linear.bias[rows] /= ratio
-        _move(heads, quantizers, site, ratio, signed=True)
+        _move(heads, quantizers, site, ratio)

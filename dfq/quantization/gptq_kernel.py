@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfq.quantization.qtype import WeightType
+from dfq.runtime.qtype import QType
 
 ROWS = 16
 """Output channels of one program."""
@@ -69,7 +69,7 @@ def _round_columns(
 
 
 def round_columns(
-    block: Tensor, steps: Tensor, factor: Tensor, qtype: WeightType
+    block: Tensor, steps: Tensor, factor: Tensor, qtype: QType
 ) -> tuple[Tensor, Tensor]:
     """See :func:`dfq.quantization.rounding.round_columns`."""
     rows, columns = block.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq.quantization.quantizer import LEAST_SCALE, Quantizer
+from dfq.runtime.qtype import LEAST_SCALE, QType, quantizer_of
 
 BINS = 4096
 """Even, so that halves merge in pairs when the range doubles."""
@@ -66,27 +66,15 @@ class Histogram:
         last = int((below < total * (1 - tail)).sum())
         return -self.reach + width * first, -self.reach + width * (min(last, BINS - 1) + 1)
 
-    def least_error(self, signed: bool) -> tuple[float, float]:
+    def least_error(self, qtype: QType) -> tuple[float, float]:
         """The range, a shrunk form of the occupied one, of least mean square error."""
         low, high = self.occupied()
         best, least = (low, high), float("inf")
         for share in torch.linspace(1, 0.2, SHRINKS, dtype=torch.float64).tolist():
-            quantizer = quantizer_of(low * share, high * share, signed)
+            quantizer = quantizer_of(low * share, high * share, qtype)
             low_end, high_end = quantizer.range
             levels = (self.centres / quantizer.scale).round() * quantizer.scale
             error = (levels.clamp(low_end, high_end) - self.centres).square() @ self.counts
             if float(error) < least:
                 best, least = (low * share, high * share), float(error)
         return best
-
-
-def quantizer_of(low: float, high: float, signed: bool) -> Quantizer:
-    """The 8-bit quantizer of a range: affine uint8, or symmetric int8.
-
-    As in torch.ao, an affine range is widened to contain 0.
-    """
-    if signed:
-        return Quantizer(max(max(abs(low), abs(high)) / 127, LEAST_SCALE), 0, signed=True)
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = max((high - low) / 255, LEAST_SCALE)
-    return Quantizer(scale, min(255, max(0, round(-low / scale))), signed=False)

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from dfq import runtime
 from dfq.errors import SettingError
-from dfq.quantization.packing import pack_int4, unpack_int4
-from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.rounding import WeightScales
-from dfq.runtime import opaque, reference
-from dfq.runtime.params import LinearParams, OutputFormat
+from dfq.quantization.scheme import LayerScheme
+from dfq.runtime import Backend, opaque, reference
+from dfq.runtime.packing import pack_bits
+from dfq.runtime.params import LinearParams, Needs, OutputFormat
+from dfq.runtime.qtype import INT8, Quantizer
+from dfq.runtime.weights import StoredWeight, stored_shape
 from dfq.vit.modules import attend, merge_heads
-
-CACHED_SCORES = 1 << 20
-"""Attention scores computed at once; in bfloat16 2 MB, a processor's second-level cache."""
 
 
 def check_types(fn: Callable[..., Any]) -> None:
@@ -33,10 +32,10 @@ def check_types(fn: Callable[..., Any]) -> None:
 
 
 class IntegerLinear(opaque.Part):
-    """A linear layer with integer weights and 8-bit input.
+    """A linear layer with integer weights and integer input.
 
-    State: ``weight`` int8 ``[out, in]``, or uint8 ``[out, ceil(in / 2)]`` with two 4-bit
-    integers a byte (:func:`dfq.quantization.packing.pack_int4`); of 4-bit weights with groups
+    State: ``weight`` int8 ``[out, in]``, or of fewer than 8 bits uint8
+    ``[out, ceil(in * bits / 8)]`` (:func:`dfq.runtime.packing.pack_bits`); with groups
     ``group_scale`` uint8 ``[out, ceil(in / group)]``; ``weight_scale`` and
     ``bias`` float32 ``[out]``; ``input_scale`` float32 and ``input_zero_point`` int32
     scalars.  The backend's own copy of the weight is built at the first call and is
@@ -50,16 +49,13 @@ class IntegerLinear(opaque.Part):
     input_scale: Tensor
     input_zero_point: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bits: int, group: int = 0) -> None:
-        """``group`` inputs of 4-bit weights share an integer scale; 0 for none."""
+    def __init__(self, in_features: int, out_features: int, scheme: LayerScheme) -> None:
         super().__init__()
-        self.group = group if bits == 4 else 0
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.scheme, self.bits, self.group = scheme, scheme.bits, scheme.group
+        self.in_features, self.out_features = in_features, out_features
         self.backend: str | None = None
-        packed = bits == 4
-        columns = -(-in_features // 2) if packed else in_features
-        dtype = torch.uint8 if packed else torch.int8
-        self.register_buffer("weight", torch.zeros(out_features, columns, dtype=dtype))
+        shape, dtype = stored_shape(out_features, in_features, self.bits)
+        self.register_buffer("weight", torch.zeros(shape, dtype=dtype))
         if self.group:
             groups = -(-in_features // self.group)
             ones = torch.ones(out_features, groups, dtype=torch.uint8)
@@ -68,7 +64,7 @@ class IntegerLinear(opaque.Part):
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32))
         self.register_buffer("input_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
-        self._quantizer = Quantizer(1.0, 0, signed=False)
+        self._quantizer = Quantizer(1.0, 0, scheme.input)
         self._prepared: tuple[Any, ...] | None = None
         self._folded: tuple[nn.LayerNorm, object] | None = None
 
@@ -77,7 +73,7 @@ class IntegerLinear(opaque.Part):
     ) -> None:
         """Take int8 ``[out, in]`` integers, their scales, a bias ``[out]`` and the quantizer
         of the input."""
-        self.weight.copy_(pack_int4(integers) if self.bits == 4 else integers)
+        self.weight.copy_(integers if self.bits == 8 else pack_bits(integers, self.bits))
         self.weight_scale.copy_(scales.channel)
         if scales.group is not None:
             self.group_scale.copy_(scales.group)
@@ -89,11 +85,13 @@ class IntegerLinear(opaque.Part):
 
     def integers(self) -> Tensor:
         """The weights in units of ``weight_scale``, int8 ``[out, in]``."""
-        if self.bits == 8:
-            return self.weight
-        group = self.group_scale if self.group else None
-        scales = WeightScales(self.weight_scale, group, self.group)
-        return scales.widen(unpack_int4(self.weight, self.in_features))
+        return self.stored.integers()
+
+    @property
+    def stored(self) -> StoredWeight:
+        """The weights as the checkpoint has them."""
+        group_scale = self.group_scale if self.group else None
+        return StoredWeight(self.weight, self.bits, self.in_features, group_scale, self.group)
 
     def dequantized(self) -> Tensor:
         """The weights that the integers stand for, float32 ``[out, in]``."""
@@ -108,7 +106,7 @@ class IntegerLinear(opaque.Part):
     def _read_quantizer(self) -> None:
         if not self.input_scale.is_meta:
             scale, zero_point = float(self.input_scale), int(self.input_zero_point)
-            self._quantizer = Quantizer(scale, zero_point, signed=False)
+            self._quantizer = Quantizer(scale, zero_point, self.scheme.input)
 
     def reset(self) -> None:
         """Forget the backend's copies of weight and norm; they are built again when needed."""
@@ -121,26 +119,26 @@ class IntegerLinear(opaque.Part):
             return reference, params, reference.prepack(params)
         if self._prepared is None:
             params = self._params()
-            kernels = self.select(self.backend, params.weight)
+            kernels = self.select(self.backend)
             self._prepared = (kernels, params, kernels.prepack(params))
         return self._prepared
 
-    def select(self, backend: str | None, integers: Tensor | None = None) -> Any:
-        """The named kernels, or the fastest that are exact for this layer's weights.
+    def select(self, backend: str | None) -> Backend:
+        """The named kernels, or the fastest that are exact for this layer.
 
         Raises:
             SettingError: no backend of that name, or it is not exact here.
         """
-        return runtime.select(self.weight.device, backend, self.largest_weight(integers))
+        needs = Needs(self.largest_weight(), self.scheme.input.bits)
+        return runtime.select(self.weight.device, backend, needs)
 
-    def largest_weight(self, integers: Tensor | None = None) -> int:
+    def largest_weight(self) -> int:
         """Largest magnitude of the integers that products multiply."""
-        low, high = (self.integers() if integers is None else integers).aminmax()
+        low, high = self.integers().aminmax()
         return max(-int(low), int(high))
 
     def _params(self) -> LinearParams:
-        scale, zero_point = self._quantizer.scale, self._quantizer.zero_point
-        return LinearParams(self.integers(), self.weight_scale, self.bias, scale, zero_point)
+        return LinearParams(self.stored, self.weight_scale, self.bias, self._quantizer)
 
     @property
     def affine(self) -> tuple[Tensor, Tensor] | None:
@@ -159,8 +157,7 @@ class IntegerLinear(opaque.Part):
     def quantize_input(self, x: Tensor) -> Tensor:
         """The float model's input ``[..., in]`` to uint8."""
         kernels = reference if opaque.tracing() else self.prepare()[0]
-        by = self._quantizer
-        y: Tensor = kernels.quantize(x, by.scale, by.zero_point, self.affine)
+        y: Tensor = kernels.quantize(x, self._quantizer, self.affine)
         return y
 
     def quantize_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
@@ -169,8 +166,7 @@ class IntegerLinear(opaque.Part):
             return self.quantize_input(norm(x))
         kernels, params, _ = self.prepare()
         if self._folded is None or self._folded[0] is not norm:
-            quantizer = params.input_scale, params.input_zero_point
-            self._folded = norm, kernels.fold_norm(norm, *quantizer)
+            self._folded = norm, kernels.fold_norm(norm, params.input)
         y: Tensor = kernels.quantize_norm(x, self._folded[1])
         return y
 
@@ -199,7 +195,9 @@ class IntegerLinear(opaque.Part):
         return self.integer_forward(self.quantize_input(x), OutputFormat(dtype))
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+        return (
+            f"{self.in_features}, {self.out_features}, bits={self.bits}, input={self.scheme.input}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None, "_folded": None}
@@ -280,11 +278,13 @@ class AttentionProduct(opaque.Part):
         time, so that their scores stay in the processor's cache.
         """
         b, h, t, d = q.shape
-        step = 1 if opaque.exporting() else max(1, CACHED_SCORES // max(1, h * t * k.shape[2]))
         if opaque.compiling():
             return opaque.attention(self, q, k, v, bias, scale)
+        kernels = self._kernels(q.device)
+        scores_at_once = kernels.scores_at_once(q.device)
+        step = 1 if opaque.exporting() else max(1, scores_at_once // max(1, h * t * k.shape[2]))
         scale = d**-0.5 if scale is None else scale
-        mix = self._integer_mix(q, scale) if self.integer else partial(attend, scale=scale)
+        mix = self._integer_mix(kernels, scale) if self.integer else partial(attend, scale=scale)
         if opaque.exporting():
             return merge_heads(mix(q, k, v, bias)).float()
         mixed = torch.empty(b, t, h, d, device=q.device, dtype=torch.float32)
@@ -294,17 +294,21 @@ class AttentionProduct(opaque.Part):
             mixed[part] = mix(q[part], k[part], v[part], own).transpose(1, 2)
         return mixed.flatten(2)
 
+    def _kernels(self, device: torch.device) -> Backend:
+        if opaque.exporting():
+            return runtime.get("reference")
+        return runtime.select(device, self.backend, Needs(largest_weight=0))
+
     def _integer_mix(
-        self, q: Tensor, scale: float
+        self, kernels: Backend, scale: float
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-        chosen = "reference" if opaque.exporting() else self.backend
-        kernels, scales = runtime.select(q.device, chosen, 0), self._scales
+        scales = self._scales
         of_scores = scales[0] * scales[1] * scale
 
         def mix(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             if q.is_floating_point():
                 pairs = zip((q, k, v), scales, strict=True)
-                q, k, v = (kernels.quantize_signed(x, scale) for x, scale in pairs)
+                q, k, v = (kernels.quantize(x, Quantizer(scale, 0, INT8)) for x, scale in pairs)
             return kernels.attention(q, k, v, of_scores, bias) * scales[2]
 
         return mix

@@ -18,12 +18,11 @@ from dfq.quantization.layers import (
     IntegerPatchEmbed,
     check_types,
 )
-from dfq.quantization.qtype import WeightType
-from dfq.quantization.quantizer import Quantizer
-from dfq.quantization.scheme import ATTENTION_SITES, layers
+from dfq.quantization.scheme import ATTENTION_SITES, Scheme, layers
 from dfq.recipe import QuantizationSettings
 from dfq.runtime import opaque
-from dfq.runtime.params import OutputFormat
+from dfq.runtime.params import Needs, OutputFormat
+from dfq.runtime.qtype import INT8, Quantizer
 from dfq.sparse import channel_values
 from dfq.vit import Architecture, Attention, Block, Mlp, Preprocessing, ViT
 from dfq.vit.modules import AttentionPool
@@ -32,7 +31,7 @@ from dfq.vit.relations import Relations
 if TYPE_CHECKING:
     from dfq.quantization.calibration import Calibration, InputStatistics
 
-PIXEL = Quantizer(1 / 255, 0, signed=False)
+PIXEL = Quantizer(1 / 255)
 
 MIDDLE = 0.5
 """Of the input range, in widths of it.  Where the mean lies outside the range, the patch embedding
@@ -46,12 +45,13 @@ class QuantizedAttention(Attention):
     proj: IntegerLinear
     product: AttentionProduct
 
-    def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
+    def __init__(self, arch: Architecture, scheme: Scheme, name: str) -> None:
+        """``name`` is that of the module, such as ``blocks.0.attn``."""
         super().__init__(arch)
         width = arch.attention_dim
-        self.qkv = _linear(arch.embed_dim, 3 * width, settings)
-        self.proj = _linear(width, arch.embed_dim, settings)
-        self.product = AttentionProduct(settings.attention == "int8")
+        self.qkv = IntegerLinear(arch.embed_dim, 3 * width, scheme.for_layer(f"{name}.qkv"))
+        self.proj = IntegerLinear(width, arch.embed_dim, scheme.for_layer(f"{name}.proj"))
+        self.product = AttentionProduct(scheme.integer_attention)
         self._float_format = OutputFormat(torch.float32)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedAttention:
@@ -102,13 +102,13 @@ class QuantizedMlp(Mlp):
     fc1: IntegerLinear
     fc2: IntegerLinear
 
-    def __init__(self, like: Mlp, settings: QuantizationSettings) -> None:
-        """``like`` is a float MLP, whose shape and norm it takes."""
+    def __init__(self, like: Mlp, scheme: Scheme, name: str) -> None:
+        """``like`` is a float MLP, whose shape and norm it takes; ``name`` that of the module."""
         first, second = cast(nn.Linear, like.fc1), cast(nn.Linear, like.fc2)
         width, hidden = second.out_features, second.in_features
         super().__init__(width, hidden, like.activation, gated=like.gated, norm=like.norm)
-        self.fc1 = _linear(width, first.out_features, settings)
-        self.fc2 = _linear(hidden, width, settings)
+        self.fc1 = IntegerLinear(width, first.out_features, scheme.for_layer(f"{name}.fc1"))
+        self.fc2 = IntegerLinear(hidden, width, scheme.for_layer(f"{name}.fc2"))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.integer_forward(self.fc1.quantize_input(x))
@@ -121,14 +121,10 @@ class QuantizedMlp(Mlp):
         fused = self.activation in ("gelu", "gelu_tanh") and isinstance(self.norm, nn.Identity)
         if self.gated or not fused:
             return self.fc2.quantize_input(self.activate(self.fc1.integer_forward(x)))
-        quantizer = self.fc2.input_quantizer
+        by = self.fc2.input_quantizer
         gelu: Literal["none", "tanh"] = "tanh" if self.activation == "gelu_tanh" else "none"
-        out = OutputFormat(torch.uint8, quantizer.scale, quantizer.zero_point, gelu)
+        out = OutputFormat(torch.uint8, by.scale, by.zero_point, by.qtype.qmax, gelu)
         return self.fc1.integer_forward(x, out)
-
-
-def _linear(inputs: int, outputs: int, settings: QuantizationSettings) -> IntegerLinear:
-    return IntegerLinear(inputs, outputs, settings.bits, settings.group)
 
 
 class QuantizedPool(AttentionPool):
@@ -138,11 +134,12 @@ class QuantizedPool(AttentionPool):
     proj: IntegerLinear
     mlp: QuantizedMlp
 
-    def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
+    def __init__(self, arch: Architecture, scheme: Scheme, name: str) -> None:
         super().__init__(arch)
-        self.kv = _linear(arch.embed_dim, 2 * arch.embed_dim, settings)
-        self.proj = _linear(arch.embed_dim, arch.embed_dim, settings)
-        self.mlp = QuantizedMlp(self.mlp, settings)
+        width = arch.embed_dim
+        self.kv = IntegerLinear(width, 2 * width, scheme.for_layer(f"{name}.kv"))
+        self.proj = IntegerLinear(width, width, scheme.for_layer(f"{name}.proj"))
+        self.mlp = QuantizedMlp(self.mlp, scheme, f"{name}.mlp")
 
 
 class QuantizedBlock(Block):
@@ -151,10 +148,10 @@ class QuantizedBlock(Block):
     attn: QuantizedAttention
     mlp: QuantizedMlp
 
-    def __init__(self, arch: Architecture, settings: QuantizationSettings) -> None:
+    def __init__(self, arch: Architecture, scheme: Scheme, name: str) -> None:
         super().__init__(arch)
-        self.attn = QuantizedAttention(arch, settings)
-        self.mlp = QuantizedMlp(self.mlp, settings)
+        self.attn = QuantizedAttention(arch, scheme, f"{name}.attn")
+        self.mlp = QuantizedMlp(self.mlp, scheme, f"{name}.mlp")
 
     def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
         """As :meth:`dfq.vit.Block.forward`; the memory of ``x`` may be overwritten."""
@@ -175,14 +172,18 @@ class QuantizedViT(ViT):
     ) -> None:
         super().__init__(arch)
         self.settings, self.preprocessing = settings, preprocessing
-        self.blocks = nn.ModuleList(QuantizedBlock(arch, settings) for _ in range(arch.depth))
-        patch_embed = IntegerPatchEmbed(arch.grid.patch_values, arch.embed_dim, 8)
-        self.patch_embed = patch_embed
+        self.scheme = scheme = Scheme(settings)
+        scheme.check_layers(arch)
+        self.blocks = nn.ModuleList(
+            QuantizedBlock(arch, scheme, f"blocks.{i}") for i in range(arch.depth)
+        )
+        of_pixels = scheme.for_layer("patch_embed")
+        self.patch_embed = IntegerPatchEmbed(arch.grid.patch_values, arch.embed_dim, of_pixels)
         self.set_normalisation()
         if arch.pool == "map":
-            self.attn_pool = QuantizedPool(arch, settings)
+            self.attn_pool = QuantizedPool(arch, scheme, "attn_pool")
         if arch.num_classes:
-            self.head = IntegerLinear(arch.head_inputs, arch.num_classes, 8)
+            self.head = IntegerLinear(arch.head_inputs, arch.num_classes, scheme.for_layer("head"))
         self.eval().requires_grad_(False)
 
     def set_normalisation(self) -> None:
@@ -228,8 +229,8 @@ class QuantizedViT(ViT):
         Raises:
             SettingError: no such backend, or it is not exact here.
         """
-        runtime.select(self.prefix.device, name, 0)
-        for layer in self._linears() if name == "onednn" else ():
+        runtime.select(self.prefix.device, name, Needs(largest_weight=0))
+        for layer in self._linears() if name is not None else ():
             layer.select(name)
         for layer in self._linears():
             layer.backend = name
@@ -270,10 +271,10 @@ class QuantizedViT(ViT):
         found: dict[str, Quantizer] = {}
         for name in layers(self.arch):
             found[name] = cast(IntegerLinear, self.get_submodule(name)).input_quantizer
-        if self.settings.attention == "int8":
+        if self.scheme.integer_attention:
             for i, product in enumerate(self.products()):
                 for site, scale in zip(ATTENTION_SITES, product.scales.tolist(), strict=True):
-                    found[f"blocks.{i}.{site}"] = Quantizer(scale, 0, signed=True)
+                    found[f"blocks.{i}.{site}"] = Quantizer(scale, 0, INT8)
         return found
 
 
@@ -300,7 +301,7 @@ def quantize_vit(
         assert isinstance(linear, nn.Linear)
         target = cast(IntegerLinear, quantized.get_submodule(name))
         if isinstance(target, IntegerPatchEmbed):
-            _fill_patch_embed(target, linear, settings)
+            _fill_patch_embed(target, linear)
         else:
             _fill(
                 target,
@@ -312,7 +313,7 @@ def quantize_vit(
             )
         if advance is not None:
             advance(1)
-    if settings.attention == "int8":
+    if quantized.scheme.integer_attention:
         for i, product in enumerate(quantized.products()):
             scales = [calibration.quantizers[f"blocks.{i}.{s}"].scale for s in ATTENTION_SITES]
             product.assign(scales)
@@ -339,12 +340,10 @@ def _empty_like(
     return quantized.to(device)
 
 
-def _fill_patch_embed(
-    target: IntegerPatchEmbed, linear: nn.Linear, settings: QuantizationSettings
-) -> None:
-    weight, qtype = linear.weight / target.std, WeightType(target.bits, settings.reduce_range)
-    scales = rounding.search_scales(weight, qtype)
-    integers = rounding.round_nearest(weight, scales, qtype)
+def _fill_patch_embed(target: IntegerPatchEmbed, linear: nn.Linear) -> None:
+    weight = linear.weight / target.std
+    scales = rounding.search_scales(weight, target.scheme)
+    integers = rounding.round_nearest(weight, scales, target.scheme.weight)
     mean = target.mean
     exact = torch.where((mean >= 0) & (mean <= 1), mean, MIDDLE)
     bias = linear.bias + weight @ (exact - mean) - scales.dequantize(integers) @ exact
@@ -359,10 +358,9 @@ def _fill(
     statistics: InputStatistics,
     settings: QuantizationSettings,
 ) -> None:
-    hessian = statistics.hessian
+    hessian, qtype = statistics.hessian, target.scheme.weight
     importance = None if hessian is None else hessian.diagonal()
-    qtype = WeightType(target.bits, settings.reduce_range)
-    scales = rounding.search_scales(weight, qtype, importance, group=target.group)
+    scales = rounding.search_scales(weight, target.scheme, importance)
     if hessian is not None:
         integers = rounding.round_gptq(weight, scales, qtype, hessian, settings.damping)
     else:

@@ -11,9 +11,9 @@ from torch.ao.quantization.observer import (
     UniformQuantizationObserverBase,
 )
 
-from dfq.quantization.histogram import Histogram, quantizer_of
-from dfq.quantization.quantizer import LEAST_SCALE, Quantizer
+from dfq.quantization.histogram import Histogram
 from dfq.recipe import Observer
+from dfq.runtime.qtype import LEAST_SCALE, UINT8, QType, Quantizer, quantizer_of
 
 OBSERVERS: dict[str, type[UniformQuantizationObserverBase]] = {
     "minmax": MinMaxObserver,
@@ -25,19 +25,18 @@ OBSERVERS: dict[str, type[UniformQuantizationObserverBase]] = {
 class RangeObserver:
     """Watches activations and gives their quantizer.
 
-    Unsigned observers give affine uint8 quantizers, signed ones symmetric int8.  Memory does
+    Unsigned types give affine quantizers, signed ones symmetric.  Memory does
     not grow with what is observed.
     """
 
-    def __init__(self, kind: Observer, *, signed: bool = False) -> None:
-        self.kind, self.signed = kind, signed
-        low, high = (-127, 127) if signed else (0, 255)
+    def __init__(self, kind: Observer, qtype: QType = UINT8) -> None:
+        self.kind, self.qtype = kind, qtype
         self._histogram = Histogram() if kind not in OBSERVERS else None
         self._observer = OBSERVERS.get(kind, MinMaxObserver)(
-            dtype=torch.int8 if signed else torch.uint8,
-            qscheme=torch.per_tensor_symmetric if signed else torch.per_tensor_affine,
-            quant_min=low,
-            quant_max=high,
+            dtype=torch.int8 if qtype.signed else torch.uint8,
+            qscheme=torch.per_tensor_symmetric if qtype.signed else torch.per_tensor_affine,
+            quant_min=qtype.qmin,
+            quant_max=qtype.qmax,
             eps=LEAST_SCALE,
         )
 
@@ -53,6 +52,6 @@ class RangeObserver:
         if self._histogram is not None:
             found = self._histogram
             span = found.percentile() if self.kind == "percentile" else None
-            return quantizer_of(*(span or found.least_error(self.signed)), self.signed)
+            return quantizer_of(*(span or found.least_error(self.qtype)), self.qtype)
         scale, zero_point = self._observer.calculate_qparams()
-        return Quantizer(float(scale), int(zero_point), self.signed)
+        return Quantizer(float(scale), int(zero_point), self.qtype)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from dfq.device import has_triton
 from dfq.errors import RunError
-from dfq.quantization.qtype import WeightType
+from dfq.quantization.scheme import LayerScheme
+from dfq.runtime.qtype import QType
+from dfq.runtime.weights import expand_groups, multiply_groups
 
 CLIP_STEPS = 40
 """Candidates of the clipping search, from the full range downwards."""
@@ -32,7 +34,7 @@ class WeightScales:
     """What a weight's integers stand for.
 
     ``channel`` float32 ``[out]``.  With ``group``, uint8 ``[out, ceil(in / size)]`` of values
-    from 1 to 8 or 16, each run of ``size`` inputs has an integer scale of its own within its
+    from 1 on, each run of ``size`` inputs has an integer scale of its own within its
     channel (QServe, arXiv 2405.04532, section 4.1): products run on ``integers * group`` as on
     any 8-bit weights of one scale per channel.
     """
@@ -49,46 +51,42 @@ class WeightScales:
 
     def widen(self, integers: Tensor) -> Tensor:
         """The integers in units of the channel's scale, int8 ``[out, in]``."""
-        if self.group is None:
-            return integers
-        return integers * expand_groups(self.group, self.size, integers.shape[1]).to(torch.int8)
+        return multiply_groups(integers, self.group, self.size)
 
     def dequantize(self, integers: Tensor) -> Tensor:
         """The weights that the integers stand for, float32 ``[out, in]``."""
         return integers.float() * self.steps(integers.shape[1])
 
 
-def expand_groups(group: Tensor, size: int, inputs: int) -> Tensor:
-    """The group scale of each weight: ``[out, groups]`` to ``[out, in]``."""
-    # torch.compile (2.14) repeats and slices bytes wrongly where inputs are no multiple of size
-    index = torch.arange(inputs, device=group.device) // size
-    return group[:, index]
-
-
 def search_scales(
-    weight: Tensor, qtype: WeightType, importance: Tensor | None = None, *, group: int = 0
+    weight: Tensor, scheme: LayerScheme, importance: Tensor | None = None
 ) -> WeightScales:
     """Scales that minimise the weighted squared rounding error of ``weight`` ``[out, in]``.
 
-    ``group`` is how many inputs share a second, integer scale; 0 for none.  The scale that
-    each group would like best is rounded to an 8th or a 16th of its channel's largest.
+    Where inputs share a second, integer scale, the scale that each group would like best is
+    rounded to a share of its channel's largest: an integer over ``scheme.largest_group_scale``.
     ``importance`` as in :func:`search_scale`.
     """
+    group, largest = scheme.group, scheme.largest_group_scale
     if not group:
-        return WeightScales(search_scale(weight, qtype, importance))
+        return WeightScales(search_scale(weight, scheme.weight, importance))
     outputs, inputs = weight.shape
     weights = torch.ones_like(weight[0]) if importance is None else importance
     padding = -inputs % group
     rows = F.pad(weight, (0, padding)).reshape(-1, group)
     shares = F.pad(weights, (0, padding)).reshape(1, -1, group).expand(outputs, -1, -1)
-    wanted = search_scale(rows, qtype, shares.reshape(-1, group)).reshape(outputs, -1)
-    largest = qtype.largest_group_scale
+    wanted = search_scale(rows, scheme.weight, shares.reshape(-1, group)).reshape(outputs, -1)
     channel = wanted.amax(1) / largest
     levels = (wanted / channel[:, None]).round_().clamp_(1, largest)
     return WeightScales(channel, levels.to(torch.uint8), group)
 
 
-def search_scale(weight: Tensor, qtype: WeightType, importance: Tensor | None = None) -> Tensor:
+def smallest_clip(bits: int) -> float:
+    """Least share of the largest magnitude that a search for the scale tries."""
+    return 0.5 if bits <= 4 else 0.9 if bits >= 7 else 0.7
+
+
+def search_scale(weight: Tensor, qtype: QType, importance: Tensor | None = None) -> Tensor:
     """The scale of each output channel that minimises its squared rounding error.
 
     Args:
@@ -106,7 +104,7 @@ def search_scale(weight: Tensor, qtype: WeightType, importance: Tensor | None = 
     weights = torch.ones_like(weight[0]) if importance is None else _comparable(importance)
     best = full
     least = torch.full_like(best, torch.inf)
-    for share in torch.linspace(1.0, qtype.smallest_clip, CLIP_STEPS).tolist():
+    for share in torch.linspace(1.0, smallest_clip(qtype.bits), CLIP_STEPS).tolist():
         scale = full * share
         error = weight - (weight / scale[:, None]).round_().clamp_(low, high) * scale[:, None]
         loss = error.square_().mul_(weights).sum(1)
@@ -124,7 +122,7 @@ def _comparable(importance: Tensor) -> Tensor:
     return torch.ldexp(importance, -exponent).clamp_min(LEAST_IMPORTANCE)
 
 
-def round_nearest(weight: Tensor, scales: WeightScales, qtype: WeightType) -> Tensor:
+def round_nearest(weight: Tensor, scales: WeightScales, qtype: QType) -> Tensor:
     """int8 ``[out, in]`` nearest to the weights, ties to even."""
     steps = scales.steps(weight.shape[1])
     return (weight / steps).round_().clamp_(qtype.qmin, qtype.qmax).to(torch.int8)
@@ -133,7 +131,7 @@ def round_nearest(weight: Tensor, scales: WeightScales, qtype: WeightType) -> Te
 def round_gptq(
     weight: Tensor,
     scales: WeightScales,
-    qtype: WeightType,
+    qtype: QType,
     hessian: Tensor,
     damping: float = 0.01,
 ) -> Tensor:
@@ -169,7 +167,7 @@ def round_gptq(
 
 
 def round_columns(
-    block: Tensor, steps: Tensor, factor: Tensor, qtype: WeightType
+    block: Tensor, steps: Tensor, factor: Tensor, qtype: QType
 ) -> tuple[Tensor, Tensor]:
     """Round a block of columns one by one, each error made up for by those after it.
 
@@ -213,7 +211,7 @@ def kernel_failure(device: torch.device) -> str | None:
         factor = torch.full((COLUMNS, COLUMNS), 0.01, device=device).triu_() + torch.eye(
             COLUMNS, device=device
         )
-        given = torch.ones_like(weight), factor, WeightType(4)
+        given = torch.ones_like(weight), factor, QType(4, signed=True)
         found = gptq_kernel.round_columns(weight, *given)
         same = all(map(torch.equal, found, round_columns(weight, *given)))
     except torch.OutOfMemoryError:

@@ -9,24 +9,49 @@ from torch import Tensor, nn
 
 from dfq.device import multiplies_bytes, resolve_precision
 from dfq.runtime import reference
-from dfq.runtime.params import LinearParams, OutputFormat
+from dfq.runtime.params import LinearParams, Needs, OutputFormat
+from dfq.runtime.qtype import Quantizer
 
 NAME = "onednn"
-
 
 PORTABLE = 64
 """Weights up to this magnitude are exact without VNNI too: ``2 * 255 * 64 < 2 ** 15``."""
 
 
-def available(device: torch.device, largest: int = 127) -> bool:
-    """Whether these kernels are exact here for weights up to ``largest`` in magnitude."""
-    return multiplies_bytes(device, 127 if largest > PORTABLE else PORTABLE)
+def refusal(device: torch.device, needs: Needs) -> str | None:
+    """Why these kernels are not exact here; None where they are."""
+    largest = needs.largest_weight
+    if multiplies_bytes(device, 127 if largest > PORTABLE else PORTABLE):
+        return None
+    return (
+        "it needs an x86 processor with 8-bit dot products (VNNI), or AVX2 and weights within "
+        f"-{PORTABLE}..{PORTABLE}; here it is {device.type!r}, and weights reach {largest}. Use "
+        "'reference', or quantize with reduce_range."
+    )
+
+
+scores_at_once = reference.scores_at_once
+
+
+def pack_weight(integers: Tensor) -> Tensor:
+    """oneDNN's blocked copy of int8 ``[out, in]``."""
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None)
+    return packed
+
+
+def to_bytes(x: Tensor, largest: int = 255) -> Tensor:
+    """Overwritten float ``x`` to uint8 ``round(x) + 128``, clipped to 0 and ``largest``.
+
+    PyTorch converts to int8 ten times as fast as to uint8.
+    """
+    signed = x.round_().clamp_(-128, largest - 128).to(torch.int8)
+    return signed.view(torch.uint8).bitwise_xor_(128)
 
 
 def prepack(params: LinearParams) -> object:
     """oneDNN's blocked copy of the weight, and its scales and zero points."""
     zero_points = torch.zeros_like(params.weight_scale, dtype=torch.int32)
-    weight = torch.ops.onednn.qlinear_prepack(params.weight.contiguous(), None)
+    weight = pack_weight(params.weight.integers())
     return weight, params.weight_scale, zero_points, params.bias
 
 
@@ -40,9 +65,9 @@ def linear(
     """As :func:`dfq.runtime.reference.linear`; a contiguous ``residual`` is overwritten."""
     assert isinstance(packed, tuple)
     if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], params.weight.shape[0]), dtype=out.dtype)
+        return x.new_empty((*x.shape[:-1], len(params.bias)), dtype=out.dtype)
     weight, scale, zero_points, bias = packed
-    source = (x, params.input_scale, params.input_zero_point, weight)
+    source = (x, params.input.scale, params.input.zero_point, weight)
     if residual is not None:
         total = residual.contiguous()
         torch.ops.onednn.qlinear_pointwise.binary(
@@ -61,41 +86,34 @@ def linear(
         *("none" if out.gelu is None else "gelu", []),
         "none" if out.gelu is None else out.gelu,
     )
-    return y
+    return y if out.dtype != torch.uint8 or out.qmax == 255 else y.clamp_(max=out.qmax)
 
 
 def quantize(
-    x: Tensor, scale: float, zero_point: int, affine: tuple[Tensor, Tensor] | None = None
+    x: Tensor, quantizer: Quantizer, affine: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """As :func:`dfq.runtime.reference.quantize`, in passes that PyTorch has vectorised."""
-    x, middle = x.float(), x.new_tensor(zero_point - 128, dtype=torch.float32)
+    if quantizer.qtype.signed:
+        return reference.quantize(x, quantizer)
+    x, scale, largest = x.float(), quantizer.scale, quantizer.qtype.qmax
+    middle = x.new_tensor(quantizer.zero_point - 128, dtype=torch.float32)
     if affine is None:
-        return _to_bytes(torch.add(middle, x, alpha=1 / scale))
-    return _to_bytes(torch.addcmul(affine[1] / scale + middle, x, affine[0] / scale))
+        return to_bytes(torch.add(middle, x, alpha=1 / scale), largest)
+    return to_bytes(torch.addcmul(affine[1] / scale + middle, x, affine[0] / scale), largest)
 
 
-def quantize_signed(x: Tensor, scale: float) -> Tensor:
-    """As :func:`dfq.runtime.reference.quantize_signed`."""
-    return reference.quantize_signed(x, scale)
-
-
-def fold_norm(norm: nn.LayerNorm, scale: float, zero_point: int) -> object:
-    """The arguments of a norm whose affine writes integers, in -128..127."""
+def fold_norm(norm: nn.LayerNorm, quantizer: Quantizer) -> object:
+    """The arguments of a norm whose affine writes integers less 128, and their largest."""
+    scale, zero_point = quantizer.scale, quantizer.zero_point
     weight, bias = norm.weight / scale, norm.bias / scale + (zero_point - 128)
-    return norm.normalized_shape, weight, bias, norm.eps
+    return (norm.normalized_shape, weight, bias, norm.eps), quantizer.qtype.qmax
 
 
 def quantize_norm(x: Tensor, folded: object) -> Tensor:
     """As :func:`dfq.runtime.reference.quantize_norm`."""
     assert isinstance(folded, tuple)
-    return _to_bytes(F.layer_norm(x, *folded))
-
-
-def _to_bytes(x: Tensor) -> Tensor:
-    """Overwritten float ``x`` to uint8 ``x + 128``: PyTorch converts to int8 ten times as fast
-    as to uint8."""
-    signed = x.round_().clamp_(-128, 127).to(torch.int8)
-    return signed.view(torch.uint8).bitwise_xor_(128)
+    arguments, largest = folded
+    return to_bytes(F.layer_norm(x, *arguments), largest)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

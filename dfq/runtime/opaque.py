@@ -74,7 +74,7 @@ def linear(part: Part, x: Tensor, out: OutputFormat) -> Tensor:
     """``part.integer_forward(x, out)``, whole."""
     units, scale = (out.scale, 1.0) if isinstance(out.scale, Tensor) else (None, out.scale)
     y: Tensor = torch.ops.dfq.linear(
-        x, part.number, units, scale, out.zero_point, out.dtype, out.gelu
+        x, part.number, units, scale, out.zero_point, out.qmax, out.dtype, out.gelu
     )
     return y
 
@@ -93,10 +93,11 @@ def _linear(
     units: Tensor | None,
     scale: float,
     zero_point: int,
+    qmax: int,
     dtype: torch.dtype,
     gelu: Any,
 ) -> Tensor:
-    out = OutputFormat(dtype, scale if units is None else units, zero_point, gelu)
+    out = OutputFormat(dtype, scale if units is None else units, zero_point, qmax, gelu)
     return cast(Linear, _parts[part]).integer_forward(x, out)
 
 
@@ -128,8 +129,8 @@ def _define(
 
 _define(
     "dfq::linear",
-    "(Tensor x, int part, Tensor? units, float scale, int zero_point, ScalarType dtype, str? gelu)"
-    " -> Tensor",
+    "(Tensor x, int part, Tensor? units, float scale, int zero_point, int qmax, ScalarType dtype,"
+    " str? gelu) -> Tensor",
     _linear,
     _shape_of_linear,
 )

@@ -10,14 +10,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfq.runtime.params import LinearParams, OutputFormat
+from dfq.runtime.params import LinearParams, Needs, OutputFormat
+from dfq.runtime.qtype import INT8, QType, Quantizer
 
 NAME = "reference"
+
+CACHED_SCORES = 1 << 20
+"""Attention scores computed at once on a CPU; in bfloat16 2 MB, a second-level cache."""
+
+SCORES_IN_MEMORY = 1 << 28
+"""Attention scores computed at once elsewhere; in float32 1 GB."""
+
+
+def refusal(device: torch.device, needs: Needs) -> str | None:  # noqa: ARG001 (the interface)
+    """None: exact everywhere."""
+    return None
+
+
+def scores_at_once(device: torch.device) -> int:
+    """Attention scores of a tile."""
+    return CACHED_SCORES if device.type == "cpu" else SCORES_IN_MEMORY
 
 
 def prepack(params: LinearParams) -> object:
     """The weight in float64, in which sums of integer products are exact."""
-    return params.weight.double()
+    return params.weight.integers().double()
 
 
 def linear(
@@ -32,48 +49,47 @@ def linear(
     ``residual``, float32 and of the output's shape, is added last; then the output is float32.
     """
     assert isinstance(packed, Tensor)
-    sums = (x.double() - params.input_zero_point) @ packed.T
-    y = sums.float() * (params.weight_scale * params.input_scale) + params.bias
+    sums = (x.double() - params.input.zero_point) @ packed.T
+    y = sums.float() * (params.weight_scale * params.input.scale) + params.bias
     if out.gelu is not None:
         y = F.gelu(y, approximate=out.gelu)
     if residual is not None:
         return y + residual
     if out.dtype == torch.int8:
-        return quantize_signed(y, out.scale)
+        return _round(y / out.scale, 0, INT8).to(torch.int8)
     if out.dtype == torch.uint8:
-        return quantize(y, out.scale, out.zero_point)
+        return _round(y / out.scale, out.zero_point, QType(out.qmax.bit_length())).to(torch.uint8)
     return (y / out.scale).to(out.dtype)
 
 
 def quantize(
-    x: Tensor,
-    scale: float | Tensor,
-    zero_point: int,
-    affine: tuple[Tensor, Tensor] | None = None,
+    x: Tensor, quantizer: Quantizer, affine: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Float to uint8: ``round(x / scale) + zero_point``, ties to even, clipped to 0..255.
+    """Float to uint8, or to int8 for a signed quantizer.
 
+    ``round(x / scale) + zero_point``, ties to even, clipped to the quantizer's integers;
     ``affine`` is a factor and a summand that are applied first.
     """
     x = x.float() if affine is None else x.float() * affine[0] + affine[1]
-    return (x / scale).round_().add_(zero_point).clamp_(0, 255).to(torch.uint8)
+    qtype = quantizer.qtype
+    rounded = _round(x / quantizer.scale, quantizer.zero_point, qtype)
+    return rounded.to(torch.int8 if qtype.signed else torch.uint8)
 
 
-def quantize_signed(x: Tensor, scale: float | Tensor) -> Tensor:
-    """Float to symmetric int8: ``round(x / scale)``, ties to even, clipped to -127..127."""
-    return (x.float() / scale).round_().clamp_(-127, 127).to(torch.int8)
+def _round(x: Tensor, zero_point: int, qtype: QType) -> Tensor:
+    return x.round_().add_(zero_point).clamp_(qtype.qmin, qtype.qmax)
 
 
-def fold_norm(norm: nn.LayerNorm, scale: float, zero_point: int) -> object:
+def fold_norm(norm: nn.LayerNorm, quantizer: Quantizer) -> object:
     """The norm and the quantizer of its output."""
-    return norm, scale, zero_point
+    return norm, quantizer
 
 
 def quantize_norm(x: Tensor, folded: object) -> Tensor:
     """Layer norm of float ``[..., C]``, quantized to uint8."""
     assert isinstance(folded, tuple)
-    norm, scale, zero_point = folded
-    return quantize(norm(x), scale, zero_point)
+    norm, quantizer = folded
+    return quantize(norm(x), quantizer)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

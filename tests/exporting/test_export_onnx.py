@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import MEMBERS, W8, demo_images, images_for, quantized, quantized_demo, spread
+from dfq.quantization.quantizer import Quantizer
+from exported_models import (
+    MEMBERS,
+    W8,
+    allow_lowest_int8,
+    demo_images,
+    images_for,
+    layer_scheme,
+    quantized,
+    quantized_demo,
+    spread,
+)
 from families import FAMILIES, Family
 from torch import Tensor
 
@@ -16,9 +27,7 @@ from dfq.exporting.forms import dequantized
 from dfq.exporting.program import reference_form
 from dfq.quantization import QuantizedViT
 from dfq.quantization.layers import IntegerLinear
-from dfq.quantization.quantizer import Quantizer
 from dfq.quantization.rounding import WeightScales
-from dfq.runtime import reference
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -64,12 +73,7 @@ def quantized_bytes(model: QuantizedViT, weights: WeightType = "int8") -> bytes:
 
 @pytest.fixture
 def whole_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signed activations down to -128, as ONNX has them; the reference ends at -127."""
-
-    def quantize_signed(x: Tensor, scale: float) -> Tensor:
-        return (x.float() / scale).round_().clamp_(-128, 127).to(torch.int8)
-
-    monkeypatch.setattr(reference, "quantize_signed", quantize_signed)
+    allow_lowest_int8(monkeypatch)
 
 
 @pytest.mark.usefixtures("whole_int8")
@@ -173,12 +177,12 @@ def test_four_bits_mean_what_widened_ones_do(family: Family) -> None:
 
 @pytest.mark.parametrize(("inputs", "kind"), [(64, "INT4"), (48, "INT4"), (50, "INT8")])
 def test_weights_stay_four_bits_where_blocks_divide_the_inputs(inputs: int, kind: str) -> None:
-    graph, layer = Graph(), IntegerLinear(inputs, 6, 4, 32)
+    graph, layer = Graph(), IntegerLinear(inputs, 6, layer_scheme(4))
     generator = torch.Generator().manual_seed(0)
     integers = torch.randint(-8, 8, (6, inputs), generator=generator).to(torch.int8)
     groups = torch.randint(1, 17, (6, 2), generator=generator).to(torch.uint8)
     scales = WeightScales(torch.rand(6, generator=generator) + 0.1, groups, 32)
-    layer.assign(integers, scales, torch.zeros(6), Quantizer(0.1, 3, signed=False))
+    layer.assign(integers, scales, torch.zeros(6), Quantizer(0.1, 3))
     output = write_weight(graph, layer, "int4")
     assert kind in {TensorProto.DataType.Name(c.data_type) for c in graph.constants.values()}
     torch.testing.assert_close(evaluated(graph, output, (inputs, 6)).T, scales.dequantize(integers))

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import MEMBERS, images_for, quantized, spread
+from exported_models import MEMBERS, allow_lowest_int8, images_for, quantized, spread
 from families import Family
 
 from dfq.exporting.program import reference_form
-from dfq.runtime import reference
 
 pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
@@ -35,11 +34,7 @@ FLOAT32: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THR
 def test_the_file_computes_what_the_reference_does_on_integers(
     family: Family, bits: int, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        reference,
-        "quantize_signed",
-        lambda x, s: (x.float() / s).round_().clamp_(-128, 127).to(torch.int8),
-    )
+    allow_lowest_int8(monkeypatch)
     model = quantized(family, bits=bits, attention=attention)
     path = tmp_path / "model.xml"
     save_ir(onnx_bytes(model, QuantizedProducts(model)), {"scheme": "w8a8"}, path)

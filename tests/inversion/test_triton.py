@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from exported_models import layer_scheme
 from torch import Tensor
 
 from dfq.quantization import rounding
-from dfq.quantization.qtype import WeightType
+from dfq.runtime.qtype import QType
 
 pytest.importorskip("triton")
 
 from dfq.quantization import gptq_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INT4 = QType(4, signed=True)
 """Where there is no GPU, conftest.py has the kernels interpreted."""
 
 
@@ -29,8 +31,8 @@ def problem(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 128), (5, 128), (37, 33), (1, 1)])
-@pytest.mark.parametrize("qtype", [WeightType(4), WeightType(8, True)], ids=str)
-def test_rounding_by_kernel_is_that_of_the_loop(rows: int, columns: int, qtype: WeightType) -> None:
+@pytest.mark.parametrize("qtype", [INT4, layer_scheme(8).weight], ids=str)
+def test_rounding_by_kernel_is_that_of_the_loop(rows: int, columns: int, qtype: QType) -> None:
     weight, steps, factor = problem(rows, columns, seed=rows)
     integers, errors = gptq_kernel.round_columns(weight, steps, factor, qtype)
     expected = rounding.round_columns(weight.clone(), steps, factor, qtype)
@@ -42,7 +44,7 @@ def test_rounding_by_kernel_is_that_of_the_loop(rows: int, columns: int, qtype: 
 def test_ties_are_rounded_to_even_and_values_clamped() -> None:
     weight = torch.tensor([[0.5, 1.5, -0.5, -2.5, 7.5, 100.0, -100.0, -8.5]], device=DEVICE)
     integers, _ = gptq_kernel.round_columns(
-        weight, torch.ones_like(weight), torch.eye(8, device=DEVICE), WeightType(4)
+        weight, torch.ones_like(weight), torch.eye(8, device=DEVICE), INT4
     )
     assert integers.tolist() == [[0, 2, 0, -2, 7, 7, -8, -8]]
 
@@ -52,10 +54,10 @@ def test_strided_blocks_are_rounded_in_place_of_their_own(
 ) -> None:
     weight, _, _ = problem(6, 150, seed=1)
     x = torch.randn(400, 150, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    scales = rounding.search_scales(weight, WeightType(4), group=32)
-    expected = rounding.round_gptq(weight, scales, WeightType(4), x.T @ x)
+    scales = rounding.search_scales(weight, layer_scheme(4))
+    expected = rounding.round_gptq(weight, scales, INT4, x.T @ x)
     monkeypatch.setattr(rounding, "fastest_columns", lambda _: gptq_kernel.round_columns)
-    found = rounding.round_gptq(weight, scales, WeightType(4), x.T @ x)
+    found = rounding.round_gptq(weight, scales, INT4, x.T @ x)
     assert torch.equal(found, expected)
 
 

@@ -16,7 +16,7 @@ import dfq
 from dfq.inversion import Engine, plan_units
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.diagnosis import CEILING, POOR, layer_noise, poor_layers
-from dfq.quantization.scheme import layers
+from dfq.quantization.scheme import Scheme, layers
 from dfq.recipe import InversionSettings, QuantizationSettings
 from dfq.results.values import LayerNoise
 from dfq.sparse import SparseImages
@@ -33,7 +33,7 @@ def images(loaded: LoadedModel) -> list[SparseImages]:
 
 def build(loaded: LoadedModel, images: list[SparseImages], bits: int) -> QuantizedViT:
     settings = QuantizationSettings(bits=bits)  # type: ignore[arg-type]
-    found = calibrate(loaded.vit, images, loaded.preprocessing, settings)
+    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
     return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
 
 
@@ -97,7 +97,7 @@ def of(name: str, weights: float, activations: float) -> LayerNoise:
 
 def test_layers_above_the_threshold_are_not_warned_of() -> None:
     healthy = [of("blocks.0.mlp.fc1", POOR + 4, POOR + 4), of("head", CEILING, CEILING)]
-    assert poor_layers(healthy, QuantizationSettings(bits=4)) == []
+    assert poor_layers(healthy, Scheme(QuantizationSettings(bits=4))) == []
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,8 @@ def test_layers_above_the_threshold_are_not_warned_of() -> None:
     ],
 )
 def test_the_advice_is_that_of_what_is_noisy(noise: LayerNoise, bits: Any, advice: str) -> None:
-    (warning,) = poor_layers([of("patch_embed", 40, 90), noise], QuantizationSettings(bits=bits))
+    scheme = Scheme(QuantizationSettings(bits=bits))
+    (warning,) = poor_layers([of("patch_embed", 40, 90), noise], scheme)
     assert f"below 15 dB in {noise.name} (8.0 dB): " in warning
     assert advice in warning
     every = {"--bits 8", "reduce_range = false", "observer to mse"}
@@ -119,7 +120,7 @@ def test_the_advice_is_that_of_what_is_noisy(noise: LayerNoise, bits: Any, advic
 
 def test_the_worst_layers_are_named_and_the_rest_counted() -> None:
     noise = [of(f"blocks.{i}.mlp.fc2", 40, 14 - i) for i in range(5)]
-    (warning,) = poor_layers(noise, QuantizationSettings())
+    (warning,) = poor_layers(noise, Scheme(QuantizationSettings()))
     assert "blocks.4.mlp.fc2 (10.0 dB), blocks.3.mlp.fc2 (11.0 dB), blocks.2.mlp.fc2" in warning
     assert "and 2 more" in warning
     assert "blocks.1" not in warning

@@ -15,6 +15,7 @@ from dfq.inversion import Engine, plan_units
 from dfq.quantization import calibrate, quantize_vit
 from dfq.quantization.calibration import Calibration
 from dfq.quantization.equalization import BAND, equalize, norm_layer_pairs, scale_pairs
+from dfq.quantization.scheme import Scheme
 from dfq.recipe import InversionSettings, QuantizationSettings
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import ViT
@@ -34,7 +35,7 @@ def images(loaded: LoadedModel) -> list[SparseImages]:
 def found(loaded: LoadedModel, images: list[SparseImages]) -> Calibration:
     for norm, _ in norm_layer_pairs(loaded.vit.arch):
         loaded.vit.get_parameter(f"{norm}.weight").data[3] *= 30
-    return calibrate(loaded.vit, images, loaded.preprocessing, W4)
+    return calibrate(loaded.vit, images, loaded.preprocessing, Scheme(W4))
 
 
 def inputs(loaded: LoadedModel, images: list[SparseImages]) -> tuple[Tensor, Tensor]:
@@ -59,7 +60,7 @@ def test_statistics_are_those_of_the_changed_model(
     loaded: LoadedModel, images: list[SparseImages], found: Calibration, strength: float
 ) -> None:
     equal, moved = equalize(loaded.vit, found, strength)
-    again = calibrate(equal, images, loaded.preprocessing, W4)
+    again = calibrate(equal, images, loaded.preprocessing, Scheme(W4))
     for _, name in norm_layer_pairs(loaded.vit.arch):
         ours, theirs = moved.statistics[name], again.statistics[name]
         torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-3, atol=1e-3)
@@ -112,7 +113,7 @@ def test_how_size_is_split_between_norm_and_layer_does_not_matter(
     expected = loaded.vit.forward_sparse(*at)
 
     def error() -> float:
-        found = calibrate(loaded.vit, images, loaded.preprocessing, settings)
+        found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
         equal, moved = equalize(loaded.vit, found, settings.equalize)
         quantized = quantize_vit(equal, moved, loaded.preprocessing, settings)
         return float((quantized.forward_sparse(*at) - expected).norm() / expected.norm())
@@ -200,13 +201,13 @@ def test_every_family_keeps_its_function_and_its_statistics(family: Family) -> N
     for pair in scale_pairs(loaded.vit.arch):
         widen(loaded.vit, pair.reader, FACTOR)
     noise = dfq.fractal_noise(4, loaded.vit.arch.grid)
-    found = calibrate(loaded.vit, [noise], loaded.preprocessing, W4)
+    found = calibrate(loaded.vit, [noise], loaded.preprocessing, Scheme(W4))
     equal, moved = equalize(loaded.vit, found, 0.5)
     x = pixels_to_input(noise.patches, loaded.preprocessing, loaded.vit.arch.grid)
     expected = loaded.vit.forward_sparse(x)
     error = float((equal.forward_sparse(x) - expected).norm() / expected.norm())
     assert error < 1e-3
-    again = calibrate(equal, [noise], loaded.preprocessing, W4)
+    again = calibrate(equal, [noise], loaded.preprocessing, Scheme(W4))
     for pair in scale_pairs(loaded.vit.arch):
         ours, theirs = moved.statistics[pair.reader], again.statistics[pair.reader]
         size = float(theirs.reach.max())
@@ -221,11 +222,13 @@ def test_every_family_keeps_its_function_and_its_statistics(family: Family) -> N
 def test_a_value_beyond_the_band_comes_back_to_it_and_the_rest_stays(
     factor: float, loaded: LoadedModel, images: list[SparseImages]
 ) -> None:
-    before, _ = equalize(loaded.vit, calibrate(loaded.vit, images, loaded.preprocessing, W4), 0.5)
+    before, _ = equalize(
+        loaded.vit, calibrate(loaded.vit, images, loaded.preprocessing, Scheme(W4)), 0.5
+    )
     name = "blocks.1.attn.proj.weight"
     assert torch.equal(before.get_parameter(name), loaded.vit.get_parameter(name))
     widen(loaded.vit, "blocks.1.attn.proj", factor)
-    found = calibrate(loaded.vit, images, loaded.preprocessing, W4)
+    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(W4))
     after, _ = equalize(loaded.vit, found, 0.5)
     changed = after.get_parameter(name) / before.get_parameter(name)
     others = torch.arange(changed.shape[1]) != 3
@@ -257,7 +260,7 @@ def test_a_channel_a_hundred_times_wider_costs_nothing(family: str, reader: str,
     def measured(strength: float) -> tuple[float, float]:
         settings = QuantizationSettings(bits=bits, equalize=strength)
         seen = [dfq.fractal_noise(32, loaded.vit.arch.grid)]
-        found = calibrate(loaded.vit, seen, loaded.preprocessing, settings)
+        found = calibrate(loaded.vit, seen, loaded.preprocessing, Scheme(settings))
         equal, moved = equalize(loaded.vit, found, strength)
         model = quantize_vit(equal, moved, loaded.preprocessing, settings)
         logits = model.forward_sparse(x)

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfq.quantization.histogram import BINS, Histogram, quantizer_of
+from dfq.quantization.histogram import BINS, Histogram
 from dfq.quantization.observers import RangeObserver
 from dfq.recipe import Observer
+from dfq.runtime.qtype import INT8, quantizer_of
 
 
 def heavy(count: int = 200_000) -> torch.Tensor:
@@ -20,7 +21,7 @@ def heavy(count: int = 200_000) -> torch.Tensor:
 
 
 def error(values: torch.Tensor, observer: Observer) -> float:
-    watch = RangeObserver(observer, signed=True)
+    watch = RangeObserver(observer, INT8)
     watch.observe(values)
     quantizer = watch.quantizer()
     low, high = quantizer.range
@@ -30,7 +31,7 @@ def error(values: torch.Tensor, observer: Observer) -> float:
 
 @pytest.mark.parametrize("observer", ["percentile", "mse"])
 def test_outliers_do_not_set_the_range(observer: Observer) -> None:
-    watch = RangeObserver(observer, signed=True)
+    watch = RangeObserver(observer, INT8)
     watch.observe(heavy())
     assert 3 < watch.quantizer().range[1] < 30
 
@@ -84,4 +85,4 @@ def test_constant_and_empty_inputs_give_quantizers() -> None:
         watch.observe(torch.empty(0))
         watch.observe(torch.zeros(10))
         assert watch.quantizer().scale > 0
-    assert quantizer_of(0.0, 0.0, signed=True).scale > 0
+    assert quantizer_of(0.0, 0.0, INT8).scale > 0

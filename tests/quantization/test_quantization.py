@@ -17,9 +17,11 @@ from dfq.errors import DataError, DatasetError, SettingError
 from dfq.inversion import Engine, plan_units
 from dfq.quantization import IntegerLinear, QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.observers import RangeObserver
-from dfq.quantization.scheme import ATTENTION_SITES, layers
+from dfq.quantization.scheme import ATTENTION_SITES, Scheme, layers
 from dfq.recipe import InversionSettings, QuantizationSettings
 from dfq.runtime import onednn
+from dfq.runtime.params import Needs
+from dfq.runtime.qtype import INT8
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Preprocessing
 from dfq.vit.load import LoadedModel, load_model
@@ -39,7 +41,7 @@ def quantize(
 ) -> QuantizedViT:
     chosen = QuantizationSettings(**settings)
     images = invert(loaded) if images is None else images
-    found = calibrate(loaded.vit, images, loaded.preprocessing, chosen)
+    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(chosen))
     return quantize_vit(loaded.vit, found, loaded.preprocessing, chosen)
 
 
@@ -119,7 +121,7 @@ def test_the_patch_embedding_reads_pixels_without_error(loaded: LoadedModel) -> 
 
 
 def test_fast_and_reference_kernels_agree_on_the_model(loaded: LoadedModel) -> None:
-    if not onednn.available(torch.device("cpu")):
+    if onednn.refusal(torch.device("cpu"), Needs()) is not None:
         pytest.skip("this processor has no VNNI")
     quantized = quantize(loaded, bits=8)
     x = images_of(loaded)
@@ -201,7 +203,7 @@ def test_the_float_model_is_left_as_it_is(loaded: LoadedModel) -> None:
 
 def test_calibration_sees_kept_patches_at_their_positions(loaded: LoadedModel) -> None:
     images = invert(loaded)
-    found = calibrate(loaded.vit, images, loaded.preprocessing, QuantizationSettings())
+    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(QuantizationSettings()))
     p = loaded.preprocessing
     inputs = []
     for b in images:
@@ -218,7 +220,9 @@ def test_calibration_sees_kept_patches_at_their_positions(loaded: LoadedModel) -
 
 def test_hessians_are_second_moments(loaded: LoadedModel) -> None:
     images = invert(loaded)[:1]
-    found = calibrate(loaded.vit, images, loaded.preprocessing, QuantizationSettings(bits=4))
+    found = calibrate(
+        loaded.vit, images, loaded.preprocessing, Scheme(QuantizationSettings(bits=4))
+    )
     p = loaded.preprocessing
     x = pixels_to_input(images[0].patches, p, loaded.vit.arch.grid)
     x = loaded.vit.blocks[0].norm1(loaded.vit.embed(x, images[0].positions)).flatten(0, 1)
@@ -233,13 +237,13 @@ def test_hessians_are_only_collected_where_they_are_used(loaded: LoadedModel) ->
         QuantizationSettings(bits=8),
         QuantizationSettings(bits=4, rounding="nearest"),
     ):
-        found = calibrate(loaded.vit, images, loaded.preprocessing, settings)
+        found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
         assert all(s.hessian is None for s in found.statistics.values())
 
 
 def test_an_empty_calibration_set_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(DatasetError, match="no images"):
-        calibrate(loaded.vit, [], loaded.preprocessing, QuantizationSettings())
+        calibrate(loaded.vit, [], loaded.preprocessing, Scheme(QuantizationSettings()))
 
 
 def test_integer_attention_has_a_range_for_each_operand(loaded: LoadedModel) -> None:
@@ -247,7 +251,7 @@ def test_integer_attention_has_a_range_for_each_operand(loaded: LoadedModel) -> 
     for site in ATTENTION_SITES:
         quantizer = quantized.quantizers()[f"blocks.0.{site}"]
         assert quantizer.zero_point == 0
-        assert quantizer.signed
+        assert quantizer.qtype.signed
 
 
 @pytest.mark.parametrize("kind", ["minmax", "moving_average", "histogram"])
@@ -263,7 +267,7 @@ def test_observers_cover_what_they_saw(kind: Any) -> None:
 
 
 def test_signed_observers_are_symmetric() -> None:
-    observer = RangeObserver("minmax", signed=True)
+    observer = RangeObserver("minmax", INT8)
     observer.observe(torch.tensor([-0.5, 2.0]))
     low, high = observer.quantizer().range
     assert low == -high

@@ -16,6 +16,7 @@ from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.equalization import equalize
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.reconstruction import _embed, _error, reconstruct, simulate
+from dfq.quantization.scheme import Scheme
 from dfq.recipe import AttentionMode, InversionSettings, QuantizationSettings
 from dfq.results.values import BlockLoss
 from dfq.sparse import SparseImages
@@ -40,7 +41,7 @@ def images_of(loaded: LoadedModel) -> list[SparseImages]:
 def quantize(
     loaded: LoadedModel, images: list[SparseImages], settings: QuantizationSettings = W4
 ) -> tuple[ViT, QuantizedViT]:
-    found = calibrate(loaded.vit, images, loaded.preprocessing, settings)
+    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
     equal, found = equalize(loaded.vit, found, settings.equalize)
     return equal, quantize_vit(equal, found, loaded.preprocessing, settings)
 

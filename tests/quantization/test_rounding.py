@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exported_models import layer_scheme
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dfq.quantization import rounding
-from dfq.quantization.qtype import WeightType
 from dfq.quantization.rounding import WeightScales
+from dfq.runtime.qtype import QType
 
-INT4 = WeightType(4)
-TYPES = [WeightType(bits, reduce) for bits in (4, 8) for reduce in (False, True)]
+INT4 = QType(4, signed=True)
+CHANNELS = layer_scheme(4, group=0)
+TYPES = [
+    layer_scheme(bits, reduce_range=reduce).weight for bits in (4, 8) for reduce in (False, True)
+]
 every_type = pytest.mark.parametrize("qtype", TYPES, ids=str)
 
 
@@ -32,7 +36,7 @@ def output_error(x: Tensor, weight: Tensor, integers: Tensor, scales: WeightScal
 
 
 @every_type
-def test_searched_scales_are_no_worse_than_the_full_range(qtype: WeightType) -> None:
+def test_searched_scales_are_no_worse_than_the_full_range(qtype: QType) -> None:
     weight = weights(16, 200)
     weight[:, 0] *= 6
 
@@ -51,14 +55,14 @@ def test_searched_scales_are_no_worse_than_the_full_range(qtype: WeightType) -> 
 @pytest.mark.parametrize(
     ("qtype", "low", "high"), list(zip(TYPES, (-8, -8, -127, -63), (7, 7, 127, 63), strict=True))
 )
-def test_integers_fill_their_range(qtype: WeightType, low: int, high: int) -> None:
+def test_integers_fill_their_range(qtype: QType, low: int, high: int) -> None:
     integers = rounding.round_nearest(weights(4, 50) * 100, WeightScales(torch.ones(4)), qtype)
     assert (int(integers.min()), int(integers.max())) == (low, high)
 
 
 @given(
     seed=st.integers(0, 99),
-    bits=st.sampled_from([4, 8]),
+    bits=st.integers(2, 8),
     group=st.integers(0, 40),
     size=st.floats(1e-4, 1e4),
 )
@@ -67,9 +71,9 @@ def test_a_reduced_range_never_saturates_sixteen_bits(
 ) -> None:
     """Two products of uint8 and int8 are added in 16 bits on x86 without VNNI."""
     weight = torch.randn(4, 65, generator=torch.Generator().manual_seed(seed)) * size
-    qtype = WeightType(bits, reduce_range=True)
-    scales = rounding.search_scales(weight, qtype, group=group if bits == 4 else 0)
-    wide = scales.widen(rounding.round_nearest(weight, scales, qtype)).int()
+    scheme = layer_scheme(bits, group=group)
+    scales = rounding.search_scales(weight, scheme)
+    wide = scales.widen(rounding.round_nearest(weight, scales, scheme.weight)).int()
     assert 2 * 255 * int(wide.max()) < 2**15
     assert 2 * 255 * int(wide.min()) >= -(2**15)
 
@@ -78,7 +82,8 @@ def test_a_reduced_range_never_saturates_sixteen_bits(
 def test_second_order_rounding_beats_nearest_on_its_inputs(group: int) -> None:
     x, weight = correlated(500, 150), weights(24, 150)
     hessian = x.T @ x / len(x)
-    scales = rounding.search_scales(weight, INT4, hessian.diagonal(), group=group)
+    scheme = layer_scheme(4, group=group, reduce_range=False)
+    scales = rounding.search_scales(weight, scheme, hessian.diagonal())
     nearest = rounding.round_nearest(weight, scales, INT4)
     second = rounding.round_gptq(weight, scales, INT4, hessian)
     assert output_error(x, weight, second, scales) < 0.6 * output_error(x, weight, nearest, scales)
@@ -86,7 +91,7 @@ def test_second_order_rounding_beats_nearest_on_its_inputs(group: int) -> None:
 
 def test_second_order_rounding_of_uncorrelated_inputs_is_nearest() -> None:
     weight = weights(8, 40)
-    scales = rounding.search_scales(weight, INT4)
+    scales = rounding.search_scales(weight, CHANNELS)
     hessian = torch.rand(40, generator=torch.Generator().manual_seed(0)).add(0.1).diag()
     found = rounding.round_gptq(weight, scales, INT4, hessian)
     assert torch.equal(found, rounding.round_nearest(weight, scales, INT4))
@@ -95,7 +100,7 @@ def test_second_order_rounding_of_uncorrelated_inputs_is_nearest() -> None:
 def test_a_singular_hessian_is_damped() -> None:
     x, weight = correlated(3, 60), weights(5, 60)
     x[:, :10] = 0
-    scales = rounding.search_scales(weight, INT4)
+    scales = rounding.search_scales(weight, CHANNELS)
     integers = rounding.round_gptq(weight, scales, INT4, x.T @ x)
     assert output_error(x, weight, integers, scales) < float((weight @ x.T).square().mean())
 
@@ -104,14 +109,15 @@ def test_an_all_zero_channel_stays_zero() -> None:
     weight = weights(3, 20)
     weight[1] = 0
     for group in (0, 8):
-        scales = rounding.search_scales(weight, INT4, group=group)
+        scheme = layer_scheme(4, group=group, reduce_range=False)
+        scales = rounding.search_scales(weight, scheme)
         assert bool((scales.channel > 0).all())
         assert rounding.round_nearest(weight, scales, INT4)[1].abs().max() == 0
 
 
 def test_bias_correction_takes_the_mean_error_away() -> None:
     x, weight = correlated(300, 30), weights(6, 30)
-    scales = rounding.search_scales(weight, INT4)
+    scales = rounding.search_scales(weight, CHANNELS)
     values = scales.dequantize(rounding.round_nearest(weight, scales, INT4))
     shift = rounding.bias_correction(weight, values, x.mean(0))
     exact, rounded = x @ weight.T, x @ values.T + shift
@@ -127,13 +133,13 @@ def test_bias_correction_takes_the_mean_error_away() -> None:
 def test_groups_are_integers_within_their_channel(
     inputs: int, group: int, reduce: bool, seed: int
 ) -> None:
-    qtype = WeightType(4, reduce)
+    scheme = layer_scheme(4, group=group, reduce_range=reduce)
     weight = torch.randn(3, inputs, generator=torch.Generator().manual_seed(seed))
-    scales = rounding.search_scales(weight, qtype, group=group)
+    scales = rounding.search_scales(weight, scheme)
     assert scales.group is not None
     assert scales.group.shape == (3, -(-inputs // group))
     assert scales.group.amax(1).tolist() == [8 if reduce else 16] * 3
-    integers = rounding.round_nearest(weight, scales, qtype)
+    integers = rounding.round_nearest(weight, scales, scheme.weight)
     wide = scales.widen(integers)
     assert wide.dtype == torch.int8
     torch.testing.assert_close(wide.float() * scales.channel[:, None], scales.dequantize(integers))
@@ -143,7 +149,8 @@ def test_groups_lose_less_than_channels() -> None:
     weight = weights(16, 256) * torch.logspace(-1, 0, 256)
 
     def loss(group: int) -> float:
-        scales = rounding.search_scales(weight, INT4, group=group)
+        scheme = layer_scheme(4, group=group, reduce_range=False)
+        scales = rounding.search_scales(weight, scheme)
         rounded = scales.dequantize(rounding.round_nearest(weight, scales, INT4))
         return float((weight - rounded).square().sum())
 

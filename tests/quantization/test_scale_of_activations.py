@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import make_vit
+from exported_models import layer_scheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +17,8 @@ from dfq.errors import RunError
 from dfq.inversion import Engine, plan_units
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.equalization import equalize
-from dfq.quantization.qtype import WeightType
 from dfq.quantization.rounding import search_scales
+from dfq.quantization.scheme import Scheme
 from dfq.recipe import InversionSettings, Observer, QuantizationSettings
 from dfq.sparse import SparseImages
 from dfq.vit import ViT
@@ -67,7 +68,7 @@ def scaled(vit: ViT, factor: float, *, attention: bool = True) -> ViT:
 def quantized(
     model: LoadedModel, vit: ViT, images: list[SparseImages], settings: QuantizationSettings
 ) -> QuantizedViT:
-    found = calibrate(vit, images, model.preprocessing, settings)
+    found = calibrate(vit, images, model.preprocessing, Scheme(settings))
     return quantize_vit(*equalize(vit, found, settings.equalize), model.preprocessing, settings)
 
 
@@ -124,7 +125,7 @@ def test_an_input_that_is_not_finite_is_named(
     vit.get_parameter("blocks.1.norm2.bias").data[3] = value
     chosen = QuantizationSettings(observer=observer)
     with pytest.raises(RunError, match=r"input of 'blocks\.1\.mlp\.fc1' is not finite"):
-        calibrate(vit, images, model.preprocessing, chosen)
+        calibrate(vit, images, model.preprocessing, Scheme(chosen))
     assert not any(m._forward_pre_hooks for m in vit.modules())
 
 
@@ -137,14 +138,14 @@ def test_queries_keys_and_values_that_are_not_finite_are_named(
     vit.get_parameter("blocks.0.attn.qkv.bias").data[row] = torch.inf
     chosen = QuantizationSettings(observer=observer, attention="int8")
     with pytest.raises(RunError, match=rf"'blocks\.0\.attn\.{site}' of attention is not finite"):
-        calibrate(vit, images, model.preprocessing, chosen)
+        calibrate(vit, images, model.preprocessing, Scheme(chosen))
 
 
 def test_squares_that_overflow_are_named(model: LoadedModel, images: list[SparseImages]) -> None:
     vit = scaled(model.vit, 1e19)
     p = model.preprocessing
     with pytest.raises(RunError, match=r"input of 'blocks\.0\.attn\.qkv' reaches .*nearest"):
-        calibrate(vit, images, p, QuantizationSettings(bits=4))
+        calibrate(vit, images, p, Scheme(QuantizationSettings(bits=4)))
     chosen = QuantizationSettings(bits=4, rounding="nearest")
     ours = integers(quantized(model, model.vit, images, chosen))
     vit = scaled(model.vit, 1e19, attention=False)
@@ -161,9 +162,9 @@ def test_scales_of_weights_follow_weights_and_not_importances(
     g = torch.Generator().manual_seed(0)
     weight, importance = torch.randn(6, 70, generator=g), torch.rand(70, generator=g) ** 4
     weight[2] = 0
-    qtype = WeightType(4, reduce_range=True)
-    ours = search_scales(weight, qtype, importance, group=group)
-    theirs = search_scales(weight * 2.0**weights, qtype, importance * 2.0**importances, group=group)
+    scheme = layer_scheme(4, group=group)
+    ours = search_scales(weight, scheme, importance)
+    theirs = search_scales(weight * 2.0**weights, scheme, importance * 2.0**importances)
     rows = torch.arange(6) != 2
     assert torch.equal(theirs.channel[rows], ours.channel[rows] * 2.0**weights)
     assert bool((theirs.channel > 0).all())

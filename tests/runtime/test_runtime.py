@@ -17,14 +17,19 @@ from torch import Tensor
 from dfq import device, runtime
 from dfq.errors import SettingError
 from dfq.runtime import onednn, reference
-from dfq.runtime.params import LinearParams, OutputFormat
+from dfq.runtime.params import LinearParams, Needs, OutputFormat
+from dfq.runtime.qtype import QType, Quantizer
+from dfq.runtime.registry import unregister
+from dfq.runtime.weights import StoredWeight
 
 CPU = torch.device("cpu")
-LARGEST = 127 if onednn.available(CPU) else onednn.PORTABLE
+LARGEST = 127 if onednn.refusal(CPU, Needs()) is None else onednn.PORTABLE
 """Largest magnitude of the weights for which oneDNN is exact here."""
 
+PORTABLE = Needs(largest_weight=onednn.PORTABLE)
+
 needs_onednn = pytest.mark.skipif(
-    not onednn.available(CPU, onednn.PORTABLE), reason="oneDNN's integers are not exact here"
+    onednn.refusal(CPU, PORTABLE) is not None, reason="oneDNN's integers are not exact here"
 )
 
 
@@ -43,7 +48,12 @@ def make(rows: int, inputs: int, outputs: int, seed: int, kind: str) -> tuple[Te
     elif kind == "zero":
         weight = torch.zeros_like(weight)
     zero_point = 0 if kind == "zero" else 117
-    return x, LinearParams(weight, scale, bias, 0.037, zero_point)
+    return x, params_of(weight, scale, bias, zero_point)
+
+
+def params_of(weight: Tensor, scale: Tensor, bias: Tensor, zero_point: int) -> LinearParams:
+    stored = StoredWeight(weight, 8, weight.shape[1])
+    return LinearParams(stored, scale, bias, Quantizer(0.037, zero_point))
 
 
 def both(x: Tensor, params: LinearParams, out: OutputFormat) -> tuple[Tensor, Tensor]:
@@ -82,7 +92,7 @@ def test_uint8_outputs_agree_within_one_level(
     seed: int, inputs: int, gelu: str | None, zero_point: int
 ) -> None:
     x, params = make(7, inputs, 33, seed, "random")
-    out = OutputFormat(torch.uint8, 0.11, zero_point, gelu)  # type: ignore[arg-type]
+    out = OutputFormat(torch.uint8, 0.11, zero_point, gelu=gelu)  # type: ignore[arg-type]
     fast, exact = both(x, params, out)
     assert fast.dtype == exact.dtype == torch.uint8
     assert int((fast.int() - exact.int()).abs().max()) <= 1
@@ -95,13 +105,13 @@ def test_bfloat16_outputs_agree_within_one_rounding() -> None:
     torch.testing.assert_close(fast, exact, rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", sorted(runtime.BACKENDS))
+@pytest.mark.parametrize("backend", sorted(runtime.backends()))
 @pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8), (2, 0, 8), (1, 8), (2, 3, 8)])
 def test_shapes_hold_also_for_empty_batches(backend: str, shape: tuple[int, ...]) -> None:
-    if backend == "onednn" and not onednn.available(CPU, onednn.PORTABLE):
-        pytest.skip("oneDNN's integers are not exact here")
+    if (reason := runtime.explain(CPU, PORTABLE)[backend]) is not None:
+        pytest.skip(reason)
     _, params = make(1, 8, 5, 0, "random")
-    kernels = runtime.BACKENDS[backend]
+    kernels = runtime.get(backend)
     x = torch.zeros(shape, dtype=torch.uint8)
     y = kernels.linear(x, params, kernels.prepack(params), OutputFormat())
     assert y.shape == (*shape[:-1], 5)
@@ -109,15 +119,15 @@ def test_shapes_hold_also_for_empty_batches(backend: str, shape: tuple[int, ...]
 
 def test_reference_sums_are_exact_integers() -> None:
     x, params = make(3, 4096, 6, 0, "extreme")
-    sums = (x.long() - params.input_zero_point) @ params.weight.long().T
-    expected = sums.float() * (params.weight_scale * params.input_scale) + params.bias
+    sums = (x.long() - params.input.zero_point) @ params.weight.integers().long().T
+    expected = sums.float() * (params.weight_scale * params.input.scale) + params.bias
     found = reference.linear(x, params, reference.prepack(params), OutputFormat())
     assert torch.equal(found, expected)
 
 
 def test_quantize_rounds_half_to_even_and_clips() -> None:
     x = torch.tensor([-1e9, -0.5, 0.5, 1.5, 2.5, 1e9])
-    assert reference.quantize(x, 1.0, 10).tolist() == [0, 10, 10, 12, 12, 255]
+    assert reference.quantize(x, Quantizer(1.0, 10)).tolist() == [0, 10, 10, 12, 12, 255]
 
 
 def heads(tokens: int, seed: int, kind: str) -> tuple[list[Tensor], float]:
@@ -177,19 +187,23 @@ def test_fast_integer_attention_is_as_exact_as_bfloat16(tokens: int, seed: int, 
     seed=st.integers(0, 999),
     zero_point=st.integers(0, 255),
     size=st.sampled_from([0.0, 1e-6, 1.0, 1e6]),
+    bits=st.integers(4, 8),
 )
 @settings(deadline=None, derandomize=True, max_examples=60)
 def test_quantized_norms_agree_within_one_level(
-    rows: int, width: int, seed: int, zero_point: int, size: float
+    rows: int, width: int, seed: int, zero_point: int, size: float, bits: int
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     norm = torch.nn.LayerNorm(width).requires_grad_(False)
     norm.weight.copy_(torch.randn(width, generator=g))
     norm.bias.copy_(torch.randn(width, generator=g))
     x = torch.randn(2, rows, width, generator=g) * size
-    fast = onednn.quantize_norm(x, onednn.fold_norm(norm, 0.013, zero_point))
-    exact = reference.quantize_norm(x, reference.fold_norm(norm, 0.013, zero_point))
+    by = Quantizer(0.013, min(zero_point, 2**bits - 1), QType(bits))
+    fast = onednn.quantize_norm(x, onednn.fold_norm(norm, by))
+    exact = reference.quantize_norm(x, reference.fold_norm(norm, by))
     assert fast.dtype == torch.uint8
+    assert int(exact.max()) < 2**bits
+    assert int(fast.max()) < 2**bits
     assert int((fast.int() - exact.int()).abs().max()) <= 1
 
 
@@ -198,12 +212,17 @@ def test_quantized_norms_agree_within_one_level(
     x=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=50),
     scale=st.floats(1e-6, 1e6),
     zero_point=st.integers(0, 255),
+    bits=st.integers(4, 8),
 )
 @settings(deadline=None, derandomize=True, max_examples=100)
-def test_quantizing_agrees_within_one_level(x: list[float], scale: float, zero_point: int) -> None:
+def test_quantizing_agrees_within_one_level(
+    x: list[float], scale: float, zero_point: int, bits: int
+) -> None:
     values = torch.tensor(x)
-    fast = onednn.quantize(values, scale, zero_point).int()
-    assert int((fast - reference.quantize(values, scale, zero_point).int()).abs().max()) <= 1
+    by = Quantizer(scale, min(zero_point, 2**bits - 1), QType(bits))
+    fast, exact = onednn.quantize(values, by).int(), reference.quantize(values, by).int()
+    assert int((fast - exact).abs().max()) <= 1
+    assert int(fast.max()) < 2**bits
 
 
 @needs_onednn
@@ -212,10 +231,10 @@ def test_quantizing_agrees_within_one_level(x: list[float], scale: float, zero_p
 def test_quantizing_an_affine_agrees_within_one_level(seed: int, zero_point: int) -> None:
     g = torch.Generator().manual_seed(seed)
     x, factor, summand = (torch.randn(n, generator=g) for n in ((3, 5, 7), (7,), (7,)))
-    affine = (factor, summand)
-    fast = onednn.quantize(x, 0.013, zero_point, affine).int()
-    exact = reference.quantize(x, 0.013, zero_point, affine).int()
-    assert torch.equal(exact, reference.quantize(x * factor + summand, 0.013, zero_point).int())
+    affine, by = (factor, summand), Quantizer(0.013, zero_point)
+    fast = onednn.quantize(x, by, affine).int()
+    exact = reference.quantize(x, by, affine).int()
+    assert torch.equal(exact, reference.quantize(x * factor + summand, by).int())
     assert int((fast - exact).abs().max()) <= 1
 
 
@@ -267,8 +286,8 @@ def test_where_products_saturate_full_range_weights_run_on_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(device, "_worst_product_is_exact", lambda largest: largest <= 64)
-    assert [runtime.select("cpu", largest=n).NAME for n in (127, 65)] == ["reference"] * 2
-    assert runtime.select("cpu", largest=64).NAME == "onednn"
+    assert [runtime.select("cpu", needs=Needs(n)).NAME for n in (127, 65)] == ["reference"] * 2
+    assert runtime.select("cpu", needs=Needs(64)).NAME == "onednn"
     with pytest.raises(SettingError, match=r"VNNI.*weights reach 127.*reduce_range"):
         runtime.select("cpu", "onednn")
 
@@ -305,3 +324,39 @@ def test_a_reduced_range_runs_on_onednn_and_as_the_reference_does(bits: int) -> 
     assert model.backend == "onednn"
     assert spread(model(images), exact) < 1e-5
     model.set_backend("reference")
+
+
+@needs_onednn
+@given(seed=st.integers(0, 999), bits=st.integers(4, 8))
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_outputs_of_fewer_bits_end_at_their_largest_integer(seed: int, bits: int) -> None:
+    x, params = make(7, 40, 33, seed, "random")
+    fast, exact = both(x, params, OutputFormat(torch.uint8, 1e-3, 3, 2**bits - 1, "none"))
+    assert int(fast.max()) == int(exact.max()) == 2**bits - 1
+    assert int((fast.int() - exact.int()).abs().max()) <= 1
+
+
+def test_a_backend_that_is_registered_is_preferred_where_it_is_exact() -> None:
+    class Narrow:
+        """The reference arithmetic, for weights of 4 bits alone."""
+
+        NAME = "narrow"
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(reference, name)
+
+        def refusal(self, device: torch.device, needs: Needs) -> str | None:  # noqa: ARG002
+            return None if needs.largest_weight <= 8 else "it takes weights of 4 bits."
+
+    runtime.register(Narrow())  # type: ignore[arg-type]
+    try:
+        assert runtime.backends()[0] == "narrow"
+        assert runtime.select("cpu", needs=Needs(8)).NAME == "narrow"
+        assert runtime.select("cpu", needs=Needs(9)).NAME != "narrow"
+        with pytest.raises(SettingError, match=r"narrow.*takes weights of 4 bits"):
+            runtime.select("cpu", "narrow", Needs(9))
+        with pytest.raises(SettingError, match="registered already"):
+            runtime.register(Narrow())  # type: ignore[arg-type]
+    finally:
+        unregister("narrow")
+    assert "narrow" not in runtime.backends()

@@ -23,6 +23,7 @@ from dfq.errors import CheckpointError, DataError, DatasetError, SettingError
 from dfq.inversion import Engine, plan_units
 from dfq.inversion.units import units_of
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
+from dfq.quantization.scheme import Scheme
 from dfq.recipe import InversionSettings, QuantizationSettings
 from dfq.sparse import Grid, images_to_input, input_to_pixels, patchify, pixels_to_input
 from dfq.vit import Preprocessing
@@ -45,7 +46,7 @@ def inverted(loaded: LoadedModel) -> list[dfq.SparseImages]:
 
 def quantized(loaded: LoadedModel, images: list[dfq.SparseImages]) -> QuantizedViT:
     chosen = QuantizationSettings(rounding="nearest")
-    found = calibrate(loaded.vit, images, loaded.preprocessing, chosen)
+    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(chosen))
     return quantize_vit(loaded.vit, found, loaded.preprocessing, chosen)
 
 
