@@ -8,8 +8,13 @@ from typing import Any
 from rich.table import Table
 
 from dfq.errors import UsageError
-from dfq.results.values import MADE
 from dfq.text import escape
+
+MADE = {
+    "inverted": "inverted images of another seed",
+    "fractal noise": "images of fractal noise",
+}
+"""What ``AgreementOn.data`` calls images that dfq makes, and what they are."""
 
 LOUDEST = 1000
 """No ratio in decibels is larger; a report that says so is not ours."""

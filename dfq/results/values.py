@@ -3,11 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from rich.console import Console
+from rich.table import Table
+
+from dfq.results.tables import (
+    benchmark_table,
+    distill_table,
+    evaluate_table,
+    field_table,
+    quantize_table,
+)
+
+WIDTH = 100
+"""Characters of a line of a result's ``repr``."""
 
 Share = float
 """From 0 to 1; the name ``float`` is taken by fields."""
+
+
+class Result:
+    """A result that is shown as the command line's table, in notebooks too."""
+
+    _tables: ClassVar[dict[type, Callable[[dict[str, Any]], Table]]] = {}
+
+    def __init_subclass__(cls, *, table: Callable[[dict[str, Any]], Table]) -> None:
+        cls._tables[cls] = table
+
+    def table(self) -> Table:
+        """The table of the command line."""
+        return self._tables[type(self)](to_json(self))
+
+    def __repr__(self) -> str:
+        return self._console().export_text().rstrip()
+
+    def _repr_html_(self) -> str:
+        return self._console().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _console(self) -> Console:
+        console = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
+        console.print(type(self).__name__, self.table(), sep="\n")
+        return console
 
 
 @dataclass(frozen=True)
@@ -55,13 +95,6 @@ class FloatQuantized:
     correct: int
     images: int
     interval: list[Share]
-
-
-MADE = {
-    "inverted": "inverted images of another seed",
-    "fractal noise": "images of fractal noise",
-}
-"""What :attr:`AgreementOn.data` calls images that dfq makes, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +165,8 @@ class BlockLoss:
     after: float
 
 
-@dataclass(frozen=True)
-class QuantizeResult:
+@dataclass(frozen=True, repr=False)
+class QuantizeResult(Result, table=quantize_table):
     """Result of :func:`dfq.quantize`; ``layers`` are measured on images of the calibration
     set.
 
@@ -162,8 +195,8 @@ class QuantizeResult:
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class InvertResult:
+@dataclass(frozen=True, repr=False)
+class InvertResult(Result, table=field_table):
     """Result of :func:`dfq.invert`."""
 
     model: str
@@ -175,8 +208,8 @@ class InvertResult:
     bytes: int
 
 
-@dataclass(frozen=True)
-class EvaluateResult:
+@dataclass(frozen=True, repr=False)
+class EvaluateResult(Result, table=evaluate_table):
     """Result of :func:`dfq.evaluate`; agreement and float accuracy are None without a
     float model, accuracies without labels or a classifier.  ``metric`` as in
     :class:`AgreementOn`, ``class_order``, ``gate`` and ``warnings`` as in
@@ -211,8 +244,8 @@ class TeacherStudent:
     interval: list[Share]
 
 
-@dataclass(frozen=True)
-class DistillResult:
+@dataclass(frozen=True, repr=False)
+class DistillResult(Result, table=distill_table):
     """Result of :func:`dfq.distill`.
 
     ``start`` says whose weights the student began with, ``teacher`` or ``random``.  ``losses`` are
@@ -238,8 +271,8 @@ class DistillResult:
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class ExportResult:
+@dataclass(frozen=True, repr=False)
+class ExportResult(Result, table=field_table):
     """Result of :func:`dfq.export`.
 
     ``products``: matrix products with quantized inputs in the file; ``integer_products``: how
@@ -288,8 +321,8 @@ class ColdStart:
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class BenchmarkResult:
+@dataclass(frozen=True, repr=False)
+class BenchmarkResult(Result, table=benchmark_table):
     """Result of :func:`dfq.benchmark`; ``seconds`` is how long each row was timed, ``cold``
     is None where it was not asked for."""
 
