@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dfq.arguments import checked
 from dfq.data.dataset import SparseImageDataset
@@ -19,13 +19,16 @@ BACKGROUND = 40
 """Grey level of absent patches and margins, so that black patches can be told apart."""
 
 MARGIN = 2
+HEADING = 16
+"""Height of the line above the columns."""
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MIN_SIDE = 112
 
 
 @checked
 def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
-    """Draw a dataset: trajectories as rows, stages as columns, absent patches dark grey.
+    """Draw a dataset: trajectories as rows, stages as labelled columns, absent patches dark grey.
 
     Args:
         dataset: directory of a sparse-image dataset.
@@ -52,7 +55,11 @@ def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
                 cells[key] = _draw(batch[i : i + 1], source)
     if not cells:
         raise DatasetError(f"{str(dataset)!r} has no images to draw.")
-    return write_png(sheet(cells), out)
+    return write_png(with_headings(sheet(cells), _headings(cells)), out)
+
+
+def _headings(cells: dict[tuple[int, int], np.ndarray]) -> list[str]:
+    return [f"stage {stage + 1}" for stage in sorted({stage for _, stage in cells})]
 
 
 def write_png(pixels: np.ndarray, out: str | Path) -> Path:
@@ -118,3 +125,14 @@ def sheet(cells: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
         left = columns.index(column) * (width + MARGIN) + MARGIN
         found[top : top + height, left : left + width] = cell
     return found
+
+
+def with_headings(pixels: np.ndarray, headings: list[str]) -> np.ndarray:
+    """A sheet ``[H, W, 3]`` with a line above it that names its columns."""
+    height, width = pixels.shape[:2]
+    image = Image.new("RGB", (width, height + HEADING), (BACKGROUND // 2,) * 3)
+    image.paste(Image.fromarray(pixels), (0, HEADING))
+    draw, column = ImageDraw.Draw(image), (width - MARGIN) // len(headings)
+    for index, text in enumerate(headings):
+        draw.text((MARGIN + index * column + column // 2, HEADING // 2), text, anchor="mm")
+    return np.asarray(image)
