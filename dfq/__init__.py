@@ -10,22 +10,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dfq._version import __version__
 
 if TYPE_CHECKING:
     from dfq.benchmarking.compare import benchmark
     from dfq.checkpoint import load
+    from dfq.data.augmentation import fractal_noise
     from dfq.data.cache import CacheEntry, list_cache, remove_cached, verify_cache
     from dfq.data.dataset import SparseImageDataset
     from dfq.data.preview import preview
-    from dfq.distillation.distill import distill
     from dfq.errors import DfqError, GateError, RunError, UsageError
     from dfq.exporting.formats import export
+    from dfq.pipeline.distill import distill
     from dfq.pipeline.evaluate import evaluate
     from dfq.pipeline.inspect import DoctorReport, ModelEntry, doctor, inspect, models
     from dfq.pipeline.quantize import invert, quantize
     from dfq.pipeline.write_dataset import write_dataset
-    from dfq.quantization.coverage import fractal_noise
     from dfq.quantization.model import QuantizedViT
     from dfq.recipe import (
         DistillationSettings,
@@ -68,11 +68,11 @@ _HOMES = {
     "SparseImages": "dfq.sparse",
     "UsageError": "dfq.errors",
     "benchmark": "dfq.benchmarking.compare",
-    "distill": "dfq.distillation.distill",
+    "distill": "dfq.pipeline.distill",
     "doctor": "dfq.pipeline.inspect",
     "evaluate": "dfq.pipeline.evaluate",
     "export": "dfq.exporting.formats",
-    "fractal_noise": "dfq.quantization.coverage",
+    "fractal_noise": "dfq.data.augmentation",
     "inspect": "dfq.pipeline.inspect",
     "invert": "dfq.pipeline.quantize",
     "list_cache": "dfq.data.cache",

@@ -773,7 +773,7 @@ def test_bad_preprocessing_is_refused(checkpoint: Path, changes: dict[str, Any])
     ("section", "key", "value"),
     [
         ("quantization", "later", 1),
-        ("quantization", "bits", 5),
+        ("quantization", "bits", 9),
         ("quantization", "bits", "4"),
         ("quantization", "bits", 4.0),
         ("quantization", "attention", "int4"),

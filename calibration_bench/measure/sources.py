@@ -53,7 +53,7 @@ class Source:
         return self.name.removesuffix(COVERED)
 
     @property
-    def covered(self) -> bool:
+    def augmented(self) -> bool:
         return self.name.endswith(COVERED)
 
     @property

@@ -16,7 +16,6 @@ import timm
 from safetensors.torch import save_file
 from torch import nn
 
-import dfq
 from dfq import demo
 from dfq.checkpoint import CheckpointInfo
 from dfq.errors import RunError
@@ -111,7 +110,7 @@ def _timm_weights(info: CheckpointInfo, directory: Path) -> tuple[dict[str, Any]
 
 def _measure(code: str, asked: dict[str, Any]) -> tuple[float, int]:
     """Seconds from the process's start to its first prediction, and its peak in bytes."""
-    root = str(Path(dfq.__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     threads = str(asked["threads"])
     started = time.perf_counter()

@@ -21,10 +21,10 @@ from dfq.benchmarking.runtimes import RUNTIMES, Contestants, Predict
 from dfq.benchmarking.timing import interleaved, row_of, turns_of
 from dfq.checkpoint import CheckpointInfo
 from dfq.device import thread_count
+from dfq.environment import instructions, processor, versions
 from dfq.errors import DfqError, SettingError, nearest
 from dfq.extras import installed
 from dfq.failures import first_line
-from dfq.pipeline.inspect import doctor
 from dfq.progress import Progress, Silent
 from dfq.quantization.scheme import Scheme
 from dfq.results.values import Absent, BenchmarkResult, BenchmarkRow, ColdStart
@@ -81,7 +81,6 @@ def benchmark(
         if cold:
             starts, missing = _cold(Path(checkpoint), info, given, progress)
             absent += missing
-        report = doctor()
     return BenchmarkResult(
         checkpoint=str(checkpoint),
         model=info.model,
@@ -93,10 +92,10 @@ def benchmark(
         cold=starts,
         threads=threads,
         seconds=seconds,
-        processor=report.processor,
-        instructions=list(report.instructions),
+        processor=processor(),
+        instructions=list(instructions()),
         cores=os.cpu_count() or 1,
-        versions={**report.versions, **_versions()},
+        versions={**versions(), **_versions()},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from dfq import __version__
+from dfq._version import __version__
 from dfq.checkpoint import CheckpointInfo
 from dfq.quantization.scheme import Scheme
 

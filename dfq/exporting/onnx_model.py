@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from dfq import __version__
+from dfq._version import __version__
 from dfq.errors import UnsupportedModelError
 from dfq.exporting.graph import Graph
 from dfq.exporting.transformer import IMAGES, Products, Transformer

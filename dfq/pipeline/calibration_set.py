@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dfq.data.augmentation import AugmentationSettings, AugmentedImages, fractal_noise, stretched
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.images import DenseImages, open_images
 from dfq.data.settings import SETTINGS
@@ -22,7 +23,6 @@ from dfq.pipeline.comparison import (
 from dfq.pipeline.synthesis import make_dataset
 from dfq.progress import Progress
 from dfq.quantization import QuantizedViT
-from dfq.quantization.coverage import Additions, Coverage, fractal_noise, stretched
 from dfq.recipe import METHODS, InversionSettings, Recipe
 from dfq.results.gates import check_decidable, decides
 from dfq.results.intervals import images_to_decide
@@ -79,12 +79,12 @@ def calibration_set(
     return dense, CalibrationSource("images", len(dense), str(path), None)
 
 
-def covered(
-    source: SparseImageDataset | DenseImages, settings: Additions
-) -> SparseImageDataset | DenseImages | Coverage:
+def augmented(
+    source: SparseImageDataset | DenseImages, settings: AugmentationSettings
+) -> SparseImageDataset | DenseImages | AugmentedImages:
     """Inverted images with what makes them cover real ones; other images as they are."""
     if isinstance(source, SparseImageDataset) and source.method != "noise":
-        return Coverage(source, settings)
+        return AugmentedImages(source, settings)
     return source
 
 

@@ -7,24 +7,16 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import methodcaller
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfq.results.intervals import mean_interval, share_interval
+from dfq.results.values import Metric
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Architecture, Preprocessing, ViT
 from dfq.vit.logits import class_logits
-
-Metric = Literal["top1", "threshold", "cosine"]
-"""How agreement is measured.
-
-``top1``: the share of images with the same top-1 class.  ``threshold``, of models with one
-logit: the share of images whose logits are on the same side of a threshold.  ``cosine``, of
-models without a classifier: the mean cosine of the pooled features.
-"""
 
 EVALUATION_BATCH = 50
 """Images that both models see at once."""

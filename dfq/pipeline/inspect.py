@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from dfq.arguments import checked
 from dfq.data.cache import cache_directory
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.settings import SETTINGS
-from dfq.device import cpu_has, multiplies_bytes, resolve_precision
+from dfq.device import multiplies_bytes, resolve_precision
+from dfq.environment import instructions, processor, versions
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
-from dfq.pipeline.synthesis import versions
 from dfq.quantization.scheme import Scheme
 from dfq.recipe import to_dict
 from dfq.runtime import onednn, opaque
@@ -208,8 +207,8 @@ def doctor(cache: str | Path | None = None) -> DoctorReport:
     problems += [f"{p.name} is missing; reinstall dfq." for p in _missing_demo_files()]
     return DoctorReport(
         versions=versions(),
-        processor=_processor(),
-        instructions=_instructions(),
+        processor=processor(),
+        instructions=instructions(),
         threads=torch.get_num_threads(),
         devices=("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))),
         backend=backend,
@@ -256,19 +255,3 @@ def _writable(path: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _instructions() -> tuple[str, ...]:
-    return tuple(
-        name for name in ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile") if cpu_has(name)
-    )

@@ -19,20 +19,21 @@ from dfq.data.cache import cache_directory
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.images import DenseImages, ImageSource, load_batches
 from dfq.device import resolve_device
+from dfq.environment import versions
 from dfq.errors import CheckpointError, SettingError, nearest
 from dfq.files import check_writable, make_directory, safe_name
 from dfq.inversion import plan_units
 from dfq.inversion.schedule import fit_stages
 from dfq.pipeline.calibration_set import (
+    augmented,
     calibration_set,
     compare_held_out,
     compare_outside,
-    covered,
     held_out_settings,
 )
 from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.pipeline.evaluate import accuracy_pair, agreement_on, check_measurable, open_evaluation
-from dfq.pipeline.synthesis import make_dataset, versions
+from dfq.pipeline.synthesis import make_dataset
 from dfq.pipeline.workers import check_alone
 from dfq.progress import Progress, Silent, note_all
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
@@ -380,7 +381,7 @@ def _quantized(
     leaves of every layer's output, and the losses of reconstruction."""
     settings = recipe.quantization
     scheme = Scheme(settings)
-    wide = covered(source, settings)
+    wide = augmented(source, settings)
     with clock("calibrate"), progress.task("Calibrating", len(wide)) as advance:
         batches = wide.batches(settings.batch)
         found = calibrate(vit, batches, loaded.preprocessing, scheme, advance)

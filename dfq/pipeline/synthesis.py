@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import shutil
 import time
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import safetensors
-import timm
 import torch
 
-import dfq
 from dfq.data.cache import cache_directory
 from dfq.data.dataset import DatasetWriter, SparseImageDataset
 from dfq.data.settings import (
@@ -27,6 +22,7 @@ from dfq.data.settings import (
     read_settings,
 )
 from dfq.device import resolve_precision
+from dfq.environment import versions
 from dfq.errors import DatasetError
 from dfq.files import make_directory, safe_name
 from dfq.inversion import ALGORITHM_VERSION, Engine, objective_of, plan_units, resolve_importance
@@ -175,18 +171,6 @@ def machine_of(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    return {
-        "dfq": dfq.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-        "safetensors": safetensors.__version__,
-    }
 
 
 def _cached_path(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dfq.errors import GateError, SettingError
-from dfq.pipeline.comparison import Metric
 from dfq.results.intervals import images_to_decide, share_interval
 from dfq.results.tables import MADE
 from dfq.results.values import (
@@ -11,6 +10,7 @@ from dfq.results.values import (
     EvaluateResult,
     FloatQuantized,
     GateCheck,
+    Metric,
     QuantizeResult,
 )
 

@@ -6,7 +6,7 @@ import dataclasses
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +24,15 @@ WIDTH = 100
 
 Share = float
 """From 0 to 1; the name ``float`` is taken by fields."""
+
+
+Metric = Literal["top1", "threshold", "cosine"]
+"""How agreement is measured.
+
+``top1``: the share of images with the same top-1 class.  ``threshold``, of models with one
+logit: the share of images whose logits are on the same side of a threshold.  ``cosine``, of
+models without a classifier: the mean cosine of the pooled features.
+"""
 
 
 class Result:

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 import dfq
 from dfq import InversionSettings, LoadedModel, SparseImageDataset, SparseImages
 from dfq.errors import DataError, OutputError, SettingError
+from dfq.pipeline.calibration_set import augmented
 from dfq.pipeline.synthesis import _dataset_settings
 
 CPU = torch.device("cpu")
@@ -49,13 +50,12 @@ def test_units_of_several_sizes_are_written_as_they_are_read(
     assert len({shard.patches for shard in copy.shards}) == 2
 
 
-@pytest.mark.parametrize("smooth", [(), (4.0,)], ids=["alone", "covered"])
+@pytest.mark.parametrize("smooth", [(), (4.0,)], ids=["alone", "augmented"])
 def test_a_model_is_calibrated_on_them(tmp_path: Path, loaded: LoadedModel, smooth: Any) -> None:
-    from dfq.pipeline.calibration_set import covered
 
     written = dfq.write_dataset(tmp_path / "set", [[images(loaded)]], loaded, origin="real")
     settings = dfq.QuantizationSettings(smooth=smooth, fractal=0)
-    assert len(covered(written, settings)) == 5 + 5 * len(smooth)
+    assert len(augmented(written, settings)) == 5 + 5 * len(smooth)
 
 
 def wrong(loaded: LoadedModel) -> dict[str, list[list[SparseImages]]]:

@@ -114,7 +114,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
 
 
 def _settings(key: Key) -> QuantizationSettings:
-    plain: dict[str, Any] = {} if Source(key["source"]).covered else {"smooth": (), "fractal": 0}
+    plain: dict[str, Any] = {} if Source(key["source"]).augmented else {"smooth": (), "fractal": 0}
     return QuantizationSettings(
         bits=cast(Any, key["bits"]), reduce_range=key["reduce_range"], **plain
     )

@@ -55,7 +55,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
     if not all(method.name.startswith("pri") for method in methods):
         raise SettingError("--methods are compared with DMI patch by patch; give PRI's alone.")
     sources = [Source(name) for name in words(options.sources, "--sources")]
-    if any(source.covered for source in sources):
+    if any(source.augmented for source in sources):
         raise SettingError("--sources are compared alone; leave +coverage out.")
     deepest = max([options.snapshots, *(method.images for method in methods)])
     if options.iterations < deepest:

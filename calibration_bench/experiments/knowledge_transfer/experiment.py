@@ -209,7 +209,7 @@ def _unit(options: Options, key: Key, place: Path) -> tuple[int, float]:
 def _distill(options: Options, key: Key, data: str, count: int, place: Path) -> DistillResult:
     """A student of the images in ``data``, with dfq's settings but the run's own."""
     training = {"steps": key["steps"], "batch": key["batch"], "seed": key["seed"]}
-    added: dict[str, Any] = {} if Source(key["source"]).covered else PLAIN
+    added: dict[str, Any] = {} if Source(key["source"]).augmented else PLAIN
     return dfq.distill(
         options.model,
         student=key["student"],

@@ -10,8 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import dfq
+from dfq.data.augmentation import AugmentedImages, fractal_noise, recompose, smoothed
 from dfq.data.dataset import SparseImageDataset
-from dfq.quantization.coverage import Coverage, fractal_noise, recompose, smoothed
 from dfq.recipe import QuantizationSettings
 from dfq.sparse import Grid, SparseImages, unpatchify
 
@@ -64,16 +64,16 @@ def test_an_unfinished_trajectory_keeps_the_patches_that_it_has(
 def test_all_that_is_announced_comes(tmp_path: Path, tiny: VisionTransformer, method: str) -> None:
     settings = QuantizationSettings(smooth=(2.0, 8.0), fractal=5)
     images = dataset(tiny, tmp_path / "images", method, 8)
-    covered = Coverage(images, settings)
+    augmented = AugmentedImages(images, settings)
     trajectories = 2 if method == "pri" else 8
-    assert len(covered) == total(list(covered.batches(3))) == 8 + 5 + 2 * (trajectories + 5)
-    assert max(map(len, covered.batches(3))) == 3
+    assert len(augmented) == total(list(augmented.batches(3))) == 8 + 5 + 2 * (trajectories + 5)
+    assert max(map(len, augmented.batches(3))) == 3
 
 
 def test_without_additions_the_dataset_comes_alone(tmp_path: Path, tiny: VisionTransformer) -> None:
     images = dataset(tiny, tmp_path / "images", "pri", 8)
-    covered = Coverage(images, QuantizationSettings(smooth=(), fractal=0))
-    assert total(list(covered.batches(4))) == len(covered) == 8
+    augmented = AugmentedImages(images, QuantizationSettings(smooth=(), fractal=0))
+    assert total(list(augmented.batches(4))) == len(augmented) == 8
 
 
 def some(positions: torch.Tensor) -> SparseImages:

@@ -25,7 +25,7 @@ SPREAD = 64.0
 MIDDLE = 127.5
 
 
-class Additions(Protocol):
+class AugmentationSettings(Protocol):
     """Settings that say what is added: divisors of the resolution, images of noise."""
 
     @property
@@ -35,10 +35,10 @@ class Additions(Protocol):
     def fractal(self) -> int: ...
 
 
-class Coverage:
+class AugmentedImages:
     """An inverted dataset with what is added to it, as batches of sparse images."""
 
-    def __init__(self, dataset: SparseImageDataset, settings: Additions) -> None:
+    def __init__(self, dataset: SparseImageDataset, settings: AugmentationSettings) -> None:
         self.dataset, self.settings = dataset, settings
 
     def __len__(self) -> int:

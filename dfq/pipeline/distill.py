@@ -20,7 +20,7 @@ from dfq.distillation.training import Images, train
 from dfq.errors import OutputError, SettingError, UnsupportedModelError
 from dfq.files import check_writable, safe_name, write_json
 from dfq.inversion.schedule import fit_stages
-from dfq.pipeline.calibration_set import calibration_set, covered
+from dfq.pipeline.calibration_set import augmented, calibration_set
 from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.pipeline.evaluate import agreement_on, open_evaluation
 from dfq.pipeline.workers import check_alone
@@ -180,7 +180,7 @@ def distill(
     source, origin = calibration_set(
         loaded, chosen, None if method else data, target, cache, progress, images
     )
-    gathered = Images.gather(covered(source, plan).batches(READ))
+    gathered = Images.gather(augmented(source, plan).batches(READ))
     before = time.perf_counter()
     with progress.task("Training", plan.steps) as advance:
         losses = train(loaded.vit, model, gathered, loaded.preprocessing, plan, advance)
