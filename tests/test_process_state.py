@@ -116,7 +116,7 @@ OF_CALLS = {**STATES, "function mode": Refusing}
 
 def state() -> dict[str, Any]:
     """Everything that a call must leave as it was."""
-    backends = torch.backends
+    backends: Any = torch.backends
     return {
         "dtype": torch.get_default_dtype(),
         "modes": list(map(id, _get_current_function_mode_stack())),
@@ -224,7 +224,7 @@ def invert(given: Given, out: Path) -> Any:
 
 
 def distill(_: Given, out: Path) -> Any:
-    arguments = {"data": "noise", "images": 2, "threads": 1, "cache": out / "c"}
+    arguments: dict[str, Any] = {"data": "noise", "images": 2, "threads": 1, "cache": out / "c"}
     plan = {"steps": 2, "smooth": (), "fractal": 0}
     result = dfq.distill(
         "demo", depth=1, out=out / "s", settings={"distillation": plan}, **arguments
@@ -352,13 +352,13 @@ def test_other_formats_are_written_as_in_a_fresh_process(
 @pytest.mark.parametrize("condition", ["float64", "bfloat16", "inference"])
 def test_a_model_that_was_built_in_such_a_process_is_taken(condition: str) -> None:
     with STATES[condition]():
-        model = make_vit()
+        model: Any = make_vit()
         found = dfq.load_model(model).vit
     again = dfq.load_model(model).vit
     for vit in (found, again):
         assert {p.dtype for p in vit.parameters()} == {torch.float32}
         assert not any(p.is_inference() for p in vit.parameters())
-        assert torch.equal(vit.head.weight, model.head.weight.float())
+        assert torch.equal(vit.get_parameter("head.weight"), model.head.weight.float())
 
 
 # ---- a loaded model

@@ -404,7 +404,7 @@ def test_json_of_evaluate_is_the_result_and_nothing_else(
 def test_evaluation_beside_the_float_model_has_agreement(
     cli: Cli, checkpoint: Path, labelled_npz: Path
 ) -> None:
-    args = ["--float", MODEL, "--weights", cli.weights, "--data", labelled_npz]
+    args = ["--float", MODEL, "--weights", str(cli.weights), "--data", str(labelled_npz)]
     found = cli("evaluate", checkpoint, *args, "--json").json
     assert_schema(found, EvaluateResult)
     assert 0 <= found["agreement"] <= 1
@@ -951,15 +951,15 @@ def test_other_errors_are_not_hidden(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
 # ---- help
 
 
-def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    for name, command in (group or typer.main.get_command(app)).commands.items():
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, (*path, name))
         else:
             yield " ".join((*path, name)), command
 
 
-COMMANDS = dict(commands())
+COMMANDS = dict(commands(typer.main.get_command(app)))
 every_command = pytest.mark.parametrize("name", COMMANDS)
 
 

@@ -784,7 +784,9 @@ def test_writer_says_so_where_a_shard_is_a_directory(dataset: Path) -> None:
     (dataset / shard_name(0, 3)).mkdir()
     writer = DatasetWriter(dataset, SETTINGS)
     with pytest.raises(OutputError):
-        writer.has(0, UNITS[0]) or writer.write(0, unit_images(0))
+        writer.has(0, UNITS[0])
+    with pytest.raises(OutputError):
+        writer.write(0, unit_images(0))
 
 
 def test_writer_refuses_other_settings_and_touches_nothing(dataset: Path) -> None:

@@ -379,7 +379,7 @@ def test_metas_names_of_dinov2_registers(tmp_path: Path) -> None:
 # ---- JAX
 
 
-def in_jax_names(model: Any, layout: str) -> dict[str, np.ndarray]:
+def in_jax_names(model: Any, layout: str) -> dict[str, Any]:
     """A timm model in the names and layouts of Flax: kernels ``[in, out]``, convolutions
     ``[H, W, in, out]``, attention ``[in, heads, head_dim]`` and back."""
     state = {key: value.numpy() for key, value in model.state_dict().items()}
@@ -449,7 +449,7 @@ def test_big_visions_transformers_are_read(layout: str, prefix: str, tmp_path: P
 
 def test_jaxs_layer_before_the_head_is_not_left_out_without_a_word(tmp_path: Path) -> None:
     arrays = in_jax_names(timm_model(), "augreg")
-    extra = {"pre_logits/kernel": np.eye(48), "pre_logits/bias": np.zeros(48)}
+    extra: dict[str, Any] = {"pre_logits/kernel": np.eye(48), "pre_logits/bias": np.zeros(48)}
     np.savez(tmp_path / "w.npz", **arrays, **extra)
     with pytest.raises(WeightsError, match=r"a layer before its head.*--num-classes 0"):
         load(tmp_path / "w.npz")
@@ -689,7 +689,7 @@ def test_weights_that_do_not_fit_are_refused_by_their_cause(
     made: Callable[[State], Any], cause: str, state: State, tmp_path: Path
 ) -> None:
     torch.save(made(state), tmp_path / "weights.pth")
-    named = {"img_size": None} if "image size" in cause else {}
+    named: dict[str, Any] = {"img_size": None} if "image size" in cause else {}
     classes = 5 if "num-classes 7" in cause else None
     with pytest.raises(WeightsError, match=cause) as caught:
         load(tmp_path / "weights.pth", num_classes=classes, **named)
@@ -700,7 +700,10 @@ def test_weights_that_do_not_fit_are_refused_by_their_cause(
 
 
 def as_bytes(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content) and None
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return write
 
 
 def as_zip(**files: bytes) -> Callable[[Path], None]:
@@ -793,7 +796,7 @@ def test_folders_in_the_place_of_a_file_are_named(
 
 
 def saved_folder(path: Path, model: Any, **changes: Any) -> str:
-    timm.models.save_for_hf(model, path, safe_serialization=True, **changes)
+    timm.models.save_for_hf(model, str(path), safe_serialization=True, **changes)
     return f"local-dir:{path}"
 
 
