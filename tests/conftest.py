@@ -24,6 +24,16 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dfq.vit.load import LoadedModel, load_model
 
+pytest_plugins = [
+    "api_calls",
+    "callers_process",
+    "command_line",
+    "people_weights",
+    "saved_checkpoints",
+    "sparse_datasets",
+]
+"""Fixtures that several files of a room share."""
+
 THREADS = 1
 
 hypothesis.settings.register_profile("dfq", derandomize=True, deadline=None)
