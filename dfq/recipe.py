@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from dfq.arguments import checked
 from dfq.errors import RecipeError, SettingError, nearest
@@ -159,6 +159,13 @@ class LayerSettings:
         return dataclasses.replace(other, **said)
 
 
+class LayerTable(dict[str, LayerSettings]):
+    """Exceptions by name of layer; hashable, as settings are."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
 def _layers(value: Any) -> Any:
     """Tables of exceptions as TOML has them, as :class:`LayerSettings`."""
     if not isinstance(value, dict):
@@ -258,8 +265,10 @@ class QuantizationSettings:
         ),
     )
     batch: int = Field(default=8, ge=1, le=4096, description="images of a calibration step")
-    layers: Annotated[dict[str, LayerSettings], BeforeValidator(_layers)] = Field(
-        default_factory=dict,
+    layers: Annotated[
+        dict[str, LayerSettings], BeforeValidator(_layers), AfterValidator(LayerTable)
+    ] = Field(
+        default_factory=LayerTable,
         description="exceptions by name of layer, such as blocks.*.mlp.fc2 (* is any text)",
     )
 

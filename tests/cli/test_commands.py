@@ -12,6 +12,7 @@ from PIL import Image
 
 import dfq
 from dfq.data.dataset import SparseImageDataset
+from dfq.data.preview import HEADING
 from dfq.results.values import EvaluateResult, InvertResult
 
 
@@ -70,7 +71,7 @@ def test_inspect_draws_a_dataset(cli: Cli, tmp_path: Path) -> None:
     ended = cli("inspect", tmp_path / "images", "--preview", tmp_path / "sheet.png")
     assert ended.code == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (2 * 128 + 6, 2 * 128 + 6)
+        assert sheet.size == (2 * 128 + 6, 2 * 128 + 6 + HEADING)
 
 
 def test_inspect_shows_a_table(cli: Cli, cli_checkpoint: Path) -> None:
