@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # read when triton is imported, which timm does
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
@@ -23,6 +24,16 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dfq.vit.load import LoadedModel, load_model
 
+pytest_plugins = [
+    "api_calls",
+    "callers_process",
+    "command_line",
+    "people_weights",
+    "saved_checkpoints",
+    "sparse_datasets",
+]
+"""Fixtures that several files of a room share."""
+
 THREADS = 1
 
 hypothesis.settings.register_profile("dfq", derandomize=True, deadline=None)
@@ -40,9 +51,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def make_vit(seed: int = 0, **changes: object) -> VisionTransformer:
+def make_vit(seed: int = 0, **changes: Any) -> VisionTransformer:
     """A small randomly initialised ViT with activations of a trained one's spread."""
-    args: dict[str, object] = {
+    args: dict[str, Any] = {
         "img_size": 16,
         "patch_size": 4,
         "in_chans": 3,

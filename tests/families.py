@@ -89,7 +89,7 @@ DINOV3: dict[str, Any] = {
     "num_reg_tokens": 4,
     "init_values": 0.5,
     "use_fc_norm": False,
-    "norm_layer": lambda *args, **kwargs: nn.LayerNorm(*args, eps=1e-5, **kwargs),
+    "norm_layer": lambda width, **kwargs: nn.LayerNorm(width, **{**kwargs, "eps": 1e-5}),
 }
 
 FAMILIES = [

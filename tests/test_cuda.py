@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def images(engine: Engine) -> list[SparseImages]:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"num_classes": 0}, {"num_classes": 1}], ids=str)
 def test_graphs_give_the_bytes_of_the_same_kernels_started_by_the_host(
-    precision: str, fused: bool, changes: dict[str, int]
+    precision: Any, fused: bool, changes: dict[str, int]
 ) -> None:
     loaded = load_model(make_vit(**changes))
     settings = InversionSettings(

@@ -37,7 +37,7 @@ def test_other_errors_are_explained(error: Exception) -> None:
 
 @pytest.mark.parametrize("error", [*FULL, GateError("g"), KeyboardInterrupt()], ids=repr)
 def test_full_memory_own_errors_and_interrupts_pass(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, explained(DataError):
+    with pytest.raises(type(error)) as caught, explained(lambda _: DataError("x")):
         raise error
     assert caught.value is error
 
@@ -135,9 +135,10 @@ def test_images_that_no_file_has_the_channels_for_are_refused_before_any_work(
 ) -> None:
     np.savez(tmp_path / "x.npz", x=np.zeros((4, 16, 16, 3), np.uint8))
     model = make_vit(in_chans=2)
-    loaded = {"mean": (0.5,) * 2, "std": (0.5,) * 2, "images": 4, "out": tmp_path / "out"}
-    for data in ({"eval": tmp_path / "x.npz"}, {"calibration": tmp_path / "x.npz"}):
+    given: dict[str, Any] = {"mean": (0.5,) * 2, "std": (0.5,) * 2, "images": 4}
+    given |= {"out": tmp_path / "out", "cache": tmp_path / "cache"}
+    for use in ("eval", "calibration"):
         with pytest.raises(DataError, match=r"1, 3 or 4 channels; the model takes 2, so there"):
-            dfq.quantize(model, **loaded, **data, cache=tmp_path / "cache")
+            dfq.quantize(model, **{**given, use: tmp_path / "x.npz"})
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

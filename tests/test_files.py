@@ -72,9 +72,16 @@ def test_file_is_flushed_to_disk_before_it_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("flush"), fsync(fd))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b))[1])
+
+    def noted(name: str, call: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            calls.append(name)
+            call(*args)
+
+        return run
+
+    monkeypatch.setattr(os, "fsync", noted("flush", os.fsync))
+    monkeypatch.setattr(os, "replace", noted("rename", os.replace))
     write_bytes(tmp_path / "file", b"content")
     assert calls == ["flush", "rename"]
 

@@ -27,7 +27,7 @@ class Installed(metadata.Distribution):
     def read_text(self, filename: str) -> str | None:
         return self.texts.get(filename)
 
-    def locate_file(self, path: Any) -> Path:  # type: ignore[override]
+    def locate_file(self, path: Any) -> Path:
         return self.place / path
 
 

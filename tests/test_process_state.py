@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import inspect
-import os
 import pickle
-import random
-import subprocess
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,31 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from callers_process import FAST, Given, default_type, run_together, setting, state
 from conftest import make_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 import dfq
-from dfq.arguments import checked
-from dfq.process_state import callers_state, fresh_state
-
-ROOT = Path(__file__).parents[1]
-
-# ---- states that a caller's process may be in
-
-
-@contextmanager
-def setting(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> Iterator[None]:
-    before = read()
-    write(value)
-    try:
-        yield
-    finally:
-        write(before)
-
-
-def default_type(dtype: torch.dtype) -> AbstractContextManager[None]:
-    return setting(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
 @contextmanager
@@ -110,85 +85,9 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "numpy raises": lambda: np.errstate(all="raise"),
 }
 
+
 OF_CALLS = {**STATES, "function mode": Refusing}
 """A caller's function mode sees what a loaded model does, as it should."""
-
-
-def state() -> dict[str, Any]:
-    """Everything that a call must leave as it was."""
-    backends = torch.backends
-    return {
-        "dtype": torch.get_default_dtype(),
-        "modes": list(map(id, _get_current_function_mode_stack())),
-        "gradients": torch.is_grad_enabled(),
-        "inference": torch.is_inference_mode_enabled(),
-        "autocast": [
-            (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
-        ],
-        "autocast cache": torch.is_autocast_cache_enabled(),
-        "anomalies": (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
-        "deterministic": torch.get_deterministic_debug_mode(),
-        "products": (torch.get_float32_matmul_precision(), backends.mkldnn.matmul.fp32_precision),
-        "oneDNN": backends.mkldnn.enabled,
-        "attention": [
-            getattr(backends.cuda, f"{name}_sdp_enabled")()
-            for name in ("math", "flash", "mem_efficient", "cudnn")
-        ],
-        "threads": torch.get_num_threads(),
-        "numpy": np.geterr(),
-        "warnings": (id(warnings.filters), list(warnings.filters)),
-        "random": (
-            random.getstate(),
-            str(np.random.get_state()),
-            _torch_random(),
-        ),
-    }
-
-
-def _torch_random() -> bytes:
-    with torch._C.DisableTorchFunction():
-        return bytes(torch.default_generator.get_state().numpy())
-
-
-# ---- the public functions, and what of their results must be the same
-
-FAST: dict[str, Any] = {"images": 2, "iterations": 1, "stages": 1, "threads": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """What the functions are called on: files, and a module in memory."""
-
-    root: Path
-    model: torch.nn.Module
-    loaded: dfq.LoadedModel
-    units: list[list[dfq.SparseImages]]
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.root / "w4a8"
-
-    @property
-    def images(self) -> Path:
-        return self.root / "images"
-
-    @property
-    def npz(self) -> Path:
-        return self.root / "labelled.npz"
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
-    root = tmp_path_factory.mktemp("given")
-    model = make_vit()
-    found = Given(root, model, dfq.load_model(model), [])
-    dfq.invert(model, out=found.images, **FAST)
-    found.units.extend(dfq.SparseImageDataset(found.images).units())
-    dfq.quantize(model, bits=4, calibration=found.images, out=found.checkpoint, cache=root / "c")
-    x = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    np.savez(found.npz, x=x, y=np.arange(4, dtype=np.uint8))
-    (root / "recipe.toml").write_text("[inversion]\nimages = 9\n")
-    return found
 
 
 def digests(path: Path) -> dict[str, str]:
@@ -224,7 +123,7 @@ def invert(given: Given, out: Path) -> Any:
 
 
 def distill(_: Given, out: Path) -> Any:
-    arguments = {"data": "noise", "images": 2, "threads": 1, "cache": out / "c"}
+    arguments: dict[str, Any] = {"data": "noise", "images": 2, "threads": 1, "cache": out / "c"}
     plan = {"steps": 2, "smooth": (), "fractal": 0}
     result = dfq.distill(
         "demo", depth=1, out=out / "s", settings={"distillation": plan}, **arguments
@@ -302,13 +201,13 @@ CALLS: dict[str, Callable[[Given, Path], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def expected(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+def expected(given_files: Given, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     """What a function gives where nothing is set."""
     known: dict[str, Any] = {}
 
     def of(name: str) -> Any:
         if name not in known:
-            known[name] = plain(CALLS[name](given, tmp_path_factory.mktemp("fresh")))
+            known[name] = plain(CALLS[name](given_files, tmp_path_factory.mktemp("fresh")))
         return known[name]
 
     return of
@@ -322,12 +221,12 @@ def test_every_public_function_is_called() -> None:
 @pytest.mark.parametrize("condition", OF_CALLS)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_function_works_as_in_a_fresh_process_and_leaves_its_own(
-    name: str, condition: str, given: Given, expected: Callable[[str], Any], tmp_path: Path
+    name: str, condition: str, given_files: Given, expected: Callable[[str], Any], tmp_path: Path
 ) -> None:
     wanted = expected(name)
     with OF_CALLS[condition]():
         before = state()
-        found = CALLS[name](given, tmp_path)
+        found = CALLS[name](given_files, tmp_path)
         after = state()
     assert after == before
     assert plain(found) == wanted
@@ -335,7 +234,7 @@ def test_a_function_works_as_in_a_fresh_process_and_leaves_its_own(
 
 @pytest.mark.parametrize("format", ["torch", "openvino"])
 def test_other_formats_are_written_as_in_a_fresh_process(
-    format: str, given: Given, tmp_path: Path
+    format: str, given_files: Given, tmp_path: Path
 ) -> None:
     if format == "openvino":
         pytest.importorskip("openvino")
@@ -343,22 +242,22 @@ def test_other_formats_are_written_as_in_a_fresh_process(
     out = Path(name).with_suffix(".xml" if format == "openvino" else ".pt2")
     for place in ("fresh", "set"):
         (tmp_path / place).mkdir()
-    dfq.export(given.checkpoint, format=format, out=tmp_path / "fresh" / out)
+    dfq.export(given_files.checkpoint, format=format, out=tmp_path / "fresh" / out)
     with default_type(torch.float64), both_devices(), torch.inference_mode(), Refusing():
-        dfq.export(given.checkpoint, format=format, out=tmp_path / "set" / out)
+        dfq.export(given_files.checkpoint, format=format, out=tmp_path / "set" / out)
     assert digests(tmp_path / "set" / name) == digests(tmp_path / "fresh" / name)
 
 
 @pytest.mark.parametrize("condition", ["float64", "bfloat16", "inference"])
 def test_a_model_that_was_built_in_such_a_process_is_taken(condition: str) -> None:
     with STATES[condition]():
-        model = make_vit()
+        model: Any = make_vit()
         found = dfq.load_model(model).vit
     again = dfq.load_model(model).vit
     for vit in (found, again):
         assert {p.dtype for p in vit.parameters()} == {torch.float32}
         assert not any(p.is_inference() for p in vit.parameters())
-        assert torch.equal(vit.head.weight, model.head.weight.float())
+        assert torch.equal(vit.get_parameter("head.weight"), model.head.weight.float())
 
 
 # ---- a loaded model
@@ -366,11 +265,13 @@ def test_a_model_that_was_built_in_such_a_process_is_taken(condition: str) -> No
 
 @pytest.fixture(scope="module", params=["float", "int8"])
 def checkpoint(
-    request: pytest.FixtureRequest, given: Given, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, given_files: Given, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Of each kind of attention."""
     path = tmp_path_factory.mktemp("loaded") / request.param
-    dfq.quantize(given.model, bits=4, attention=request.param, calibration=given.images, out=path)
+    dfq.quantize(
+        given_files.model, bits=4, attention=request.param, calibration=given_files.images, out=path
+    )
     return path
 
 
@@ -420,14 +321,6 @@ def test_threads_may_be_the_first_to_call_a_model_all_at_once(checkpoint: Path) 
     assert all(torch.equal(logits, wanted) for logits in found)
 
 
-def run_together(calls: list[Callable[[], None]]) -> None:
-    threads = [threading.Thread(target=call) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-
-
 def test_what_the_processor_can_do_is_asked_once_and_rightly() -> None:
     from dfq.device import _worst_product_is_exact
 
@@ -439,193 +332,10 @@ def test_what_the_processor_can_do_is_asked_once_and_rightly() -> None:
 
 
 @pytest.mark.parametrize("condition", STATES)
-def test_a_dataset_is_read_the_same_in_any_process(given: Given, condition: str) -> None:
-    wanted = [image.patches for unit in given.units for image in unit]
+def test_a_dataset_is_read_the_same_in_any_process(given_files: Given, condition: str) -> None:
+    wanted = [image.patches for unit in given_files.units for image in unit]
     with STATES[condition]():
-        dataset = dfq.SparseImageDataset(given.images)
+        dataset = dfq.SparseImageDataset(given_files.images)
         dataset.verify()
         found = [image for unit in dataset.units() for image in unit]
     assert all(torch.equal(a.patches, b) for a, b in zip(found, wanted, strict=True))
-
-
-# ---- the guard itself
-
-
-def test_what_is_set_inside_is_put_back_after_an_error() -> None:
-    @checked
-    def careless() -> None:
-        torch.set_default_dtype(torch.float64)
-        torch.use_deterministic_algorithms(True)
-        for seed in (torch.manual_seed, np.random.seed, random.seed):
-            seed(3)
-        raise ZeroDivisionError
-
-    before = state()
-    with pytest.raises(ZeroDivisionError):
-        careless()
-    assert state() == before
-
-
-def test_random_numbers_of_gpus_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = ["before"]
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: kept[-1])
-    monkeypatch.setattr(torch.cuda, "set_rng_state_all", kept.append)
-    with fresh_state():
-        kept.append("consumed")
-    assert kept == ["before", "consumed", "before"]
-
-
-def test_only_the_outermost_call_sets_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered: list[str] = []
-    monkeypatch.setattr("dfq.process_state._enter_thread", lambda _: entered.append(""))
-
-    @checked
-    def inner() -> None:
-        pass
-
-    @checked
-    def outer() -> None:
-        inner()
-        inner()
-
-    outer()
-    assert len(entered) == 1
-
-
-def test_threads_that_overlap_leave_what_the_first_found() -> None:
-    """In whatever order they leave."""
-    first_in, second_in, first_out = (threading.Event() for _ in range(3))
-    seen: list[torch.dtype] = []
-
-    def first() -> None:
-        with fresh_state():
-            first_in.set()
-            second_in.wait(60)
-        first_out.set()
-
-    def second() -> None:
-        first_in.wait(60)
-        with fresh_state():
-            second_in.set()
-            first_out.wait(60)
-            seen.append(torch.get_default_dtype())
-
-    with default_type(torch.float64):
-        before = state()
-        run_together([first, second])
-        assert state() == before
-    assert seen == [torch.float32]
-
-
-def test_what_another_thread_sets_meanwhile_stays_set() -> None:
-    def other() -> None:
-        torch.set_default_dtype(torch.bfloat16)
-        with fresh_state():
-            assert torch.get_default_dtype() == torch.float32
-
-    with default_type(torch.float64):
-        with fresh_state():
-            run_together([other])
-        assert torch.get_default_dtype() == torch.bfloat16
-
-
-def test_the_callers_code_runs_in_the_callers_state(given: Given, tmp_path: Path) -> None:
-    seen: list[Any] = []
-
-    def units() -> Iterator[list[dfq.SparseImages]]:
-        seen.append((torch.get_default_dtype(), torch.is_grad_enabled(), float(torch.rand(()))))
-        yield from given.units
-        seen.append((torch.get_default_dtype(), torch.is_grad_enabled(), float(torch.rand(()))))
-
-    with default_type(torch.float64), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        wanted = [float(torch.rand(())) for _ in range(3)]
-        torch.manual_seed(0)
-        dfq.write_dataset(tmp_path / "set", units(), given.loaded, origin="mine")
-        after = float(torch.rand(()))
-    assert [place[:2] for place in seen] == [(torch.float64, False)] * 2
-    assert [place[2] for place in seen] + [after] == wanted
-
-
-def test_the_callers_state_is_everywhere_outside() -> None:
-    with default_type(torch.float64), callers_state():
-        assert torch.get_default_dtype() == torch.float64
-
-
-# ---- warnings
-
-
-@checked
-def warns() -> int:
-    warnings.warn("deliberate", UserWarning, stacklevel=1)
-    return 3
-
-
-def test_warnings_are_shown_where_the_caller_has_them_raised() -> None:
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "quiet")
-        assert warns() == 3
-        assert [str(w.message) for w in shown] == ["deliberate"]
-        with pytest.raises(UserWarning, match="deliberate"):
-            warnings.warn("deliberate", UserWarning, stacklevel=1)
-
-
-def test_what_the_caller_ignores_stays_ignored() -> None:
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("ignore")
-        assert warns() == 3
-    assert not shown
-
-
-def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *options, "-c", code], capture_output=True, text=True, check=False
-    )
-
-
-def test_a_process_that_raises_warnings_quantizes_all_the_same(given: Given) -> None:
-    """Modules that load give warnings too."""
-    code = f"""
-import warnings, dfq
-print(dfq.load({str(given.checkpoint)!r}).backend, warnings.filters[0][0])
-dfq.inspect({str(given.images)!r})
-"""
-    ended = python(code, "-W", "error")
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split() == [dfq.load(given.checkpoint).backend, "error"]
-
-
-def test_modules_load_as_in_a_fresh_process() -> None:
-    """timm's and ours keep tensors that they make as they load."""
-    code = """
-import torch
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("meta")
-import dfq
-print(dfq.load_model("demo").fingerprint, torch.get_default_dtype(), torch.get_default_device())
-"""
-    ended = python(code)
-    wanted = f"{dfq.load_model('demo').fingerprint} torch.float64 meta"
-    assert ended.stdout.strip() == wanted, ended.stderr
-
-
-def test_a_warning_inside_fails_the_tests(tmp_path: Path) -> None:
-    """Warnings are errors in this project's own tests, and a call does not hide them."""
-    (tmp_path / "test_warns.py").write_text(
-        "import warnings\n"
-        "from dfq.arguments import checked\n"
-        "@checked\n"
-        "def warns(): warnings.warn('deliberate')\n"
-        "def test_warns(): warns()\n"
-    )
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "recorded_warnings", "-p", "no:cacheprovider",
-         "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path / "test_warns.py"],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
-    assert ended.returncode == 1, ended.stdout
-    assert "1 passed" in ended.stdout
-    assert "WARNED test_warns.py::test_warns: deliberate" in ended.stdout

@@ -43,7 +43,7 @@ ALL_FIELDS = [
 ]
 
 
-def spec(section: str, name: str) -> tuple[Any, float, float]:
+def spec(section: str, name: str) -> tuple[Any, Any, Any]:
     """A field's type and its bounds."""
     info = describe(SECTIONS[section])[name]
     return (info.kind | None if info.optional else info.kind), info.low, info.high

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from silent import Silent
 
 from calibration_bench.core import registry
 from calibration_bench.core.report import report
@@ -25,11 +26,6 @@ from dfq.inversion import plan_units
 from dfq.sparse import patchify
 
 EXPERIMENT = registry.entry("evolution")
-
-
-class Silent:
-    def note(self, text: str) -> None:
-        pass
 
 
 def small(weights: Path, data: Path, **changes: Any) -> Options:

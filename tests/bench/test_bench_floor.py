@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_vit
+from silent import Silent
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,11 +21,6 @@ from calibration_bench.measure.counting import compulsory_bytes, operations, pro
 from calibration_bench.measure.rates import product_seconds
 from dfq import load_model
 from dfq.vit import ViT
-
-
-class Silent:
-    def note(self, text: str) -> None:
-        pass
 
 
 def counted(vit: ViT, live: int, batch: int, forward: Any) -> int:

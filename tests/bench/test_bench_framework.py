@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from silent import Silent
 
 from calibration_bench import cli
 from calibration_bench.core import registry
@@ -59,11 +60,6 @@ def _tables(rows: list[Row]) -> list[Table]:
 class Fake(Entry):
     def load(self) -> Experiment:
         return Experiment(Options, _plan, _measure, _tables)
-
-
-class Silent:
-    def note(self, text: str) -> None:
-        pass
 
 
 FAKE = Fake("fake", "Halves", "nothing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from silent import Silent
 
 from calibration_bench.core import registry
 from calibration_bench.core.runner import run
@@ -22,11 +23,6 @@ SMALL = Options(
     precision="float32",
     threads=1,
 )
-
-
-class Silent:
-    def note(self, text: str) -> None:
-        pass
 
 
 def test_every_model_and_method_is_a_row(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from silent import Silent
 
 import dfq
 from calibration_bench.core import registry
@@ -17,11 +18,6 @@ from dfq.errors import SettingError
 
 MODEL = "test_vit"
 QUALITY = registry.entry("inversion-quality")
-
-
-class Silent:
-    def note(self, text: str) -> None:
-        pass
 
 
 def small(weights: Path, data: Path, **changes: Any) -> Options:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from silent import Silent
 
 from calibration_bench.core import registry
 from calibration_bench.core.runner import run
@@ -19,11 +20,6 @@ from dfq.inversion import events
 
 EXPERIMENT = registry.entry("rebirth")
 KEY = {"images": 32, "precision": "float32", "threads": 1, "stages": 4}
-
-
-class Silent:
-    def note(self, text: str) -> None:
-        pass
 
 
 def variant(name: str, iterations: int) -> InversionSettings:

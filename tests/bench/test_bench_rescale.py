@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dfq.errors import DataError
 
 
 def test_the_function_stays_and_the_channels_differ() -> None:
-    model = make_vit().eval()
+    model: Any = make_vit().eval()
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = model(images)
     before = model.blocks[0].norm1.weight.detach().clone()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from silent import Silent
 
 import dfq
 from calibration_bench.core import registry
@@ -20,11 +21,6 @@ from dfq import LoadedModel, QuantizationSettings
 from dfq.errors import DataError, SettingError
 
 EXPERIMENT = registry.entry("calibration-sources")
-
-
-class Silent:
-    def note(self, text: str) -> None:
-        pass
 
 
 def small(weights: Path, data: Path, **changes: Any) -> Options:

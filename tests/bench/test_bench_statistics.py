@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from silent import Silent
 
 from calibration_bench.core import registry
 from calibration_bench.core.runner import run
@@ -28,11 +29,6 @@ from dfq.sparse import patchify
 
 EXPERIMENT = registry.entry("image-statistics")
 PATCHES = torch.randint(0, 256, (5, 7, 48), generator=torch.Generator().manual_seed(0))
-
-
-class Silent:
-    def note(self, text: str) -> None:
-        pass
 
 
 def test_equal_pictures_have_no_finite_psnr() -> None:

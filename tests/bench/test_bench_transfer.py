@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from silent import Silent
 
 import dfq
 from calibration_bench.core import registry
@@ -19,11 +20,6 @@ from dfq import LoadedModel
 from dfq.errors import DataError, SettingError
 
 EXPERIMENT = registry.entry("knowledge-transfer")
-
-
-class Silent:
-    def note(self, text: str) -> None:
-        pass
 
 
 def small(weights: Path, data: Path, **changes: Any) -> Options:

@@ -195,12 +195,12 @@ FAST = {"iterations": 2, "stages": 2, "threads": 1}
 
 
 def quantize(weights: Path, out: Path, **changes: Any) -> Any:
-    named = {"weights": weights, "img_size": 32, "out": out}
+    named: dict[str, Any] = {"weights": weights, "img_size": 32, "out": out}
     return dfq.quantize("test_vit", images=8, settings={"inversion": FAST}, **named, **changes)
 
 
 def distill(weights: Path, out: Path, **changes: Any) -> Any:
-    named = {"weights": weights, "img_size": 32, "out": out}
+    named: dict[str, Any] = {"weights": weights, "img_size": 32, "out": out}
     settings: dict[str, Any] = {"inversion": FAST, "distillation": {"batch": 4}}
     return dfq.distill("test_vit", images=8, steps=1, settings=settings, **named, **changes)
 

@@ -293,7 +293,7 @@ def test_places_that_cannot_be_replaced_are_refused_before_training(
 
 def test_a_student_teaches_one_like_itself(tmp_path: Path) -> None:
     train = {"inversion": INVERSION, "distillation": TRAINING}
-    shape = {"depth": 2, "width": 32, "heads": 2}
+    shape: dict[str, Any] = {"depth": 2, "width": 32, "heads": 2}
     given: dict[str, Any] = {"images": 4, "steps": 1, "settings": train}
     first = dfq.distill("demo", **given, **shape, out=tmp_path / "first")
     second = dfq.distill(first.path, **given, depth=1, out=tmp_path / "second")

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_vit
-from timm.models.vision_transformer import VisionTransformer
 
 from dfq.inversion import Callback, Engine, plan_units
 from dfq.inversion.importance import importance_of, resolve_importance
@@ -125,7 +124,7 @@ def test_the_model_is_left_as_it_is(loaded: LoadedModel) -> None:
 
 
 @torch.no_grad()
-def last_attention(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+def last_attention(model: Any, images: torch.Tensor) -> torch.Tensor:
     """Attention ``[B, heads, T, T]`` of the last block of a model of ``make_vit``, by timm."""
     x = model._pos_embed(model.patch_embed(images))
     x = model.blocks[-1].norm1(model.blocks[:-1](x))

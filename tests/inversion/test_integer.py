@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dfq.errors import DeviceError
 from dfq.inversion import Engine, plan_units
 from dfq.inversion.integer import IntegerProduct, multiply_integers
 from dfq.recipe import InversionSettings
+from dfq.vit import ViT
 from dfq.vit.load import LoadedModel, load_model
 
 multiplies = pytest.mark.skipif(
@@ -78,7 +80,7 @@ def loaded() -> LoadedModel:
 def test_gradients_of_a_model_with_wide_channels_stay_near(
     loaded: LoadedModel, spread: float
 ) -> None:
-    vit = copy.deepcopy(loaded.vit).requires_grad_(False)
+    vit: Any = copy.deepcopy(loaded.vit).requires_grad_(False)
     for block in vit.blocks:
         factor = spread ** (2 * torch.rand(64, generator=torch.Generator().manual_seed(3)) - 1)
         block.norm1.weight.mul_(factor)
@@ -86,7 +88,7 @@ def test_gradients_of_a_model_with_wide_channels_stay_near(
         block.attn.qkv.weight.div_(factor)
     patches = normal(2, vit.arch.grid.patches, vit.arch.grid.patch_values)
 
-    def gradient(model: nn.Module) -> Tensor:
+    def gradient(model: ViT) -> Tensor:
         leaf = patches.clone().requires_grad_()
         score = model.forward_sparse(leaf).square().sum()
         return torch.autograd.grad(score, leaf)[0]

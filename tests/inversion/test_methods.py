@@ -26,6 +26,8 @@ from dfq.inversion.runners import DeviceRunner
 from dfq.inversion.schedule import fit, fit_stages, method_of, unused_fields
 from dfq.inversion.schedules import METHODS, Event, Method
 from dfq.inversion.schedules.method import OPTIMIZATION, RANKING
+from dfq.inversion.schedules.pri import Pri
+from dfq.inversion.schedules.smi import Smi
 from dfq.pipeline.calibration_set import held_out_settings
 from dfq.recipe import InversionSettings, load_recipe, to_dict, to_toml
 from dfq.sparse import Grid, SparseImages
@@ -284,9 +286,9 @@ def test_settings_are_those_that_methods_and_losses_declare() -> None:
 
 def test_a_method_is_a_frozen_value_with_bounds() -> None:
     with pytest.raises(SettingError, match="stages is 0; allowed: a whole number from 1 to 1024"):
-        METHODS["pri"](stages=0)
+        Pri(stages=0)
     own = method_of(chosen(method="smi", prune_share=0.5, prune_at=(0.5,)))
-    assert own == METHODS["smi"](prune_share=0.5, prune_at=(0.5,))
+    assert own == Smi(prune_share=0.5, prune_at=(0.5,))
     with pytest.raises(dataclasses.FrozenInstanceError):
         own.prune_share = 0.1  # type: ignore[attr-defined]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dfq.inversion import Callback, Engine, plan_units
 from dfq.inversion.iteration import Course, Fused, OnDevice, Plain, Update, make_step
 from dfq.inversion.jitter import Move
-from dfq.inversion.losses.total_variation import TotalVariation
+from dfq.inversion.losses.total_variation import BoundTotalVariation, TotalVariation
 from dfq.inversion.runners import DeviceRunner
 from dfq.inversion.state import State
 from dfq.recipe import InversionSettings
@@ -103,14 +103,16 @@ def test_a_place_takes_other_positions() -> None:
     state = make_state(grid, 4, seed=0)
     course = make_course(settings, grid)
     update = OnDevice(state, grid, settings, bounds, TV, course)
-    tensors = [pairs.data_ptr() for pairs in update.terms[0][1].pairs]
+    term = update.terms[0][1]
+    assert isinstance(term, BoundTotalVariation)
+    tensors = [pairs.data_ptr() for pairs in term.pairs]
     state.copy_(make_state(grid, 4, seed=1))
     other = make_state(grid, 4, seed=1)
     gradients = [torch.zeros_like(state.patches) for _ in MOVES]
     found = updated(update, state, gradients, course)
     expected = updated(Plain(other, grid, settings, bounds, TV), other, gradients)
     torch.testing.assert_close(found, expected)
-    assert tensors == [pairs.data_ptr() for pairs in update.terms[0][1].pairs]
+    assert tensors == [pairs.data_ptr() for pairs in term.pairs]
 
 
 def test_corrections_are_those_of_torch_optim() -> None:

@@ -75,7 +75,7 @@ def test_units_yield_exactly_the_images_asked_for(
     method: str, images: int, stages: int, unit: int
 ) -> None:
     chosen = InversionSettings(
-        method=method,  # type: ignore[arg-type]
+        method=method,
         images=images,
         stages=stages,
         unit_size=unit,

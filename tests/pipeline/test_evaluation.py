@@ -46,7 +46,7 @@ def logits(model: VisionTransformer) -> Tensor:
 @pytest.fixture(scope="module")
 def model() -> VisionTransformer:
     """Whose data config asks for no crop, so that files give the pixels of arrays."""
-    model = make_vit()
+    model: Any = make_vit()
     model.pretrained_cfg = {"crop_pct": 1.0, "input_size": (3, 16, 16)}
     return model
 
@@ -64,7 +64,7 @@ def checkpoint(model: VisionTransformer, tmp_path_factory: pytest.TempPathFactor
 
 
 def npz(path: Path, y: list[int] | None = None) -> Path:
-    arrays = {} if y is None else {"y": np.array(y)}
+    arrays: dict[str, Any] = {} if y is None else {"y": np.array(y)}
     np.savez(path, x=PIXELS, **arrays)
     return path
 
@@ -227,7 +227,7 @@ def test_a_class_map_is_of_data_and_of_a_classifier(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def binary() -> VisionTransformer:
     """One logit, above 0 for about half of the images."""
-    model = make_vit(num_classes=1)
+    model: Any = make_vit(num_classes=1)
     model.pretrained_cfg = {"crop_pct": 1.0, "input_size": (3, 16, 16)}
     with torch.no_grad():
         ordered = logits(model)[:, 0].sort().values
@@ -263,6 +263,7 @@ def test_unlabelled_images_of_one_logit_are_halved(
     found = quantize(binary, tmp_path / "out", eval=npz(tmp_path / "x.npz")).agreement_on
     assert found is not None
     ordered = logits(binary)[:, 0].sort().values
+    assert found.threshold is not None
     assert ordered[19] < found.threshold < ordered[20]
 
 

@@ -94,7 +94,7 @@ def test_a_checkpoint_records_how_its_dataset_was_made(
     tmp_path: Path, tiny: VisionTransformer
 ) -> None:
     args: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    chosen = {"iterations": 6, "stages": 3, "images": 6, "seed": 5, "threads": 1}
+    chosen: dict[str, Any] = {"iterations": 6, "stages": 3, "images": 6, "seed": 5, "threads": 1}
     dataset = dfq.invert(tiny, out=tmp_path / "images", **chosen, **args)
     result = dfq.quantize(tiny, calibration=dataset.path, out=tmp_path / "w8", **args)
     recipe = dfq.load_recipe(Path(result.checkpoint) / "recipe.toml")

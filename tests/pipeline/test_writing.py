@@ -144,11 +144,12 @@ def test_a_bad_unit_leaves_nothing(tmp_path: Path, loaded: LoadedModel) -> None:
 
 
 def test_other_things_than_sparse_images_are_refused(tmp_path: Path, loaded: LoadedModel) -> None:
+    nothing: Any = None
     good = images(loaded)
     odd: list[Any] = [
         [5],
         [[5]],
-        [[dataclasses.replace(good, labels=None)]],
+        [[dataclasses.replace(good, labels=nothing)]],
         [[dataclasses.replace(good, labels=good.labels + 0.5)]],
         [[dataclasses.replace(good, trajectory=good.trajectory + 2**32)]],
     ]

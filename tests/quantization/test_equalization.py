@@ -108,7 +108,7 @@ def test_how_size_is_split_between_norm_and_layer_does_not_matter(
     loaded: LoadedModel, images: list[SparseImages], bits: int, seed: int
 ) -> None:
     """Trained models have channels a hundred times larger than others."""
-    settings = QuantizationSettings(bits=bits)  # type: ignore[arg-type]
+    settings = QuantizationSettings(bits=bits)
     at = inputs(loaded, images)
     expected = loaded.vit.forward_sparse(*at)
 

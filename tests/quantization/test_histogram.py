@@ -81,7 +81,7 @@ def test_positive_values_have_zero_at_zero(observer: Observer) -> None:
 
 def test_constant_and_empty_inputs_give_quantizers() -> None:
     for observer in ("percentile", "mse"):
-        watch = RangeObserver(observer)  # type: ignore[arg-type]
+        watch = RangeObserver(observer)
         watch.observe(torch.empty(0))
         watch.observe(torch.zeros(10))
         assert watch.quantizer().scale > 0

@@ -198,7 +198,7 @@ def test_the_float_model_is_left_as_it_is(loaded: LoadedModel) -> None:
     before = {k: v.clone() for k, v in loaded.vit.state_dict().items()}
     quantize(loaded, bits=4)
     assert all(torch.equal(v, before[k]) for k, v in loaded.vit.state_dict().items())
-    assert not loaded.vit.blocks[0].attn.qkv._forward_pre_hooks
+    assert not loaded.vit.get_submodule("blocks.0.attn.qkv")._forward_pre_hooks
 
 
 def test_calibration_sees_kept_patches_at_their_positions(loaded: LoadedModel) -> None:
@@ -208,7 +208,7 @@ def test_calibration_sees_kept_patches_at_their_positions(loaded: LoadedModel) -
     inputs = []
     for b in images:
         x = pixels_to_input(b.patches, p, loaded.vit.arch.grid)
-        inputs.append(loaded.vit.blocks[0].norm1(loaded.vit.embed(x, b.positions)).flatten(0, 1))
+        inputs.append(loaded.vit.block(0).norm1(loaded.vit.embed(x, b.positions)).flatten(0, 1))
     x = torch.cat(inputs)
     site = "blocks.0.attn.qkv"
     low, high = found.quantizers[site].range
@@ -225,7 +225,7 @@ def test_hessians_are_second_moments(loaded: LoadedModel) -> None:
     )
     p = loaded.preprocessing
     x = pixels_to_input(images[0].patches, p, loaded.vit.arch.grid)
-    x = loaded.vit.blocks[0].norm1(loaded.vit.embed(x, images[0].positions)).flatten(0, 1)
+    x = loaded.vit.block(0).norm1(loaded.vit.embed(x, images[0].positions)).flatten(0, 1)
     hessian = found.statistics["blocks.0.attn.qkv"].hessian
     assert hessian is not None
     torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-3, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,10 @@ def test_gradients_reach_scales_biases_and_norms(loaded: LoadedModel) -> None:
 
 def test_a_recipe_asks_for_it(tmp_path: Path, tiny: VisionTransformer) -> None:
     inversion = {"iterations": 4, "threads": 1, "precision": "float32", "unit_size": 2}
-    settings = {"inversion": inversion, "quantization": {"reconstruct": 5, "fractal": 4}}
+    settings: dict[str, Any] = {
+        "inversion": inversion,
+        "quantization": {"reconstruct": 5, "fractal": 4},
+    }
     result = dfq.quantize(tiny, bits=4, out=tmp_path / "c", settings=settings)
     assert [b.name for b in result.blocks] == ["blocks.0", "blocks.1"]
     assert dfq.inspect(tmp_path / "c")["report"]["blocks"][0]["name"] == "blocks.0"

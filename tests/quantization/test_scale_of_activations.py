@@ -57,8 +57,9 @@ def scaled(vit: ViT, factor: float, *, attention: bool = True) -> ViT:
         if not attention:
             continue
         move(f"{block}.attn.qkv", f"{block}.attn.proj", slice(2 * width, 3 * width))
-        qkv = vit.block(i).attn.qkv
-        for parameter in (qkv.weight, qkv.bias):
+        qkv = f"{block}.attn.qkv"
+        for name in ("weight", "bias"):
+            parameter = vit.get_parameter(f"{qkv}.{name}")
             parameter[:width] *= factor
             parameter[width : 2 * width] /= factor
     move("norm", "head")

@@ -243,8 +243,9 @@ def test_a_bound_that_cannot_be_decided_is_refused_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     quantize(tiny, tmp_path / "out")
     for bound in ("min_agreement", "min_accuracy"):
+        bounds: dict[str, Any] = {bound: 0.9}
         with pytest.raises(SettingError, match=f"{bound} is 0.9, which 35 images.*--data"):
-            dfq.evaluate(tmp_path / "out", data=data, float_model=tiny, **{bound: 0.9})
+            dfq.evaluate(tmp_path / "out", data=data, float_model=tiny, **bounds)
 
 
 def test_without_data_as_many_images_are_made_as_a_bound_needs(
@@ -256,7 +257,9 @@ def test_without_data_as_many_images_are_made_as_a_bound_needs(
         quantize(tiny, tmp_path / "out", images=36, bits=4, min_agreement=0.9)
     agreed = caught.value.result.agreement_on
     assert (agreed.images, agreed.data) == (36, "inverted")
-    assert quantize(tiny, tmp_path / "out", images=36).agreement_on.images == 8
+    ungated = quantize(tiny, tmp_path / "out", images=36).agreement_on
+    assert ungated is not None
+    assert ungated.images == 8
 
 
 @pytest.fixture
@@ -395,12 +398,14 @@ def test_a_model_that_follows_only_on_inverted_images_is_distrusted(
     fair = quantize(tiny, tmp_path / "fair", settings=settings)
     assert fair.agreement_outside is not None
     assert (fair.agreement_outside.data, fair.agreement_outside.images) == ("fractal noise", 32)
+    assert fair.agreement_outside.agreement is not None
     assert fair.agreement_outside.agreement > 0.9
     assert fair.warnings == []
     monkeypatch.setattr(QuantizedViT, "forward_sparse", rigged)
     found = quantize(tiny, tmp_path / "out", settings=settings)
     assert found.agreement == fair.agreement
     assert found.agreement_outside is not None
+    assert found.agreement_outside.agreement is not None
     assert found.agreement_outside.agreement < 0.1
     poor, far, apart = found.warnings
     assert "on 32 images of fractal noise, with a 95 % interval of" in poor

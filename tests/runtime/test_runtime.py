@@ -129,7 +129,7 @@ def test_quantize_rounds_half_to_even_and_clips() -> None:
     assert reference.quantize(x, Quantizer(1.0, 10)).tolist() == [0, 10, 10, 12, 12, 255]
 
 
-def heads(tokens: int, seed: int, kind: str) -> tuple[list[Tensor], float]:
+def heads(tokens: int, seed: int, kind: str) -> tuple[Tensor, Tensor, Tensor, float]:
     """int8 q, k and v ``[2, 3, tokens, 16]`` and the scale of their scores."""
     g = torch.Generator().manual_seed(seed)
     floats = [torch.randn(2, 3, tokens, 16, generator=g) * 40 for _ in range(3)]
@@ -138,7 +138,8 @@ def heads(tokens: int, seed: int, kind: str) -> tuple[list[Tensor], float]:
     if kind == "extreme":
         floats = [x.sign() * 127 for x in floats]
     scale = 2e-3 if kind == "peaked" else 2e-4
-    return [x.round().clamp(-127, 127).to(torch.int8) for x in floats], scale
+    q, k, v = (x.round().clamp(-127, 127).to(torch.int8) for x in floats)
+    return q, k, v, scale
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -149,16 +150,16 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "equal", "extreme"])
 def test_integer_attention_is_exact_attention_on_integers(kind: str) -> None:
-    operands, scale = heads(9, 0, kind)
-    found = reference.attention(*operands, scale)
-    torch.testing.assert_close(found.double(), exact_attention(*operands, scale), rtol=0, atol=0.02)
+    operands = heads(9, 0, kind)
+    found = reference.attention(*operands).double()
+    torch.testing.assert_close(found, exact_attention(*operands), rtol=0, atol=0.02)
 
 
 def test_flat_rows_of_attention_keep_all_levels() -> None:
     """With one scale for all rows each of 300 equal shares would be 1 of 255, or 0."""
-    operands, scale = heads(300, 0, "equal")
+    operands = heads(300, 0, "equal")
     mean = operands[2].double().mean(-2, keepdim=True).expand(-1, -1, 300, -1)
-    found = reference.attention(*operands, scale).double()
+    found = reference.attention(*operands).double()
     torch.testing.assert_close(found, mean, rtol=0, atol=1e-4)
 
 
@@ -170,12 +171,12 @@ def test_flat_rows_of_attention_keep_all_levels() -> None:
 )
 @settings(deadline=None, derandomize=True, max_examples=40)
 def test_fast_integer_attention_is_as_exact_as_bfloat16(tokens: int, seed: int, kind: str) -> None:
-    operands, scale = heads(tokens, seed, kind)
-    exact = reference.attention(*operands, scale)
-    q, k, v = (x.bfloat16() for x in operands)
+    *integers, scale = operands = heads(tokens, seed, kind)
+    exact = reference.attention(*operands)
+    q, k, v = (x.bfloat16() for x in integers)
     scores = (q @ k.transpose(-2, -1)) * scale
     plain = (scores.softmax(-1) @ v).float() - exact
-    error = onednn.attention(*operands, scale).float() - exact
+    error = onednn.attention(*operands).float() - exact
     assert float(error.norm()) <= 2 * float(plain.norm()) + 0.005 * float(exact.norm())
 
 

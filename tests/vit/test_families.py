@@ -162,7 +162,7 @@ def test_weights_of_the_family_survive_a_file(family: Family, tmp_path: Path) ->
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.zero_()
-    told = {"name": family.name, "path": path}
+    told: dict[str, Any] = {"name": family.name, "path": path}
     found = translate(again, read_weights(path), **told)
     load_into(again, found.state, **told, resize=False)
     for key, value in model.state_dict().items():

@@ -162,7 +162,7 @@ def test_half_precision_models_convert(model: Any, family: Family, dtype: torch.
 
 def put(state: dict[str, Tensor], model: nn.Module, name: str, *, resize: bool) -> None:
     """Load a file's tensors into a model as ``--weights`` does."""
-    told = {"name": name, "path": Path("file")}
+    told: dict[str, Any] = {"name": name, "path": Path("file")}
     load_into(model, translate(model, state, **told).state, **told, resize=resize)
 
 
@@ -180,7 +180,13 @@ def test_weights_of_another_size_are_resampled_on_request_only(family: Family) -
 
 
 def test_weights_in_metas_layout_of_dinov3_are_read(capsys: pytest.CaptureFixture[str]) -> None:
-    size = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 5}
+    size: dict[str, Any] = {
+        "img_size": 32,
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     model = timm.create_model("vit_small_patch16_dinov3", **size)
     renamed = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
     state = {"mask_token": torch.zeros(1, 48), "rope_embed.periods": torch.ones(4)}
@@ -212,5 +218,5 @@ def test_names_take_a_file_of_weights_at_a_size(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3_qkvb"])
 def test_dinov3_converts_as_timm_makes_it(name: str) -> None:
-    size = {"embed_dim": 48, "depth": 2, "num_heads": 2, "img_size": 32}
+    size: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 2, "img_size": 32}
     assert convert(timm.create_model(name, **size), name).arch.rope

@@ -140,14 +140,14 @@ def test_a_normalisation_inside_the_network_gives_the_same(span: tuple[float, fl
             off = (a.patches.int() - b.patches.int()).abs()
             assert int(off.max()) <= 2
             assert float((off > 0).float().mean()) < 0.02
-    a, b = quantized(ours, images), quantized(theirs, images)
-    for name, integers in a.state_dict().items():
+    p, q = quantized(ours, images), quantized(theirs, images)
+    for name, integers in p.state_dict().items():
         if name.endswith(".weight") and not integers.is_floating_point():
-            same = integers == b.state_dict()[name]
+            same = integers == q.state_dict()[name]
             assert float(same.float().mean()) > 0.999, name
     expected = ours.vit(x)
-    assert torch.equal(a(x).argmax(1), b(y).argmax(1))
-    assert float((b(y) - expected).norm()) < 1.5 * float((a(x) - expected).norm())
+    assert torch.equal(p(x).argmax(1), q(y).argmax(1))
+    assert float((q(y) - expected).norm()) < 1.5 * float((p(x) - expected).norm())
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_what_cannot_be_of_the_input_is_refused(
         load_model(tiny, **given_)
 
 
-def test_the_data_config_of_a_module_is_checked_too(tiny: VisionTransformer) -> None:
+def test_the_data_config_of_a_module_is_checked_too(tiny: Any) -> None:
     tiny.pretrained_cfg = {"mean": (123.675,) * 3, "std": (58.4,) * 3}
     with pytest.raises(SettingError, match=r"--input-range 0,255"):
         load_model(tiny)
@@ -364,7 +364,7 @@ def test_values_are_rounded_as_the_patch_embedding_rounds(checkpoint: Path, tmp_
     ((images, labels),) = load_batches(source, model.preprocessing, 20)
     p = model.preprocessing
     raw = torch.from_numpy(((x - p.mean) / p.std).astype(np.float32)).permute(0, 3, 1, 2)
-    embed = model.patch_embed
+    embed: Any = model.patch_embed
     assert torch.equal(embed.quantize_input(patches(images)), embed.quantize_input(patches(raw)))
     torch.testing.assert_close(model(images), model(raw))
     assert labels is not None

@@ -200,7 +200,7 @@ def test_a_module_in_memory_is_what_it_is(option: dict[str, Any]) -> None:
 
 
 def test_a_module_in_memory_may_be_told_what_it_is() -> None:
-    told = {"img_size": [32, 32], "in_chans": 3, "global_pool": "token"}
+    told: dict[str, Any] = {"img_size": [32, 32], "in_chans": 3, "global_pool": "token"}
     assert dfq.load_model(timm_model(), **told).vit.arch.image_size == (32, 32)
 
 

@@ -93,7 +93,7 @@ def test_no_part_may_have_a_forward_hook(family: Family) -> None:
 def test_adapters_are_refused_whatever_their_effect(
     path: str, dtype: torch.dtype, scale: float
 ) -> None:
-    model = make_vit()
+    model: Any = make_vit()
     parent, _, name = path.rpartition(".")
     block = model.blocks[1]
     setattr(block.get_submodule(parent), name, LowRank(block.get_submodule(path), scale))
@@ -102,21 +102,27 @@ def test_adapters_are_refused_whatever_their_effect(
 
 
 def test_merged_adapters_are_taken() -> None:
-    model = make_vit()
+    model: Any = make_vit()
     plain, adapter = copy.deepcopy(model), LowRank(model.blocks[0].attn.qkv, 0.1)
-    model.blocks[0].attn.qkv = adapter  # type: ignore[assignment]
+    model.blocks[0].attn.qkv = adapter
     with torch.no_grad():
         plain.blocks[0].attn.qkv.weight += adapter.lora_B.weight @ adapter.lora_A.weight
         x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(convert(plain, "m")(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def _instance_forward(model: VisionTransformer) -> None:
+_QAT = torch.ao.quantization.QConfig(
+    activation=torch.ao.quantization.MinMaxObserver,
+    weight=torch.ao.quantization.MinMaxObserver,
+)
+
+
+def _instance_forward(model: Any) -> None:
     layer = model.blocks[0].mlp.fc2
-    layer.forward = partial(lambda own, x: own(x), layer.forward)  # type: ignore[method-assign]
+    layer.forward = partial(lambda own, x: own(x), layer.forward)
 
 
-CHANGES: dict[str, tuple[Callable[[VisionTransformer], Any], str]] = {
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "spectral norm": (
         lambda m: parametrizations.spectral_norm(m.blocks[0].attn.proj),
         r"blocks\.0\.attn\.proj are parametrized.*remove_parametrizations",
@@ -178,10 +184,6 @@ CHANGES: dict[str, tuple[Callable[[VisionTransformer], Any], str]] = {
         r"its head\.0 is torch\S*LayerNorm",
     ),
 }
-_QAT = torch.ao.quantization.QConfig(
-    activation=torch.ao.quantization.MinMaxObserver,
-    weight=torch.ao.quantization.MinMaxObserver,
-)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -200,7 +202,7 @@ def test_a_subclass_of_a_tensor_is_refused() -> None:
     class Odd(Tensor):
         pass
 
-    model = make_vit()
+    model: Any = make_vit()
     weight = model.blocks[0].mlp.fc1.weight.detach().as_subclass(Odd)
     model.blocks[0].mlp.fc1.weight = nn.Parameter(weight)
     with pytest.raises(UnsupportedModelError, match=r"'blocks\.0\.mlp\.fc1\.weight' is a \S*Odd"):
@@ -299,7 +301,7 @@ def test_a_single_weight_on_the_meta_device_is_named() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_weights_of_8_bits_are_refused_by_name(dtype: torch.dtype) -> None:
-    model = make_vit()
+    model: Any = make_vit()
     model.blocks[0].mlp.fc1.to(dtype)
     with pytest.raises(WeightsError, match=rf"blocks\.0\.mlp\.fc1\.weight' is {dtype}.*float16"):
         load_model(model)
@@ -309,7 +311,7 @@ def test_weights_of_8_bits_are_refused_by_name(dtype: torch.dtype) -> None:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    wrapped: nn.Module = torch.compile(model, backend="eager")
+    wrapped: Any = torch.compile(model, backend="eager")
     return wrapped
 
 

@@ -1,0 +1,80 @@
+"""Results as values and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from api_calls import quantize
+from timm.models.vision_transformer import VisionTransformer
+
+from dfq.results.values import (
+    AgreementOn,
+    Bytes,
+    CalibrationSource,
+    EvaluateResult,
+    FloatQuantized,
+    InvertResult,
+    QuantizeResult,
+    Seconds,
+    to_json,
+)
+
+RESULTS = [
+    QuantizeResult,
+    InvertResult,
+    EvaluateResult,
+    CalibrationSource,
+    Seconds,
+    Bytes,
+    FloatQuantized,
+    AgreementOn,
+]
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_results_are_frozen(kind: type[Any]) -> None:
+    result = kind(*[None for _ in dataclasses.fields(kind)])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(result, dataclasses.fields(kind)[0].name, 1)
+
+
+def fields_of(kind: type[Any]) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+def test_json_has_the_fields_of_the_results(
+    tmp_path: Path, tiny: VisionTransformer, labelled_npz: Path
+) -> None:
+    found = to_json(quantize(tiny, tmp_path / "out", eval=labelled_npz))
+    assert list(found) == fields_of(QuantizeResult)
+    assert list(found["calibration"]) == fields_of(CalibrationSource)
+    assert list(found["seconds"]) == fields_of(Seconds)
+    assert list(found["bytes"]) == fields_of(Bytes)
+    assert list(found["accuracy"]) == fields_of(FloatQuantized)
+    assert list(found["agreement_on"]) == fields_of(AgreementOn)
+
+
+def test_results_are_json(tmp_path: Path, tiny: VisionTransformer) -> None:
+    found = to_json(quantize(tiny, tmp_path / "out"))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_the_report_in_the_checkpoint_is_the_result(
+    tmp_path: Path, tiny: VisionTransformer
+) -> None:
+    result = to_json(quantize(tiny, tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {k: v for k, v in report.items() if k != "seconds"} == {
+        k: v for k, v in result.items() if k != "seconds"
+    }
+
+
+def test_stages_add_up_to_no_more_than_the_total(tmp_path: Path, tiny: VisionTransformer) -> None:
+    seconds = quantize(tiny, tmp_path / "out").seconds
+    stages = [seconds.load, seconds.invert, seconds.calibrate, seconds.quantize, seconds.evaluate]
+    assert min(stages) > 0
+    assert sum(stages) <= seconds.total
