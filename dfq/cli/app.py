@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 import dfq
@@ -15,6 +16,7 @@ from dfq.cli.errors import Group
 from dfq.cli.interrupts import raise_again
 from dfq.cli.terminal import Shown, is_first, print_json, print_text
 from dfq.errors import GateError, SettingError
+from dfq.recipe_files import shipped_recipes, summary
 from dfq.results.tables import (
     benchmark_table,
     distill_table,
@@ -98,7 +100,12 @@ InputRange = Annotated[
     ),
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option(help="TOML file of settings; flags override it.", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="Settings: a name that dfq recipes lists, or a TOML file; flags override them.",
+        show_default=False,
+    ),
 ]
 Images = Annotated[
     int | None, typer.Option(help="Images to make or to calibrate on.", show_default="32")
@@ -565,6 +572,20 @@ def models(
     for entry in entries:
         weights = "" if entry.pretrained else "  (no pretrained weights)"
         print_text(f"{entry.name}  [dim]{entry.kind}{weights}[/]", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]dfq quantize demo --recipe w4a8[/]")
+def recipes(json_: Json = False) -> None:
+    """List the recipes that ship with dfq, for --recipe NAME."""
+    entries = [
+        {"name": name, "summary": summary(path), "path": str(path)}
+        for name, path in shipped_recipes().items()
+    ]
+    if json_:
+        print_json(entries)
+        return
+    for entry in entries:
+        print_text(f"{entry['name']}  [dim]{escape(entry['summary'])}[/]", soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]dfq doctor[/]")
