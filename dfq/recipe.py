@@ -159,8 +159,14 @@ class LayerSettings:
         return dataclasses.replace(other, **said)
 
 
+PATTERN = "pattern"
+
+
 def _layers(value: Any) -> Any:
-    """Tables of exceptions as TOML has them, as :class:`LayerSettings`."""
+    """Exceptions by pattern as :class:`LayerSettings`, from tables as TOML has them or from an
+    array as JSON has it (:func:`to_dict`)."""
+    if isinstance(value, list):
+        value = _by_pattern(value)
     if not isinstance(value, dict):
         return value
     made: dict[Any, Any] = {}
@@ -169,6 +175,20 @@ def _layers(value: Any) -> Any:
             made[pattern] = LayerSettings(**said) if isinstance(said, dict) else said
         except SettingError as error:
             raise SettingError(f"layers.{pattern!r}: {error}") from error
+    return made
+
+
+def _by_pattern(entries: list[Any]) -> dict[str, Any]:
+    """An array of exceptions as a dict in its order."""
+    made: dict[str, Any] = {}
+    for entry in entries:
+        pattern = entry.get(PATTERN) if isinstance(entry, dict) else None
+        if not isinstance(pattern, str) or pattern in made:
+            raise SettingError(
+                f"layers has the entry {entry!r:.60}; allowed: objects with a {PATTERN!r} of their "
+                "own, which is text, beside the settings of its layers."
+            )
+        made[pattern] = {key: item for key, item in entry.items() if key != PATTERN}
     return made
 
 
@@ -485,7 +505,10 @@ def given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
 
 
 def to_dict(value: Any) -> dict[str, Any]:
-    """Nested dicts of JSON types; fields that are None are left out."""
+    """Nested dicts of JSON types; fields that are None are left out.
+
+    Exceptions by layer become an array, as their order counts and that of an object's keys does not.
+    """
     result: dict[str, Any] = {}
     for f in dataclasses.fields(value):
         item = getattr(value, f.name)
@@ -493,7 +516,7 @@ def to_dict(value: Any) -> dict[str, Any]:
             result[f.name] = to_dict(item)
         elif isinstance(item, dict):
             if item:
-                result[f.name] = {key: to_dict(value) for key, value in item.items()}
+                result[f.name] = [{PATTERN: key, **to_dict(value)} for key, value in item.items()]
         elif item is not None:
             result[f.name] = list(item) if isinstance(item, tuple) else item
     return result

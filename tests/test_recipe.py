@@ -257,13 +257,18 @@ def test_recipe_survives_toml(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "recipe.toml"
         path.write_text(to_toml(recipe), encoding="utf-8")
-        assert load_recipe(path) == recipe
+        found = load_recipe(path)
+    assert found == recipe
+    assert list(found.quantization.layers) == list(recipe.quantization.layers)
 
 
 @QUICK
 @given(recipes)
 def test_recipe_survives_json(recipe: Recipe) -> None:
-    assert recipe_from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+    """Whatever order the keys of its objects take: that of the exceptions counts."""
+    found = recipe_from_dict(json.loads(json.dumps(to_dict(recipe), sort_keys=True)))
+    assert found == recipe
+    assert list(found.quantization.layers) == list(recipe.quantization.layers)
 
 
 def test_toml_explains_every_field() -> None:
@@ -433,3 +438,17 @@ def test_wrong_exceptions_are_named(tmp_path: Path, table: str, facts: tuple[str
     with pytest.raises(UsageError) as caught:
         load_text(tmp_path, table)
     assert all(fact in str(caught.value) for fact in facts)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [{"bits": 4}],
+        [{"pattern": 4}],
+        ["head"],
+        [{"pattern": "head"}, {"pattern": "head", "bits": 4}],
+    ],
+)
+def test_wrong_exceptions_of_json_are_named(entries: list[Any]) -> None:
+    with pytest.raises(SettingError, match=r"layers.*pattern"):
+        recipe_from_dict({"quantization": {"layers": entries}})
