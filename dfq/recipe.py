@@ -507,7 +507,7 @@ def given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
 def to_dict(value: Any) -> dict[str, Any]:
     """Nested dicts of JSON types; fields that are None are left out.
 
-    Exceptions by layer become an array, as their order counts and that of an object's keys does not.
+    Exceptions by layer become an array: their order counts, that of the keys of an object does not.
     """
     result: dict[str, Any] = {}
     for f in dataclasses.fields(value):
