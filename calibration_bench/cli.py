@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +17,9 @@ from calibration_bench.core import registry
 from calibration_bench.core.notes import Lines
 from calibration_bench.core.options import function
 from calibration_bench.core.report import markdown, report
-from dfq.cli.terminal import print_json, print_text, wants_json
-from dfq.errors import DfqError
+from dfq.cli.streams import settle
+from dfq.cli.terminal import check_output, print_json, print_text, wants_json
+from dfq.errors import DfqError, OutputError
 from dfq.text import escape
 
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -43,11 +46,13 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            check_output(sys.argv[1:])
             return super().invoke(ctx)
         except DfqError as error:
             if wants_json():
                 kind = type(error).__name__
-                print_json({"error": {"type": kind, "message": str(error)}})
+                with suppress(OutputError):
+                    print_json({"error": {"type": kind, "message": str(error)}})
             err_console.print(f"[bold red]error:[/] {escape(str(error))}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
@@ -175,4 +180,5 @@ def _write(text: str) -> None:
 
 def main() -> None:
     """Entry point of ``python -m calibration_bench``."""
+    settle()
     app()

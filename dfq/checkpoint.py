@@ -19,7 +19,14 @@ from safetensors.torch import save
 from dfq.arguments import checked
 from dfq.device import resolve_device
 from dfq.errors import CheckpointError, SettingError, UsageError
-from dfq.files import check_replaceable, read_json, replaced_directory, write_bytes, write_json
+from dfq.files import (
+    check_replaceable,
+    read_json,
+    replaced_directory,
+    utf8_path,
+    write_bytes,
+    write_json,
+)
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.model import QuantizedViT
 from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
@@ -226,7 +233,7 @@ def _read_state(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torc
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{str(path)!r} is no regular file.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             names = set(file.keys())
             if names != set(expected):
                 odd = sorted(names ^ set(expected))

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from dfq.errors import ExtraError
+from dfq.installation import install_command
 
 
 def installed(package: str) -> bool:
@@ -25,5 +26,5 @@ def require(package: str, extra: str) -> Any:
     except ImportError as error:
         raise ExtraError(
             f"This needs the package {package!r}, which cannot be imported ({error}). "
-            f"Install it with: pip install 'dfq[{extra}]'"
+            f"Install it with: {install_command(extra)}"
         ) from error

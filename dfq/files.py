@@ -137,8 +137,31 @@ def _finite(text: str) -> float:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON with sorted keys, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    """Write indented JSON with sorted keys, whole or not at all.
+
+    Bytes of file names that are no UTF-8 are written as escapes, such as ``\\udcff``.
+    """
+    write_bytes(path, (json.dumps(_as_utf8(value), indent=2, sort_keys=True) + "\n").encode())
+
+
+def _as_utf8(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_as_utf8(k): _as_utf8(v) for k, v in value.items()}
+    return [_as_utf8(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """A name of the file, which exists, for libraries that open UTF-8 names alone."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
+    else:
+        yield path
 
 
 def make_directory(path: Path) -> None:

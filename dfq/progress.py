@@ -26,6 +26,12 @@ def note_all(progress: Progress, texts: Iterable[str]) -> None:
         progress.note(text)
 
 
+def warn(progress: Progress, warnings: Iterable[str]) -> None:
+    """Note each warning."""
+    for warning in warnings:
+        progress.note(f"warning: {warning}")
+
+
 class Silent:
     """Shows nothing."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from dfq.arguments import checked
 from dfq.errors import RecipeError, SettingError, nearest
@@ -162,6 +162,19 @@ class LayerSettings:
 PATTERN = "pattern"
 
 
+class LayerTable(dict[str, LayerSettings]):
+    """Exceptions by name of layer, in an order that counts; hashable, as settings are."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and [*self.items()] == [*other.items()]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
 def _layers(value: Any) -> Any:
     """Exceptions by pattern as :class:`LayerSettings`, from tables as TOML has them or from an
     array as JSON has it (:func:`to_dict`)."""
@@ -278,8 +291,10 @@ class QuantizationSettings:
         ),
     )
     batch: int = Field(default=8, ge=1, le=4096, description="images of a calibration step")
-    layers: Annotated[dict[str, LayerSettings], BeforeValidator(_layers)] = Field(
-        default_factory=dict,
+    layers: Annotated[
+        dict[str, LayerSettings], BeforeValidator(_layers), AfterValidator(LayerTable)
+    ] = Field(
+        default_factory=LayerTable,
         description="exceptions by name of layer, such as blocks.*.mlp.fc2 (* is any text)",
     )
 

@@ -37,8 +37,8 @@ SMALLER = (
     (r"^(dfq benchmark .*)", r"\1 --runtimes dfq,torch-fp32 --seconds 0.02"),
     (r" --cold\b", ""),
     (r" --min-agreement 0\.98\b", " --min-agreement 0.5"),
-    (r"\bvit_small_patch14_dinov2\b", "test_vit"),
-    (r" --img-size 224\b", " --img-size 32"),
+    (r"\bvit_(small_patch14_dinov2|base_patch16_224)\b", "test_vit"),
+    (r" --img-size (224|384)\b", " --img-size 32"),
     (r"\bimages=64\b", "images=8"),
     (r"\b(dfq\.(?:quantize|invert|distill)\(.*?)\)", r"\1, iterations=4, threads=1)"),
     (r"\b(dfq\.distill\(.*?)\)", r"\1, images=8, steps=2)"),
@@ -72,6 +72,8 @@ def runs(block: tuple[str, list[str]]) -> bool:
 
 def can_run(program: str) -> bool:
     """Whether what a program needs is here."""
+    if "openvino" in program and not installed("openvino"):
+        return False
     if "onnx" in program and not installed("onnx"):
         return False
     return "compiled=True" not in program or opaque.compiler() is not None
@@ -83,7 +85,7 @@ BEFORE = {
 }
 """What a page takes for granted."""
 
-Run = Callable[[str], None]
+Run = Callable[[str], str]
 
 
 @pytest.fixture
@@ -92,6 +94,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_weights: Path) 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "my_vit.safetensors").symlink_to(small_weights)
+    torch.save(load_file(small_weights), tmp_path / "my_vit.pth")
     rng = np.random.default_rng(0)
     for number in range(40):
         folder = tmp_path / "val" / f"class {number % 5}"
@@ -116,11 +119,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_weights: Path) 
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Commands in the working directory."""
 
-    def command(text: str) -> None:
+    def command(text: str) -> str:
         words = shlex.split(smaller(text))[1:]
         monkeypatch.setattr(sys, "argv", ["dfq", *words])
         ended = CliRunner().invoke(app, words)
         assert ended.exit_code == 0, f"{text}: {ended.stderr}"
+        return ended.stdout
 
     return command
 
@@ -137,6 +141,18 @@ def test_the_steps_of_the_readme_run_in_their_order(run: Run, place: Path) -> No
             assert eval(smaller(call), {"dfq": dfq}) is not None
     for name in ("vit_base-w4a8/config.json", "images/manifest.json", "images.png"):
         assert (place / name).is_file()
+
+
+def labels(text: str) -> list[str]:
+    """First cells of a table of two columns, without those of lines that go on."""
+    return [cell for cell in re.findall(r"^│ ([\w-]*) ", text, re.M) if cell]
+
+
+@pytest.mark.usefixtures("place")
+def test_the_sample_of_the_readme_has_the_rows_that_are_printed(run: Run) -> None:
+    shown = labels((ROOT / "README.md").read_text())
+    assert shown == labels(run("dfq quantize demo --bits 4 --eval demo"))
+    assert "agreement" in shown
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs, blocks(page)))])

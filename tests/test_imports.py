@@ -171,7 +171,17 @@ def test_only_the_command_line_prints() -> None:
 
 BENCH_TAKES = {
     *("cli", "data", "demo", "device", "environment", "errors", "failures", "files", "inversion"),
-    *("pipeline", "quantization", "recipe", "results", "runtime", "sparse", "text", "vit"),
+    *(
+        "installation",
+        "pipeline",
+        "quantization",
+        "recipe",
+        "results",
+        "runtime",
+        "sparse",
+        "text",
+        "vit",
+    ),
 }
 """Rooms of ``dfq`` that ``calibration_bench`` takes from, beside the public names."""
 

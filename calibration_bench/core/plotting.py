@@ -10,6 +10,7 @@ from typing import Any
 from calibration_bench.core.registry import Curve, Plot
 from dfq.errors import UsageError
 from dfq.files import make_directory, safe_name, write_bytes
+from dfq.installation import install_command
 
 MARKERS = "osD^vPX*<>hd"
 
@@ -36,7 +37,7 @@ def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError("Plots need matplotlib: pip install 'dfq[report]'.") from error
+        raise UsageError(f"Plots need matplotlib: {install_command('report')}") from error
     return Figure(figsize=(8, 5), dpi=120, layout="constrained")
 
 

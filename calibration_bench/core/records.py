@@ -17,8 +17,10 @@ from dfq.files import check_writable, write_json
 
 FORMAT = "dfq-bench"
 FORMAT_VERSION = 2
-"""Version 1 differs in that keys of quantized models lack ``reduce_range``; all of them were
-measured with weights of the full range."""
+"""Version 1 differs in that keys lack ``reduce_range``."""
+
+OF_FULL_RANGE = ("calibration-sources", "inversion-quality", "quantization-accuracy", "rebirth")
+"""Experiments whose rows of version 1 were measured with weights of the full range."""
 
 ENTRY = {"key", "row", "complete", "session", "measured"}
 """What is stored of a row."""
@@ -122,10 +124,9 @@ def _whole(content: dict[str, Any]) -> bool:
 
 def _of_this_version(content: dict[str, Any]) -> dict[str, Any]:
     """The content of a file of any version as this version has it."""
-    if content["format_version"] == 1:
+    if content["format_version"] == 1 and content.get("experiment") in OF_FULL_RANGE:
         for row in content["rows"]:
-            if "bits" in row["key"]:
-                row["key"]["reduce_range"] = False
+            row["key"]["reduce_range"] = False
     return {**content, "format_version": FORMAT_VERSION}
 
 

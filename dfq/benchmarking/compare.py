@@ -25,9 +25,11 @@ from dfq.environment import instructions, processor, versions
 from dfq.errors import DfqError, SettingError, nearest
 from dfq.extras import installed
 from dfq.failures import first_line
-from dfq.progress import Progress, Silent
+from dfq.installation import install_command
+from dfq.progress import Progress, Silent, warn
 from dfq.quantization.scheme import Scheme
 from dfq.results.values import Absent, BenchmarkResult, BenchmarkRow, ColdStart
+from dfq.slow import slow_integers
 
 BATCHES = (1, 16)
 SECONDS = 5.0
@@ -74,7 +76,9 @@ def benchmark(
     info = checkpoints.read_info(checkpoint)
     progress = progress or Silent()
     with tempfile.TemporaryDirectory(prefix="dfq-") as temporary, thread_count(threads):
-        given = Contestants(checkpoints.load(checkpoint), threads, Path(temporary))
+        model = checkpoints.load(checkpoint)
+        warn(progress, slow_integers(torch.device("cpu"), model.largest_weight()))
+        given = Contestants(model, threads, Path(temporary))
         ready, absent = _build(names, given, progress)
         rows = [row for n in batches for row in _measure(ready, given, n, seconds, progress)]
         starts: list[ColdStart] | None = None
@@ -145,7 +149,7 @@ def _build(
             runtime = RUNTIMES[name]
             missing = [package for package in runtime.packages if not installed(package)]
             if missing:
-                reason = f"{', '.join(missing)} not installed: pip install 'dfq[{runtime.extra}]'"
+                reason = f"{', '.join(missing)} not installed: {install_command(runtime.extra)}"
                 absent.append(Absent(name, reason))
             else:
                 _build_one(name, given, ready, absent)

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from dfq.cli.interrupts import INTERRUPTED
-from dfq.cli.terminal import err_console, is_first, print_json, wants_json
+from dfq.cli.terminal import check_output, err_console, is_first, print_json, wants_json
 from dfq.errors import DfqError, GateError, OutputError, UsageError
 from dfq.failures import first_line, is_out_of_memory
 from dfq.text import escape
@@ -46,6 +46,7 @@ class Group(TyperGroup):
         """Also explains what goes wrong before a command is reached."""
         given = list(args[0] if args and args[0] is not None else sys.argv[1:])
         try:
+            check_output(given)
             _check_empty(given)
             return super().main(*args, **options)
         except (DfqError, OSError) as error:
@@ -104,5 +105,5 @@ def _fail(message: str, code: int) -> NoReturn:
 def _report(kind: str, message: str) -> None:
     """The object that ``--json`` promises, where there is no result."""
     if wants_json() and is_first():
-        with suppress(OutputError):
+        with suppress(OutputError, BrokenPipeError):
             print_json({"error": {"type": kind, "message": message}})

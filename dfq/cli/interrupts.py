@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Any, NoReturn
 
 INTERRUPTED = 130
@@ -30,6 +31,11 @@ def _end(*_: Any) -> NoReturn:
     message = "Interrupted."
     if "--json" in sys.argv[1:]:
         error = {"error": {"type": "KeyboardInterrupt", "message": message}}
-        os.write(1, (json.dumps(error, indent=2) + "\n").encode())
-    os.write(2, (message + "\n").encode())
+        _write(1, json.dumps(error, indent=2))
+    _write(2, message)
     os._exit(INTERRUPTED)
+
+
+def _write(descriptor: int, line: str) -> None:
+    with suppress(OSError):
+        os.write(descriptor, f"{line}\n".encode())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -31,29 +32,39 @@ def wants_json() -> bool:
     return "--json" in sys.argv[1:]
 
 
+def check_output(words: list[str]) -> None:
+    """Refuse a closed stdout before any work, unless ``words`` ask for nothing to be printed.
+
+    Raises:
+        OutputError: standard output is closed.
+    """
+    if "--json" in words or not {"-q", "--quiet"} & set(words):
+        _stdout()
+    elif sys.stdout is None:
+        sys.stdout = io.StringIO()  # for libraries that print
+
+
 def print_json(value: Any) -> None:
     """One JSON value on stdout; raises :class:`OutputError` if it cannot be written."""
-    with _stdout():
-        sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    stdout = _stdout()
+    stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    stdout.flush()
 
 
 def print_text(text: Any, **options: Any) -> None:
     """Text or a table on stdout; raises :class:`OutputError` if it cannot be written."""
-    with _stdout():
-        out_console.print(text, **options)
+    stdout = _stdout()
+    out_console.print(text, **options)
+    stdout.flush()
 
 
-@contextmanager
-def _stdout() -> Iterator[None]:
-    """Raise :class:`OutputError` if what is printed cannot be written, as on a full disk."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputError(f"Cannot write to standard output: {error.strerror}.") from error
+def _stdout() -> TextIO:
+    if sys.stdout is None:
+        raise OutputError(
+            "Standard output is closed, and the result is printed there; redirect it to a file "
+            "or to the null device, or use --quiet."
+        )
+    return sys.stdout
 
 
 class Shown:

@@ -13,7 +13,6 @@ from dfq.arguments import checked
 from dfq.errors import OutputError, SettingError
 from dfq.exporting import program
 from dfq.exporting.facts import facts
-from dfq.exporting.forms import integer_layers
 from dfq.extras import require
 from dfq.files import check_writable, explain, replace_files, write_bytes
 from dfq.quantization.model import QuantizedViT
@@ -100,7 +99,7 @@ def _saturating(model: QuantizedViT) -> list[str]:
     """
     where = "saturate in ONNX Runtime and OpenVINO on x86 processors without VNNI"
     warnings = []
-    largest = max(layer.largest_weight() for layer in integer_layers(model).values())
+    largest = model.largest_weight()
     if largest > onednn.PORTABLE:
         warnings.append(
             f"Weights reach {largest}, which {where}: logits are wrong there. Quantize again with "

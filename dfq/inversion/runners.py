@@ -150,7 +150,7 @@ class DeviceRunner:
             self._record(here)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
+        except Exception as error:  # Triton's compiler has no list of what it raises
             self._fall_back("Triton", error)
             self.fused = False
             here.update = self._make_update(here.state, here.course)
@@ -172,7 +172,7 @@ class DeviceRunner:
                 graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
             ):
                 self._record(here)
-        except Exception as error:
+        except Exception as error:  # nor has what cannot be captured
             self._fall_back("CUDA graphs", error)
             self.graphs = False
         else:

@@ -24,7 +24,7 @@ from dfq.pipeline.calibration_set import augmented, calibration_set
 from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.pipeline.evaluate import agreement_on, open_evaluation
 from dfq.pipeline.workers import check_alone
-from dfq.progress import Progress, Silent, note_all
+from dfq.progress import Progress, Silent, note_all, warn
 from dfq.recipe import (
     METHODS,
     DistillationSettings,
@@ -38,6 +38,7 @@ from dfq.recipe import (
 from dfq.results.gates import unmeasured
 from dfq.results.intervals import share_interval
 from dfq.results.values import DistillResult, TeacherStudent, to_json
+from dfq.slow import slow_floats
 from dfq.vit import ViT
 from dfq.vit.convert import convert
 from dfq.vit.load import ALIASES, LoadedModel, load_model, module_name
@@ -146,6 +147,9 @@ def distill(
     place = Path(out) if out is not None else Path(f"{safe_name(Path(name).name)}-student")
     _check_place(place, teacher, progress)
     target = resolve_device(device)
+    inverts = (method or data is None) and chosen.inversion.method != "noise"
+    slow = slow_floats(target, plan.precision, *([chosen.inversion.precision] if inverts else []))
+    warn(progress, slow)
     loaded = load_model(
         teacher,
         weights=weights,
@@ -197,6 +201,7 @@ def distill(
         images=None,
         seconds=time.perf_counter() - started,
         training_seconds=time.perf_counter() - before,
+        warnings=slow,
     )
     about = {"timm_name": loaded.timm_name, "fingerprint": loaded.fingerprint}
     facts = {"teacher": about, "recipe": to_dict(dataclasses.replace(chosen, distillation=plan))}
@@ -205,6 +210,7 @@ def distill(
         return result
     measured = _measure(loaded, convert(model.cpu(), name).to(target), tested, target, progress)
     agreement = agreement_on(measured, tested.name)
+    doubtful = unmeasured(agreement)
     result = dataclasses.replace(
         result,
         accuracy=_pair(measured),
@@ -213,11 +219,10 @@ def distill(
         seconds=time.perf_counter() - started,
         agreement_on=agreement,
         class_order=tested.class_order,
-        warnings=unmeasured(agreement),
+        warnings=[*slow, *doubtful],
     )
     write_json(place / REPORT, {**facts, **to_json(result)})
-    for warning in result.warnings:
-        progress.note(f"warning: {warning}")
+    warn(progress, doubtful)
     return result
 
 

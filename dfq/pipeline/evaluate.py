@@ -23,12 +23,13 @@ from dfq.pipeline.comparison import (
     dense_batches,
     metric_of,
 )
-from dfq.progress import Progress, Silent, note_all
+from dfq.progress import Progress, Silent, note_all, warn
 from dfq.quantization import QuantizedViT
 from dfq.quantization.scheme import Scheme
 from dfq.results.gates import check_bounds, check_bounds_decidable, check_shares, doubts, gate
 from dfq.results.intervals import share_interval
 from dfq.results.values import AgreementOn, EvaluateResult, FloatQuantized
+from dfq.slow import slow_integers
 from dfq.vit import Architecture, Preprocessing, ViT
 from dfq.vit.load import load_model
 from dfq.vit.options import pool_of
@@ -84,6 +85,8 @@ def evaluate(
     target = resolve_device(device)
     info = checkpoints.read_info(path)
     model = checkpoints.load(path, device=target).set_backend(backend)
+    slow = [] if backend else slow_integers(target, model.largest_weight())
+    warn(progress, slow)
     metric = metric_of(model.arch)
     source = open_evaluation(data, model.arch, model.preprocessing, class_map)
     check_measurable(source, metric, min_agreement, min_accuracy, "--data")
@@ -101,7 +104,7 @@ def evaluate(
     with progress.task("Evaluating", len(source)) as advance:
         comparison = compare(model, reference, batches, advance, metric=metric)
     agreement = None if reference is None else agreement_on(comparison, source.name)
-    accuracy = accuracy_pair(comparison, "top1")
+    accuracy, doubtful = accuracy_pair(comparison, "top1"), doubts(agreement)
     result = EvaluateResult(
         checkpoint=str(path),
         model=info.model,
@@ -119,10 +122,9 @@ def evaluate(
         agreement_on=agreement,
         class_order=None if accuracy is None else source.class_order,
         gate=check_bounds(agreement, accuracy, min_agreement, min_accuracy),
-        warnings=doubts(agreement),
+        warnings=[*slow, *doubtful],
     )
-    for warning in result.warnings:
-        progress.note(f"warning: {warning}")
+    warn(progress, doubtful)
     gate(result)
     return result
 

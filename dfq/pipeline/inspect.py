@@ -14,7 +14,7 @@ from dfq.arguments import checked
 from dfq.data.cache import cache_directory
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.settings import SETTINGS
-from dfq.device import multiplies_bytes, resolve_precision
+from dfq.device import resolve_precision
 from dfq.environment import instructions, processor, versions
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
@@ -22,6 +22,7 @@ from dfq.quantization.scheme import Scheme
 from dfq.recipe import to_dict
 from dfq.runtime import onednn, opaque
 from dfq.runtime.params import Needs
+from dfq.slow import slow_floats, slow_integers
 from dfq.vit.architecture import PIXEL_RANGE, Preprocessing, to_json
 from dfq.vit.describe import describe
 from dfq.vit.saved import REPORT, WEIGHTS, is_saved, read_saved
@@ -216,30 +217,8 @@ def doctor(cache: str | Path | None = None) -> DoctorReport:
         precision=resolve_precision("auto", cpu),
         cache=str(root),
         problems=tuple(problems),
-        warnings=_slow(cpu),
+        warnings=(*slow_integers(cpu), *slow_floats(cpu, "auto")),
     )
-
-
-def _slow(device: torch.device) -> tuple[str, ...]:
-    """What makes this processor slow, with what to do."""
-    slow = []
-    if onednn.refusal(device, PORTABLE) is not None:
-        slow.append(
-            "This processor multiplies 8-bit integers neither with VNNI nor with AVX2: quantized "
-            "models run on the reference kernels, several times slower than in floating point."
-        )
-    elif not multiplies_bytes(device):
-        slow.append(
-            "This processor has no 8-bit dot products (VNNI), so wide weights would saturate: "
-            "checkpoints quantized with reduce_range (the default) run fast, others on the "
-            "reference kernels, several times slower than in floating point."
-        )
-    if resolve_precision("auto", device) == "float32":
-        slow.append(
-            "This processor does not multiply bfloat16 natively: inversion runs in float32 and "
-            "takes about three times as long as the README says."
-        )
-    return tuple(slow)
 
 
 def _missing_demo_files() -> list[Path]:

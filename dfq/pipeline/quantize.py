@@ -35,7 +35,7 @@ from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense
 from dfq.pipeline.evaluate import accuracy_pair, agreement_on, check_measurable, open_evaluation
 from dfq.pipeline.synthesis import make_dataset
 from dfq.pipeline.workers import check_alone
-from dfq.progress import Progress, Silent, note_all
+from dfq.progress import Progress, Silent, note_all, warn
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.diagnosis import layer_noise, poor_layers
 from dfq.quantization.equalization import equalize
@@ -53,6 +53,8 @@ from dfq.results.values import (
     Seconds,
     to_json,
 )
+from dfq.runtime import onednn
+from dfq.slow import slow_floats, slow_integers
 from dfq.vit import ViT
 from dfq.vit.load import LoadedModel, load_model, module_name
 
@@ -118,8 +120,9 @@ def invert(
         precision=precision,
     )
     chosen = make_recipe(recipe, inversion=overrides).inversion
-    target = resolve_device(device)
-    progress = progress or Silent()
+    target, progress = resolve_device(device), progress or Silent()
+    if chosen.method != "noise":
+        warn(progress, slow_floats(target, chosen.precision))
     loaded = load_model(
         model,
         weights=weights,
@@ -235,6 +238,8 @@ def quantize(
     )
     chosen = _recipe(recipe, settings, inversion, given(None, bits=bits, attention=attention))
     target = resolve_device(device)
+    slow = _slow(chosen, target, _inverts(chosen, calibration, eval))
+    warn(progress, slow)
     name = model if isinstance(model, str) else module_name(model)
     scheme = Scheme(chosen.quantization).name
     out = Path(out) if out is not None else Path(f"{safe_name(name)}-{scheme}")
@@ -291,20 +296,33 @@ def quantize(
     result = _save(result, out, quantized, loaded, _as_made(chosen, source, origin))
     with clock("evaluate"):
         result = _measured(result, loaded, quantized, measured_on, target, cache, progress)
+    doubtful = [
+        *poor_layers(noise, quantized.scheme),
+        *doubts(result.agreement_on, result.agreement_outside),
+    ]
     result = dataclasses.replace(
         result,
         seconds=clock.seconds(),
         gate=check_bounds(result.agreement_on, result.accuracy, min_agreement, min_accuracy),
-        warnings=[
-            *poor_layers(noise, quantized.scheme),
-            *doubts(result.agreement_on, result.agreement_outside),
-        ],
+        warnings=[*slow, *doubtful],
     )
     checkpoints.write_report(out, to_json(result))
-    for warning in result.warnings:
-        progress.note(f"warning: {warning}")
+    warn(progress, doubtful)
     gate(result)
     return result
+
+
+def _inverts(recipe: Recipe, calibration: str | Path | None, eval: str | Path | None) -> bool:
+    """Whether images are inverted, to calibrate on or to measure agreement on."""
+    made = calibration is None or calibration in METHODS
+    return eval is None or (made and recipe.inversion.method != "noise")
+
+
+def _slow(recipe: Recipe, device: torch.device, inverts: bool) -> list[str]:
+    """What will be slow: inversion, and the quantized model when it is measured."""
+    largest = onednn.PORTABLE if recipe.quantization.reduce_range else 127
+    floats = slow_floats(device, recipe.inversion.precision) if inverts else []
+    return [*floats, *slow_integers(device, largest)]
 
 
 def _measured(

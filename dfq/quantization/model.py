@@ -223,6 +223,10 @@ class QuantizedViT(ViT):
         names = {layer.prepare()[0].NAME for layer in self._linears()}
         return ", ".join(sorted(names))
 
+    def largest_weight(self) -> int:
+        """Largest magnitude of the integers that linear layers multiply."""
+        return max(layer.largest_weight() for layer in self._linears())
+
     def set_backend(self, name: str | None) -> QuantizedViT:
         """Choose the kernels: ``"onednn"``, ``"reference"``, or None for the fastest.
 

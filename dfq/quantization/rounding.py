@@ -216,7 +216,7 @@ def kernel_failure(device: torch.device) -> str | None:
         same = all(map(torch.equal, found, round_columns(weight, *given)))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # Triton's compiler has no list of what it raises
         return f"{type(error).__name__}: {error}"
     return None if same else "the kernel's integers are others than the loop's"
 

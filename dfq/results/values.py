@@ -182,7 +182,8 @@ class QuantizeResult(Result, table=quantize_table):
     ``agreement_outside`` is measured where there is no evaluation data, on images made without
     the model.  ``class_order`` says where labels' indices are from: ``imagenet synsets``,
     ``number``, ``name`` or ``class map`` of class folders, ``y`` of an array; None without
-    labels.  ``gate`` holds the bounds that were set, ``warnings`` reasons to distrust the rest.
+    labels.  ``gate`` holds the bounds that were set, ``warnings`` reasons to distrust the
+    rest, and what this processor is slow at.
     """
 
     model: str

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dfq.errors import WeightsError
 from dfq.failures import explained, first_line
+from dfq.files import utf8_path
 from dfq.vit.convert import check_finite
 from dfq.vit.formats import folder_given, names_in_zip, refuse_other_formats
 from dfq.vit.jax_weights import read_jax
@@ -227,7 +228,8 @@ def _check_tensor(key: str, value: Tensor, path: Path) -> None:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return dict(load_file(path))
+        with utf8_path(path) as readable:
+            return dict(load_file(readable))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise WeightsError(
             f"{str(path)!r} is not a whole safetensors or torch file ({error}). "

@@ -10,7 +10,7 @@ import torch
 from calibration_bench.core import registry
 from calibration_bench.core.runner import run
 from calibration_bench.core.tables import gpu_tables
-from calibration_bench.experiments import gpu_check
+from calibration_bench.experiments.gpu_check import experiment as gpu_check
 from calibration_bench.experiments.gpu_check.experiment import Options
 from calibration_bench.measure import gpu
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from calibration_bench.core.records import Store
 from calibration_bench.core.registry import Curve, Measured, Plot
 from calibration_bench.core.report import report
 from dfq.errors import UsageError
+from dfq.installation import install_command
 
 CURVE = Curve("pri4", [8, 32, 128], [0.1, 0.05, 0.02], [0.01, 0.0, 0.002])
 PLOT = Plot("a/b c", "Title", "x", "y", [CURVE], log_x=True, log_y=True)
@@ -70,5 +72,5 @@ def test_without_matplotlib_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UsageError, match=r"pip install 'dfq\[report\]'"):
+    with pytest.raises(UsageError, match=re.escape(install_command("report"))):
         draw_plots([PLOT], tmp_path)

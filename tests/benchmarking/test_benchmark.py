@@ -25,6 +25,7 @@ from dfq.benchmarking.timing import interleaved, row_of
 from dfq.cli.app import app
 from dfq.errors import SettingError
 from dfq.extras import installed
+from dfq.installation import install_command
 
 OWN = ["dfq", "torch-fp32", "torch-bf16"]
 
@@ -134,7 +135,7 @@ def test_an_absent_package_is_named_with_its_extra(
     assert [r.runtime for r in found.rows] == ["dfq"]
     (absent,) = found.absent
     assert absent.runtime == "onnxruntime-dfq"
-    assert absent.reason == "onnxruntime not installed: pip install 'dfq[onnx]'"
+    assert absent.reason == f"onnxruntime not installed: {install_command('onnx')}"
 
 
 def test_a_tool_that_fails_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dfq.data.dataset import DatasetWriter, shard_name
-from dfq.data.preview import BACKGROUND, MARGIN, MIN_SIDE, SIGNATURE, preview
+from dfq.data.preview import BACKGROUND, HEADING, MARGIN, MIN_SIDE, SIGNATURE, preview
 from dfq.data.settings import grid_to_json
 from dfq.errors import DamagedError, DatasetError, DfqError, OutputError, SettingError
 from dfq.sparse import Grid, SparseImages, unpatchify
@@ -68,7 +68,7 @@ def picture(dataset: Path, **arguments: int) -> np.ndarray:
     path = preview(dataset, dataset.parent / "preview.png", **arguments)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image.convert("RGB"))[HEADING:]
 
 
 def cell(sheet: np.ndarray, row: int, column: int, height: int, width: int) -> np.ndarray:

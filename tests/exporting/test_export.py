@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from dfq.cli.app import app
 from dfq.errors import CheckpointError, ExtraError, OutputError, SettingError
 from dfq.exporting.formats import SUFFIXES
 from dfq.files import replace_files
+from dfq.installation import install_command
 from dfq.results.values import to_json
 
 onnx = pytest.importorskip("onnx")
@@ -198,7 +200,7 @@ def test_an_absent_package_is_named_with_its_extra(
 
     imported: Callable[..., Any] = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", without)
-    with pytest.raises(ExtraError, match=rf"pip install 'dfq\[{format}\]'"):
+    with pytest.raises(ExtraError, match=re.escape(install_command(format))):
         dfq.export(checkpoint, format=format, out=tmp_path / f"model{SUFFIXES[format]}")
     assert not names(tmp_path)
 

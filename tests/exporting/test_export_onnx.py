@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from dfq.quantization.quantizer import Quantizer
 from exported_models import (
     MEMBERS,
     W8,
@@ -28,6 +27,7 @@ from dfq.exporting.program import reference_form
 from dfq.quantization import QuantizedViT
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.rounding import WeightScales
+from dfq.runtime.qtype import Quantizer
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

@@ -17,6 +17,7 @@ from conftest import make_vit
 from timm.models.vision_transformer import VisionTransformer
 
 import dfq
+from dfq.data.preview import HEADING
 from dfq.errors import DataError, SettingError
 from dfq.results.values import (
     AgreementOn,
@@ -593,7 +594,7 @@ def test_a_dataset_can_be_drawn(tmp_path: Path, tiny: VisionTransformer) -> None
     dfq.invert(tiny, images=4, settings=FAST, out=tmp_path / "images")
     drawn = dfq.preview(tmp_path / "images", tmp_path / "sheet.png")
     with Image.open(drawn) as image:
-        assert image.size == (2 * 112 + 6, 2 * 112 + 6)
+        assert image.size == (2 * 112 + 6, 2 * 112 + 6 + HEADING)
 
 
 def test_the_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,52 @@
+"""What this processor is slow at, with what to do: one sentence a cause."""
+
+from __future__ import annotations
+
+import torch
+
+from dfq.device import multiplies_bfloat16, multiplies_bytes
+from dfq.runtime import onednn
+from dfq.runtime.params import Needs
+
+FLOAT32 = (
+    "This processor does not multiply bfloat16 natively: inversion and distillation run in "
+    "float32, which takes about 1.7 times as long. A GPU (--device cuda) or fewer --iterations "
+    "save time."
+)
+EMULATED = (
+    "This processor does not multiply bfloat16 natively: emulated it takes more than ten times as "
+    "long as float32. Use precision = 'auto' (the default)."
+)
+WITHOUT_VNNI = (
+    "This processor has no 8-bit dot products (VNNI): quantized models take almost twice as long "
+    "as with them, still less than in floating point. Those of reduce_range = false run on the "
+    "reference kernels, slower than in floating point."
+)
+TOO_WIDE = (
+    "Without 8-bit dot products (VNNI) weights of the full range would saturate, so this model "
+    "runs on the reference kernels, slower than in floating point. Quantize with "
+    "reduce_range = true (the default)."
+)
+WITHOUT_AVX2 = (
+    "8-bit products are exact neither with VNNI nor with AVX2 here, so quantized models run on the "
+    "reference kernels, slower than in floating point. An export runs on what its runtime offers."
+)
+
+
+def slow_floats(device: torch.device, *precisions: str) -> list[str]:
+    """What to know before work in these precisions, as settings name them; nothing on a GPU."""
+    if device.type != "cpu" or multiplies_bfloat16(device):
+        return []
+    slow = {"auto": FLOAT32, "bfloat16": EMULATED}
+    return [text for precision, text in slow.items() if precision in precisions]
+
+
+def slow_integers(device: torch.device, largest: int = onednn.PORTABLE) -> list[str]:
+    """What to know before a quantized model runs whose weights reach ``largest`` in magnitude,
+    as they are multiplied; nothing on a GPU."""
+    if device.type != "cpu" or multiplies_bytes(device):
+        return []
+    if onednn.refusal(device, Needs(largest)) is None:
+        return [WITHOUT_VNNI]
+    portable = onednn.refusal(device, Needs(onednn.PORTABLE)) is None
+    return [TOO_WIDE] if portable else [WITHOUT_AVX2]
