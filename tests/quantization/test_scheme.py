@@ -124,6 +124,20 @@ def test_exceptions_are_written_into_the_checkpoint_and_reproduced(tmp_path: Pat
     assert checkpoint.read_info(tmp_path / "c").recipe.quantization == settings
 
 
+def test_of_exceptions_that_match_a_layer_the_last_one_wins_on_disk_too(tmp_path: Path) -> None:
+    exceptions = {"blocks.*": LayerSettings(bits=6), "*.attn.*": LayerSettings(bits=3)}
+    settings = QuantizationSettings(bits=4, layers=exceptions)
+    reversed_order = QuantizationSettings(bits=4, layers=dict(reversed(exceptions.items())))
+    assert settings != reversed_order
+    model = quantized_as(FAMILIES[0], settings)
+    recipe = Recipe(quantization=settings)
+    checkpoint.save_checkpoint(tmp_path / "c", model, name="x", recipe=recipe, source={})
+    loaded = checkpoint.load(tmp_path / "c")
+    assert loaded.settings == settings
+    bits = {n: m.bits for n, m in loaded.named_modules() if isinstance(m, IntegerLinear)}
+    assert (bits["blocks.0.mlp.fc1"], bits["blocks.0.attn.qkv"], bits["head"]) == (6, 3, 8)
+
+
 def test_a_pattern_that_matches_no_layer_is_refused() -> None:
     settings = QuantizationSettings(layers={"blocks.*.mlp.fc3": LayerSettings(bits=8)})
     with pytest.raises(SettingError, match=r"fc3.*matches no layer.*patch_embed"):
