@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from test_imports import MAY
 
 import dfq
 from dfq.cli.app import app
@@ -56,11 +57,31 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-def test_the_architecture_page_lists_every_module() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def listed(room: str) -> set[str]:
+    """Modules and folders that the architecture page lists in a room, or beside the rooms."""
+    section = ARCHITECTURE.partition(f"\n### dfq/{room}\n")[2].partition("\n#")[0]
+    cells = " ".join(re.findall(r"^\| (`.*?) \|", section, re.M))
+    return set(re.findall(r"`(\w+\.py|\w+/)`", cells))
+
+
+def test_the_architecture_page_lists_every_module_in_its_room() -> None:
+    rooms: dict[str, set[str]] = {}
     for path in (ROOT / "dfq").rglob("*.py"):
-        if not path.name.startswith("__") and path.parent.name != "demo":
-            assert path.name in page or f"`{path.parent.name}/`" in page, path
+        parts = path.relative_to(ROOT / "dfq").parts
+        room, name = (f"{parts[0]}/", parts[1]) if len(parts) > 1 else ("", parts[0])
+        rooms.setdefault(room, set()).add(f"{name}/" if len(parts) > 2 else name)
+    for room, names in rooms.items():
+        assert listed(room) == names - {"__init__.py", "__main__.py"}, f"dfq/{room}"
+
+
+def test_the_architecture_page_has_the_rules_of_imports() -> None:
+    section = ARCHITECTURE.partition("\n## Rooms\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*?) ?\|$", section, re.M)
+    said = {room: set(re.findall(r"`(\w+)`", names)) - {"dfq"} for room, names in rows}
+    assert said == MAY
 
 
 def test_every_error_is_in_the_hierarchys_drawing() -> None:
