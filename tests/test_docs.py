@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,40 @@ def test_the_readme_names_every_command() -> None:
     root: Any = typer.main.get_command(app)
     for name in root.commands:
         assert f"dfq {name}" in README
+
+
+def tree() -> dict[str, set[str]]:
+    """Names of the README's tree by folder; names may be patterns."""
+    folders: dict[str, set[str]] = {"": set()}
+    folder = ""
+    for line in README[README.index("\n.ci/\n") + 1 :].partition("\n```")[0].splitlines():
+        names = re.split(r" {2,}", line.strip())[0].split()
+        if not line.startswith("  "):
+            folder = names[0] if names and names[0].endswith("/") else ""
+        if line.startswith("  ") or not folder:
+            folders.setdefault(folder, set()).update(names)
+    return folders
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_tree_of_the_readme_names_every_file_of_two_levels() -> None:
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if git.returncode:
+        pytest.skip("not a checkout")
+    there: dict[str, set[str]] = {}
+    for name in git.stdout.splitlines():
+        first, _, rest = name.partition("/")
+        second, below, _ = rest.partition("/")
+        there.setdefault(f"{first}/" if rest else "", set()).add(second + below if rest else first)
+    named = tree()
+    for folder, names in there.items():
+        for name in names:
+            assert any(fnmatchcase(name, pattern) for pattern in named[folder]), folder + name
+        for pattern in named[folder]:
+            assert any(fnmatchcase(name, pattern) for name in names), folder + pattern
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
