@@ -574,7 +574,7 @@ def models(
         print_text(f"{entry.name}  [dim]{entry.kind}{weights}[/]", soft_wrap=True)
 
 
-@app.command(epilog="Example: [bold]dfq quantize demo --recipe w4a8[/]")
+@app.command(epilog="Example: [bold]dfq recipes[/]")
 def recipes(json_: Json = False) -> None:
     """List the recipes that ship with dfq, for --recipe NAME."""
     entries = [

@@ -962,6 +962,7 @@ def test_the_commands_are_these() -> None:
         "benchmark",
         "inspect",
         "models",
+        "recipes",
         "doctor",
         "cache list",
         "cache verify",
