@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ from dfq.errors import RecipeError, SettingError, nearest
 from dfq.inversion.losses import LOSSES
 from dfq.inversion.schedules import METHODS
 from dfq.inversion.schedules.method import LeaveFirst
+from dfq.recipe_files import read_toml
 from dfq.validation import OWNED, OneOf, Shares, describe, made_of, settings
 
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
@@ -383,23 +383,15 @@ SECTIONS: dict[str, type[Any]] = {
 def load_recipe(path: str | Path) -> Recipe:
     """Read a TOML recipe; fields left out keep their defaults.
 
+    Args:
+        path: a file; or the name of a recipe that ships with dfq, such as ``"w4a8"``: text without
+            a dot and a separator (``dfq recipes`` lists them).
+
     Raises:
-        RecipeError: the file is missing, is not TOML, or has an unknown key.
+        RecipeError: there is no such recipe, it is not TOML, or has an unknown key.
         SettingError: a value is out of its range.
     """
-    return recipe_from_dict(_read_toml(path), f"Recipe {str(path)!r}")
-
-
-def _read_toml(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"Recipe {str(path)!r} does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"Recipe {str(path)!r} cannot be read: {error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"Recipe {str(path)!r} is not valid TOML: {error}.") from error
+    return recipe_from_dict(read_toml(path), f"Recipe {str(path)!r}")
 
 
 def recipe_from_dict(content: Any, source: str = "Recipe") -> Recipe:
@@ -464,7 +456,7 @@ def make_recipe(
     quantization: dict[str, Any] | None = None,
     distillation: dict[str, Any] | None = None,
 ) -> Recipe:
-    """A recipe (a file, a value or the defaults) with single settings overridden.
+    """A recipe (a file, a name, a value or the defaults) with single settings overridden.
 
     Raises:
         RecipeError, SettingError: as their names say.
@@ -486,7 +478,7 @@ def says(recipe: str | Path | Recipe | None, name: str) -> bool:
     """
     if recipe is None or isinstance(recipe, Recipe):
         return recipe is not None
-    inversion = _read_toml(recipe).get("inversion")
+    inversion = read_toml(recipe).get("inversion")
     return isinstance(inversion, dict) and name in inversion
 
 

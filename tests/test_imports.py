@@ -27,6 +27,7 @@ BASE = {
     "process_state",
     "progress",
     "recipe",
+    "recipe_files",
     "sparse",
     "text",
     "validation",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 import dfq
@@ -45,6 +46,7 @@ from dfq.cli.options import (
 from dfq.cli.terminal import Shown, is_first, print_json, print_text
 from dfq.errors import GateError, SettingError
 from dfq.inversion.schedules import METHODS
+from dfq.recipe_files import shipped_recipes, summary
 from dfq.results.tables import (
     benchmark_table,
     distill_table,
@@ -478,6 +480,20 @@ def models(
     for entry in entries:
         weights = "" if entry.pretrained else "  (no pretrained weights)"
         print_text(f"{entry.name}  [dim]{entry.kind}{weights}[/]", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]dfq recipes[/]")
+def recipes(json_: Json = False) -> None:
+    """List the recipes that ship with dfq, for --recipe NAME."""
+    entries = [
+        {"name": name, "summary": summary(path), "path": str(path)}
+        for name, path in shipped_recipes().items()
+    ]
+    if json_:
+        print_json(entries)
+        return
+    for entry in entries:
+        print_text(f"{entry['name']}  [dim]{escape(entry['summary'])}[/]", soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]dfq doctor[/]")

@@ -48,7 +48,12 @@ InputRange = Annotated[
     ),
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option(help="TOML file of settings; flags override it.", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="Settings: a name that dfq recipes lists, or a TOML file; flags override them.",
+        show_default=False,
+    ),
 ]
 Images = Annotated[
     int | None, typer.Option(help="Images to make or to calibrate on.", show_default="32")

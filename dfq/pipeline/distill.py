@@ -106,7 +106,7 @@ def distill(
         eval: images on which teacher and student are compared and, with labels, their accuracies
             measured; see :func:`dfq.evaluate`.
         class_map: a file that numbers their class folders.
-        recipe: a TOML file or a :class:`dfq.Recipe`, of which ``inversion`` and
+        recipe: as for :func:`dfq.quantize`, of which ``inversion`` and
             ``distillation`` are read; the arguments override it.
         seed: of the student's weights, the batches and the images.
         settings: further fields, as ``{"inversion": {...}, "distillation": {...}}``.

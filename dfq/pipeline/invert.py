@@ -61,7 +61,8 @@ def invert(
         seed: of noise, targets and jitter.
         threads: of the optimisation; torch's by default.
         precision: ``auto``, ``float32``, ``bfloat16`` or ``int8``.
-        recipe: a TOML file or a :class:`dfq.Recipe`; the arguments override it.
+        recipe: a TOML file, the name of a recipe that ships with dfq, or a
+            :class:`dfq.Recipe`; the arguments override it.
         settings: further fields of :class:`dfq.InversionSettings` to override.
 
     Raises:

@@ -108,7 +108,8 @@ def quantize(
             there is replaced once the new one is complete.
         eval: images for agreement and, with labels, accuracy; see :func:`dfq.evaluate`.
         class_map: a file that numbers their class folders.
-        recipe: a TOML file or a :class:`dfq.Recipe`; the arguments override it.
+        recipe: a TOML file, the name of a recipe that ships with dfq, or a
+            :class:`dfq.Recipe`; the arguments override it.
         settings: further fields to override, as ``{"inversion": {...}, "quantization":
             {...}}``.
         min_agreement, min_accuracy: bounds from 0 to 1, of the lower ends of 95 % intervals;

@@ -290,7 +290,7 @@ def test_a_method_is_a_frozen_value_with_bounds() -> None:
     own = method_of(chosen(method="smi", prune_share=0.5, prune_at=(0.5,)))
     assert own == Smi(prune_share=0.5, prune_at=(0.5,))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        own.prune_share = 0.1  # type: ignore[attr-defined]
+        own.prune_share = 0.1  # type: ignore[misc]
 
 
 def test_a_loss_without_weight_is_not_in_the_list() -> None:
