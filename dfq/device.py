@@ -1,4 +1,4 @@
-"""Devices, and what they compute fast."""
+"""Devices and the number formats that they support natively."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TYPES = ("cpu", "cuda")
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """The device of that name (``cpu``, ``cuda``, ``cuda:1``, ...).
+    """Return a usable device by name (``cpu``, ``cuda``, ``cuda:1``, ...).
 
-    Workers that ``torchrun`` started share a machine's GPUs out where ``cuda`` has no number.
+    Under ``torchrun``, ``cuda`` without an index is the GPU of the worker's local rank.
 
     Raises:
-        DeviceError: the name is unknown or the device is not there.
+        DeviceError: the name is unknown, or the device is not available.
     """
     try:
         device = torch.device(name)
@@ -44,7 +44,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 @contextmanager
 def thread_count(threads: int) -> Iterator[None]:
-    """Run with this many of PyTorch's threads."""
+    """Set the number of PyTorch's threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -54,30 +54,30 @@ def thread_count(threads: int) -> Iterator[None]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Every operation in the types of its inputs, where the caller's autocast would change them."""
+    """Disable the caller's autocast on a device inside the block."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def cpu_has(feature: str) -> bool:
-    """Whether this processor has an instruction set, named as torch.cpu's probes are."""
+    """Whether the processor has an instruction set, named as in ``torch.cpu._is_*_supported``."""
     probe = getattr(torch.cpu, f"_is_{feature}_supported", None)
     return probe is not None and bool(probe())
 
 
-def multiplies_bytes(device: torch.device, largest: int = 127) -> bool:
-    """Whether products of uint8 with int8 up to ``largest`` in magnitude are exact and fast here.
+def int8_is_exact(device: torch.device, largest: int = 127) -> bool:
+    """Whether oneDNN multiplies uint8 by int8 of magnitude up to ``largest`` without saturation.
 
-    Without VNNI oneDNN adds pairs of them in 16 bits, which saturate unless weights are small.
-    The processor alone does not decide: ``ONEDNN_MAX_CPU_ISA`` limits what oneDNN uses of it.
+    Without VNNI, oneDNN adds pairs of products in 16 bits, which saturate unless weights are small.
+    ``ONEDNN_MAX_CPU_ISA`` can disable VNNI, so the products are tried out once per process.
     """
     return device.type == "cpu" and _worst_product_is_exact(largest)
 
 
 @functools.cache
 def _worst_product_is_exact(largest: int) -> bool:
-    """Try the largest and the smallest sums that weights of this magnitude can have."""
+    """Compare the most extreme sums that weights of this magnitude can give with exact ones."""
     if not torch.backends.mkldnn.is_available() or not cpu_has("avx2"):
         return False
     cpu = torch.device("cpu")
@@ -108,7 +108,7 @@ def has_triton(device: torch.device) -> bool:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is multiplied natively, so that it is faster than float32."""
+    """Whether the device multiplies bfloat16 natively, which makes it faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     native = cpu_has("avx512_bf16") or cpu_has("amx_tile")
@@ -118,12 +118,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` becomes ``bfloat16`` where the processor multiplies it natively.
+    """Resolve ``auto`` to ``bfloat16`` where it is native, else ``float32``; keep other names.
 
     Raises:
-        DeviceError: ``int8`` is asked for where 8-bit products are not exact.
+        DeviceError: ``int8`` is requested where 8-bit products are not exact.
     """
-    if precision == "int8" and not multiplies_bytes(device):
+    if precision == "int8" and not int8_is_exact(device):
         raise DeviceError(
             f"precision is 'int8', which takes an x86 processor with 8-bit dot products (VNNI), "
             f"not {device.type!r} here. Use 'auto'."
@@ -133,8 +133,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
-def carrier(precision: str, device: torch.device) -> torch.dtype:
-    """The floating-point type of what a resolved precision leaves to floating point."""
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the floating-point operations under a resolved precision."""
     name = resolve_precision("auto", device) if precision == "int8" else precision
     dtype: torch.dtype = getattr(torch, name)
     return dtype

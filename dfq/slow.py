@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from dfq.device import multiplies_bfloat16, multiplies_bytes
+from dfq.device import multiplies_bfloat16, int8_is_exact
 from dfq.runtime import onednn
-from dfq.runtime.params import Needs
+from dfq.runtime.params import KernelRequirements
 
 FLOAT32 = (
     "This processor does not multiply bfloat16 natively: inversion and distillation run in "
@@ -41,12 +41,15 @@ def slow_floats(device: torch.device, *precisions: str) -> list[str]:
     return [text for precision, text in slow.items() if precision in precisions]
 
 
-def slow_integers(device: torch.device, largest: int = onednn.PORTABLE) -> list[str]:
+def slow_integers(device: torch.device, largest: int = onednn.MAX_WEIGHT_WITHOUT_VNNI) -> list[str]:
     """What to know before a quantized model runs whose weights reach ``largest`` in magnitude,
     as they are multiplied; nothing on a GPU."""
-    if device.type != "cpu" or multiplies_bytes(device):
+    if device.type != "cpu" or int8_is_exact(device):
         return []
-    if onednn.refusal(device, Needs(largest)) is None:
+    if onednn.unsupported_reason(device, KernelRequirements(largest)) is None:
         return [WITHOUT_VNNI]
-    portable = onednn.refusal(device, Needs(onednn.PORTABLE)) is None
+    portable = (
+        onednn.unsupported_reason(device, KernelRequirements(onednn.MAX_WEIGHT_WITHOUT_VNNI))
+        is None
+    )
     return [TOO_WIDE] if portable else [WITHOUT_AVX2]

@@ -77,7 +77,7 @@ def benchmark(
     progress = progress or Silent()
     with tempfile.TemporaryDirectory(prefix="dfq-") as temporary, thread_count(threads):
         model = checkpoints.load(checkpoint)
-        warn(progress, slow_integers(torch.device("cpu"), model.largest_weight()))
+        warn(progress, slow_integers(torch.device("cpu"), model.max_weight()))
         given = Contestants(model, threads, Path(temporary))
         ready, absent = _build(names, given, progress)
         rows = [row for n in batches for row in _measure(ready, given, n, seconds, progress)]

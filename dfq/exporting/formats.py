@@ -99,8 +99,8 @@ def _saturating(model: QuantizedViT) -> list[str]:
     """
     where = "saturate in ONNX Runtime and OpenVINO on x86 processors without VNNI"
     warnings = []
-    largest = model.largest_weight()
-    if largest > onednn.PORTABLE:
+    largest = model.max_weight()
+    if largest > onednn.MAX_WEIGHT_WITHOUT_VNNI:
         warnings.append(
             f"Weights reach {largest}, which {where}: logits are wrong there. Quantize again with "
             "reduce_range = true (the default)."

@@ -12,10 +12,10 @@ from dfq.exporting.weights import WeightType, write_weight
 from dfq.quantization.layers import IntegerPatchEmbed
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.scheme import ATTENTION_SITES
-from dfq.runtime.qtype import INT8, Quantizer
+from dfq.runtime.qtype import INT8, QParams
 from dfq.vit import ViT
 
-SHARES = Quantizer(1 / 255)
+SHARES = QParams(1 / 255)
 """Probabilities divided by the largest of their row, which is 1."""
 
 
@@ -54,7 +54,7 @@ def write_attention(
     v: str,
     bias: str | None,
     scale: float,
-    sites: list[Quantizer] | None = None,
+    sites: list[QParams] | None = None,
 ) -> str:
     """Both products of attention, in floating point or between the quantizers of q, k and v.
 
@@ -66,7 +66,7 @@ def write_attention(
     with graph.part("scores"):
         q = graph.op("Mul", q, graph.scalar("scale", scale))
         if sites:
-            scaled = Quantizer(sites[0].scale * scale, 0, INT8)
+            scaled = QParams(sites[0].scale * scale, 0, INT8)
             q, k = rounded(graph, q, scaled, "q"), rounded(graph, k, sites[1], "k")
         scores = graph.op("MatMul", q, k)
     shares = softmax_of(graph, scores, bias)
@@ -81,7 +81,7 @@ def write_attention(
     return graph.op("Div", mixed, graph.op("ReduceSum", shares, last))
 
 
-def rounded(graph: Graph, x: str, quantizer: Quantizer, name: str = "input") -> str:
+def rounded(graph: Graph, x: str, quantizer: QParams, name: str = "input") -> str:
     """The values that quantized ``x`` stands for."""
     kind = np.int8 if quantizer.qtype.signed else np.uint8
     constants = (
@@ -94,7 +94,7 @@ def rounded(graph: Graph, x: str, quantizer: Quantizer, name: str = "input") -> 
     return graph.op("DequantizeLinear", x, *constants)
 
 
-def _ends(quantizer: Quantizer) -> tuple[tuple[str, float], ...]:
+def _ends(quantizer: QParams) -> tuple[tuple[str, float], ...]:
     low, high = quantizer.range
     return ("low", low), ("high", high)
 
@@ -122,12 +122,12 @@ class QuantizedProducts(FloatProducts):
         std, mean = (c[::step].reshape(by_channel) for c in (layer.std, layer.mean))
         x = graph.op("Mul", x, graph.constant("std", std))
         x = graph.op("Add", x, graph.constant("mean", mean))
-        return rounded(graph, x, layer.input_quantizer)
+        return rounded(graph, x, layer.input_qparams)
 
     def linear(self, graph: Graph, name: str, x: str) -> str:
         layer = self.layers[name]
         if not isinstance(layer, IntegerPatchEmbed):
-            x = rounded(graph, x, layer.input_quantizer)
+            x = rounded(graph, x, layer.input_qparams)
         y = graph.op("MatMul", x, write_weight(graph, layer, self.weights))
         return graph.op("Add", y, graph.constant("bias", layer.bias))
 

@@ -15,7 +15,7 @@ from dfq.quantization.layers import IntegerLinear, IntegerPatchEmbed
 from dfq.quantization.model import QuantizedViT
 from dfq.runtime import reference
 from dfq.runtime.params import LinearParams, OutputFormat
-from dfq.runtime.qtype import INT8, Quantizer
+from dfq.runtime.qtype import INT8, QParams
 from dfq.runtime.weights import StoredWeight
 from dfq.vit import ViT
 
@@ -38,7 +38,7 @@ class ReferenceLinear(nn.Module):
         for name, value in layer.state_dict().items():
             if not name.startswith("input_"):
                 self.register_buffer(name, value)
-        self.quantizer = layer.input_quantizer
+        self.quantizer = layer.input_qparams
         self.pixels = isinstance(layer, IntegerPatchEmbed)
         if isinstance(layer, IntegerPatchEmbed):
             self.register_buffer("mean", layer.mean)
@@ -64,7 +64,7 @@ class ReferenceProduct(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         pairs = zip((q, k, v), self.scales, strict=True)
-        q, k, v = (reference.quantize(x, Quantizer(scale, 0, INT8)) for x, scale in pairs)
+        q, k, v = (reference.quantize(x, QParams(scale, 0, INT8)) for x, scale in pairs)
         scale = self.scales[0] * self.scales[1] * q.shape[-1] ** -0.5
         return reference.attention(q, k, v, scale, bias) * self.scales[2]
 

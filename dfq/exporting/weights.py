@@ -11,7 +11,7 @@ from onnx import TensorProto
 from dfq.exporting.graph import Graph
 from dfq.quantization.layers import IntegerLinear
 from dfq.runtime.packing import pack_bits
-from dfq.runtime.weights import expand_groups
+from dfq.runtime.weights import expand_group_scale
 
 WeightType = Literal["int8", "int4"]
 
@@ -55,6 +55,6 @@ def _four_bits(graph: Graph, layer: IntegerLinear, block: int) -> str:
         scale = graph.constant("weight_scale", layer.weight_scale)
         return graph.op("DequantizeLinear", weight, scale, axis=1)
     steps = layer.weight_scale[:, None] * layer.group_scale.float()
-    steps = expand_groups(steps, layer.group, layer.in_features)[:, ::block]
+    steps = expand_group_scale(steps, layer.group, layer.in_features)[:, ::block]
     scale = graph.constant("weight_scale", steps.T)
     return graph.op("DequantizeLinear", weight, scale, axis=0, block_size=block)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dfq.device import carrier, thread_count
+from dfq.device import compute_dtype, thread_count
 from dfq.inversion.frozen import can_pack, pack_linears
 from dfq.inversion.importance import importance_of, resolve_importance
 from dfq.inversion.integer import multiply_integers
@@ -62,7 +62,7 @@ class Engine:
         are by default those that have a weight in the settings."""
         self.settings, self.units = settings, units_of(preprocessing)
         self.device = torch.device(device)
-        self.dtype = carrier(settings.precision, self.device)
+        self.dtype = compute_dtype(settings.precision, self.device)
         self.vit = copy.deepcopy(vit).to(self.device).requires_grad_(False)
         if self.units is not preprocessing:
             fold_units(self.vit, preprocessing, self.units, vit.arch.grid)

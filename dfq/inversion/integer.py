@@ -63,7 +63,7 @@ def _multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor,
     rows = x.to(torch.float32, copy=True)
     largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
     largest.clamp_min_(TINY)
-    unsigned = onednn.to_bytes(rows.mul_(127 / largest))
+    unsigned = onednn.to_uint8(rows.mul_(127 / largest))
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         *(unsigned, 1.0, 128, *weight, None, 1.0, 0, x.dtype, "none", [], "")
     )

@@ -84,7 +84,7 @@ def evaluate(
     target = resolve_device(device)
     info = checkpoints.read_info(path)
     model = checkpoints.load(path, device=target).set_backend(backend)
-    slow = [] if backend else slow_integers(target, model.largest_weight())
+    slow = [] if backend else slow_integers(target, model.max_weight())
     warn(progress, slow)
     metric = metric_of(model.arch)
     source = open_evaluation(data, model.arch, model.preprocessing, class_map)

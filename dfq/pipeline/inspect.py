@@ -21,7 +21,7 @@ from dfq.files import read_json
 from dfq.quantization.scheme import Scheme
 from dfq.recipe import to_dict
 from dfq.runtime import onednn, opaque
-from dfq.runtime.params import Needs
+from dfq.runtime.params import KernelRequirements
 from dfq.slow import slow_floats, slow_integers
 from dfq.vit.architecture import PIXEL_RANGE, Preprocessing, to_json
 from dfq.vit.describe import describe
@@ -196,7 +196,7 @@ class DoctorReport:
 def doctor(cache: str | Path | None = None) -> DoctorReport:
     """Look at versions, processor, integer kernels, cache directory and demo files."""
     cpu = torch.device("cpu")
-    backend = runtime.select(cpu, needs=Needs(onednn.PORTABLE)).NAME
+    backend = runtime.select(cpu, needs=KernelRequirements(onednn.MAX_WEIGHT_WITHOUT_VNNI)).NAME
     root = cache_directory(cache)
     problems = []
     if not _writable(root):

@@ -223,7 +223,7 @@ def _inverts(recipe: Recipe, calibration: str | Path | None, eval: str | Path | 
 
 def _slow(recipe: Recipe, device: torch.device, inverts: bool) -> list[str]:
     """What will be slow: inversion, and the quantized model when it is measured."""
-    largest = onednn.PORTABLE if recipe.quantization.reduce_range else 127
+    largest = onednn.MAX_WEIGHT_WITHOUT_VNNI if recipe.quantization.reduce_range else 127
     floats = slow_floats(device, recipe.inversion.precision) if inverts else []
     return [*floats, *slow_integers(device, largest)]
 

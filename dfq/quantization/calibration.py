@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dfq.errors import DatasetError, RunError
 from dfq.quantization.observers import RangeObserver
 from dfq.quantization.scheme import ATTENTION_SITES, Scheme, layers, range_sites
-from dfq.runtime.qtype import Quantizer
+from dfq.runtime.qtype import QParams
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Preprocessing, ViT
 from dfq.vit.modules import merge_heads
@@ -82,7 +82,7 @@ class Calibration:
     ``heads`` are ranges by channel of the attention sites, with 8-bit attention.
     """
 
-    quantizers: dict[str, Quantizer]
+    quantizers: dict[str, QParams]
     statistics: dict[str, InputStatistics]
     images: int
     heads: dict[str, InputStatistics] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dfq.quantization.calibration import Calibration, InputStatistics
 from dfq.quantization.scheme import ATTENTION_SITES
-from dfq.runtime.qtype import LEAST_SCALE, QType, Quantizer, quantizer_of
+from dfq.runtime.qtype import MIN_SCALE, QParams, QType, qparams_from_range
 from dfq.vit import Architecture, ViT
 
 BAND = 4.0
@@ -172,12 +172,12 @@ def _beyond_band(ratio: Tensor) -> Tensor:
 
 
 def _positive(x: Tensor) -> Tensor:
-    return x.clamp_min(max(LEAST_SCALE, SMALLEST * float(x.max())))
+    return x.clamp_min(max(MIN_SCALE, SMALLEST * float(x.max())))
 
 
 def _move(
     statistics: dict[str, InputStatistics],
-    quantizers: dict[str, Quantizer],
+    quantizers: dict[str, QParams],
     name: str,
     ratio: Tensor,
     middle: Tensor | None = None,
@@ -188,12 +188,12 @@ def _move(
     quantizers[name] = _quantizer(statistics[name], quantizers[name].qtype)
 
 
-def _quantizer(found: InputStatistics, qtype: QType) -> Quantizer:
-    return quantizer_of(float(found.low.min()), float(found.high.max()), qtype)
+def _quantizer(found: InputStatistics, qtype: QType) -> QParams:
+    return qparams_from_range(float(found.low.min()), float(found.high.max()), qtype)
 
 
 def _balance(
-    vit: ViT, block: str, heads: dict[str, InputStatistics], quantizers: dict[str, Quantizer]
+    vit: ViT, block: str, heads: dict[str, InputStatistics], quantizers: dict[str, QParams]
 ) -> None:
     """Divide each channel of the queries by what its keys are multiplied with."""
     sites = [block + site for site in ATTENTION_SITES[:2]]

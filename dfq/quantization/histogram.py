@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq.runtime.qtype import LEAST_SCALE, QType, quantizer_of
+from dfq.runtime.qtype import MIN_SCALE, QType, qparams_from_range
 
 BINS = 4096
 """Even, so that halves merge in pairs when the range doubles."""
@@ -38,7 +38,7 @@ class Histogram:
         self.counts += counts.double().cpu()
 
     def _extend(self, largest: float) -> None:
-        self.reach = self.reach or max(largest, LEAST_SCALE)
+        self.reach = self.reach or max(largest, MIN_SCALE)
         while self.reach < largest:
             self.reach *= 2
             merged = self.counts.reshape(-1, 2).sum(1)
@@ -71,7 +71,7 @@ class Histogram:
         low, high = self.occupied()
         best, least = (low, high), float("inf")
         for share in torch.linspace(1, 0.2, SHRINKS, dtype=torch.float64).tolist():
-            quantizer = quantizer_of(low * share, high * share, qtype)
+            quantizer = qparams_from_range(low * share, high * share, qtype)
             low_end, high_end = quantizer.range
             levels = (self.centres / quantizer.scale).round() * quantizer.scale
             error = (levels.clamp(low_end, high_end) - self.centres).square() @ self.counts

@@ -15,8 +15,8 @@ from dfq.quantization.rounding import WeightScales
 from dfq.quantization.scheme import LayerScheme
 from dfq.runtime import Backend, opaque, reference
 from dfq.runtime.packing import pack_bits
-from dfq.runtime.params import LinearParams, Needs, OutputFormat
-from dfq.runtime.qtype import INT8, Quantizer
+from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
+from dfq.runtime.qtype import INT8, QParams
 from dfq.runtime.weights import StoredWeight, stored_shape
 from dfq.vit.modules import attend, merge_heads
 
@@ -31,7 +31,7 @@ def check_types(fn: Callable[..., Any]) -> None:
         )
 
 
-class IntegerLinear(opaque.Part):
+class IntegerLinear(opaque.OpaqueModule):
     """A linear layer with integer weights and integer input.
 
     State: ``weight`` int8 ``[out, in]``, or of fewer than 8 bits uint8
@@ -64,13 +64,13 @@ class IntegerLinear(opaque.Part):
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32))
         self.register_buffer("input_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
-        self._quantizer = Quantizer(1.0, 0, scheme.input)
+        self._quantizer = QParams(1.0, 0, scheme.input)
         self._largest: int | None = None
         self._prepared: tuple[Any, ...] | None = None
         self._folded: tuple[nn.LayerNorm, object] | None = None
 
     def assign(
-        self, integers: Tensor, scales: WeightScales, bias: Tensor, quantizer: Quantizer
+        self, integers: Tensor, scales: WeightScales, bias: Tensor, quantizer: QParams
     ) -> None:
         """Take int8 ``[out, in]`` integers, their scales, a bias ``[out]`` and the quantizer
         of the input."""
@@ -100,7 +100,7 @@ class IntegerLinear(opaque.Part):
         return self.integers().float() * self.weight_scale[:, None]
 
     @property
-    def input_quantizer(self) -> Quantizer:
+    def input_qparams(self) -> QParams:
         """The quantizer of the input, which must not be read from its tensors while a compiler
         traces the layer."""
         return self._quantizer
@@ -108,7 +108,7 @@ class IntegerLinear(opaque.Part):
     def _read_quantizer(self) -> None:
         if not self.input_scale.is_meta:
             scale, zero_point = float(self.input_scale), int(self.input_zero_point)
-            self._quantizer = Quantizer(scale, zero_point, self.scheme.input)
+            self._quantizer = QParams(scale, zero_point, self.scheme.input)
 
     def reset(self) -> None:
         """Forget the backend's copies of weight and norm; they are built again when needed."""
@@ -133,10 +133,10 @@ class IntegerLinear(opaque.Part):
         Raises:
             SettingError: no backend of that name, or it is not exact here.
         """
-        needs = Needs(self.largest_weight(), self.scheme.input.bits)
+        needs = KernelRequirements(self.max_weight(), self.scheme.input.bits)
         return runtime.select(self.weight.device, backend, needs)
 
-    def largest_weight(self) -> int:
+    def max_weight(self) -> int:
         """Largest magnitude of the integers that products multiply."""
         if self._largest is None:
             self._largest = self.stored.largest
@@ -171,13 +171,13 @@ class IntegerLinear(opaque.Part):
             return self.quantize_input(norm(x))
         kernels, params, _ = self.prepare()
         if self._folded is None or self._folded[0] is not norm:
-            self._folded = norm, kernels.fold_norm(norm, params.input)
+            self._folded = norm, kernels.prepack_norm(norm, params.input)
         y: Tensor = kernels.quantize_norm(x, self._folded[1])
         return y
 
     def round_input(self, x: Tensor) -> Tensor:
         """The values that the quantized input stands for, float32 ``[..., in]``."""
-        quantizer = self.input_quantizer
+        quantizer = self.input_qparams
         return (self.quantize_input(x).float() - quantizer.zero_point) * quantizer.scale
 
     def integer_forward(
@@ -241,7 +241,7 @@ class IntegerPatchEmbed(IntegerLinear):
         return self.std, self.mean
 
 
-class AttentionProduct(opaque.Part):
+class AttentionProduct(opaque.OpaqueModule):
     """The two products of attention, on 8-bit integers or in floating point."""
 
     scales: Tensor
@@ -287,8 +287,8 @@ class AttentionProduct(opaque.Part):
         if opaque.compiling():
             return opaque.attention(self, q, k, v, bias, scale)
         kernels = self._kernels(q.device)
-        scores_at_once = kernels.scores_at_once(q.device)
-        step = 1 if opaque.exporting() else max(1, scores_at_once // max(1, h * t * k.shape[2]))
+        max_tile_scores = kernels.max_tile_scores(q.device)
+        step = 1 if opaque.exporting() else max(1, max_tile_scores // max(1, h * t * k.shape[2]))
         scale = d**-0.5 if scale is None else scale
         mix = self._integer_mix(kernels, scale) if self.integer else partial(attend, scale=scale)
         if opaque.exporting():
@@ -303,7 +303,7 @@ class AttentionProduct(opaque.Part):
     def _kernels(self, device: torch.device) -> Backend:
         if opaque.exporting():
             return runtime.get("reference")
-        return runtime.select(device, self.backend, Needs(largest_weight=0))
+        return runtime.select(device, self.backend, KernelRequirements(max_weight=0))
 
     def _integer_mix(
         self, kernels: Backend, scale: float
@@ -314,7 +314,7 @@ class AttentionProduct(opaque.Part):
         def mix(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             if q.is_floating_point():
                 pairs = zip((q, k, v), scales, strict=True)
-                q, k, v = (kernels.quantize(x, Quantizer(scale, 0, INT8)) for x, scale in pairs)
+                q, k, v = (kernels.quantize(x, QParams(scale, 0, INT8)) for x, scale in pairs)
             return kernels.attention(q, k, v, of_scores, bias) * scales[2]
 
         return mix

@@ -21,8 +21,8 @@ from dfq.quantization.layers import (
 from dfq.quantization.scheme import ATTENTION_SITES, Scheme, layers
 from dfq.recipe import QuantizationSettings
 from dfq.runtime import opaque
-from dfq.runtime.params import Needs, OutputFormat
-from dfq.runtime.qtype import INT8, Quantizer
+from dfq.runtime.params import KernelRequirements, OutputFormat
+from dfq.runtime.qtype import INT8, QParams
 from dfq.sparse import channel_values
 from dfq.vit import Architecture, Attention, Block, Mlp, Preprocessing, ViT
 from dfq.vit.modules import AttentionPool
@@ -31,7 +31,7 @@ from dfq.vit.relations import Relations
 if TYPE_CHECKING:
     from dfq.quantization.calibration import Calibration, InputStatistics
 
-PIXEL = Quantizer(1 / 255)
+PIXEL = QParams(1 / 255)
 
 MIDDLE = 0.5
 """Of the input range, in widths of it.  Where the mean lies outside the range, the patch embedding
@@ -121,7 +121,7 @@ class QuantizedMlp(Mlp):
         fused = self.activation in ("gelu", "gelu_tanh") and isinstance(self.norm, nn.Identity)
         if self.gated or not fused:
             return self.fc2.quantize_input(self.activate(self.fc1.integer_forward(x)))
-        by = self.fc2.input_quantizer
+        by = self.fc2.input_qparams
         gelu: Literal["none", "tanh"] = "tanh" if self.activation == "gelu_tanh" else "none"
         out = OutputFormat(torch.uint8, by.scale, by.zero_point, by.qtype.qmax, gelu)
         return self.fc1.integer_forward(x, out)
@@ -223,9 +223,9 @@ class QuantizedViT(ViT):
         names = {layer.prepare()[0].NAME for layer in self._linears()}
         return ", ".join(sorted(names))
 
-    def largest_weight(self) -> int:
+    def max_weight(self) -> int:
         """Largest magnitude of the integers that linear layers multiply."""
-        return max(layer.largest_weight() for layer in self._linears())
+        return max(layer.max_weight() for layer in self._linears())
 
     def set_backend(self, name: str | None) -> QuantizedViT:
         """Choose the kernels: ``"onednn"``, ``"reference"``, or None for the fastest.
@@ -233,7 +233,7 @@ class QuantizedViT(ViT):
         Raises:
             SettingError: no such backend, or it is not exact here.
         """
-        runtime.select(self.prefix.device, name, Needs(largest_weight=0))
+        runtime.select(self.prefix.device, name, KernelRequirements(max_weight=0))
         for layer in self._linears() if name is not None else ():
             layer.select(name)
         for layer in self._linears():
@@ -270,15 +270,15 @@ class QuantizedViT(ViT):
         """The attention products of all blocks."""
         return [m for m in self.modules() if isinstance(m, AttentionProduct)]
 
-    def quantizers(self) -> dict[str, Quantizer]:
+    def quantizers(self) -> dict[str, QParams]:
         """The activation quantizer of every site."""
-        found: dict[str, Quantizer] = {}
+        found: dict[str, QParams] = {}
         for name in layers(self.arch):
-            found[name] = cast(IntegerLinear, self.get_submodule(name)).input_quantizer
+            found[name] = cast(IntegerLinear, self.get_submodule(name)).input_qparams
         if self.scheme.integer_attention:
             for i, product in enumerate(self.products()):
                 for site, scale in zip(ATTENTION_SITES, product.scales.tolist(), strict=True):
-                    found[f"blocks.{i}.{site}"] = Quantizer(scale, 0, INT8)
+                    found[f"blocks.{i}.{site}"] = QParams(scale, 0, INT8)
         return found
 
 
@@ -358,7 +358,7 @@ def _fill(
     target: IntegerLinear,
     weight: Tensor,
     bias: Tensor,
-    quantizer: Quantizer,
+    quantizer: QParams,
     statistics: InputStatistics,
     settings: QuantizationSettings,
 ) -> None:

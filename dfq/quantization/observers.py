@@ -13,7 +13,7 @@ from torch.ao.quantization.observer import (
 
 from dfq.quantization.histogram import Histogram
 from dfq.recipe import Observer
-from dfq.runtime.qtype import LEAST_SCALE, UINT8, QType, Quantizer, quantizer_of
+from dfq.runtime.qtype import MIN_SCALE, UINT8, QParams, QType, qparams_from_range
 
 OBSERVERS: dict[str, type[UniformQuantizationObserverBase]] = {
     "minmax": MinMaxObserver,
@@ -37,7 +37,7 @@ class RangeObserver:
             qscheme=torch.per_tensor_symmetric if qtype.signed else torch.per_tensor_affine,
             quant_min=qtype.qmin,
             quant_max=qtype.qmax,
-            eps=LEAST_SCALE,
+            eps=MIN_SCALE,
         )
 
     def observe(self, values: Tensor) -> None:
@@ -47,11 +47,11 @@ class RangeObserver:
         elif values.numel():
             self._observer(values.detach().float())
 
-    def quantizer(self) -> Quantizer:
+    def quantizer(self) -> QParams:
         """The quantizer of what was observed."""
         if self._histogram is not None:
             found = self._histogram
             span = found.percentile() if self.kind == "percentile" else None
-            return quantizer_of(*(span or found.least_error(self.qtype)), self.qtype)
+            return qparams_from_range(*(span or found.least_error(self.qtype)), self.qtype)
         scale, zero_point = self._observer.calculate_qparams()
-        return Quantizer(float(scale), int(zero_point), self.qtype)
+        return QParams(float(scale), int(zero_point), self.qtype)

@@ -39,7 +39,7 @@ class SimulatedLinear(nn.Module):
     def __init__(self, layer: IntegerLinear) -> None:
         super().__init__()
         self.integers = layer.integers().float()
-        self.scale, self.quantizer = layer.weight_scale, layer.input_quantizer
+        self.scale, self.quantizer = layer.weight_scale, layer.input_qparams
         self.change = nn.Parameter(torch.zeros_like(layer.weight_scale))
         self.shift = nn.Parameter(torch.zeros_like(layer.bias))
         self.bias = layer.bias

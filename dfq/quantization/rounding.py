@@ -14,7 +14,7 @@ from dfq.device import has_triton
 from dfq.errors import RunError
 from dfq.quantization.scheme import LayerScheme
 from dfq.runtime.qtype import QType
-from dfq.runtime.weights import expand_groups, multiply_groups
+from dfq.runtime.weights import apply_group_scale, expand_group_scale
 
 CLIP_STEPS = 40
 """Candidates of the clipping search, from the full range downwards."""
@@ -47,11 +47,11 @@ class WeightScales:
         """The distance between two integers of each weight, float32 ``[out, in or 1]``."""
         if self.group is None:
             return self.channel[:, None]
-        return self.channel[:, None] * expand_groups(self.group, self.size, inputs).float()
+        return self.channel[:, None] * expand_group_scale(self.group, self.size, inputs).float()
 
     def widen(self, integers: Tensor) -> Tensor:
         """The integers in units of the channel's scale, int8 ``[out, in]``."""
-        return multiply_groups(integers, self.group, self.size)
+        return apply_group_scale(integers, self.group, self.size)
 
     def dequantize(self, integers: Tensor) -> Tensor:
         """The weights that the integers stand for, float32 ``[out, in]``."""

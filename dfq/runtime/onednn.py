@@ -1,5 +1,7 @@
-"""Integer layers on x86 processors: oneDNN's products, as PyTorch ships them, and as few
-passes over memory between them as eager PyTorch allows."""
+"""oneDNN backend for x86 processors, through the operators that PyTorch ships.
+
+Between the matrix products it makes as few passes over memory as eager PyTorch allows.
+"""
 
 from __future__ import annotations
 
@@ -7,49 +9,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfq.device import multiplies_bytes, resolve_precision
+from dfq.device import int8_is_exact, resolve_precision
 from dfq.runtime import reference
-from dfq.runtime.params import LinearParams, Needs, OutputFormat
-from dfq.runtime.qtype import Quantizer
+from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
+from dfq.runtime.qtype import QParams
 
 NAME = "onednn"
 
-PORTABLE = 64
-"""Weights up to this magnitude are exact without VNNI too: ``2 * 255 * 64 < 2 ** 15``."""
+MAX_WEIGHT_WITHOUT_VNNI = 64
+"""Largest weight that is exact without VNNI, where pairs of products are added in 16 bits:
+``2 * 255 * 64 < 2 ** 15``."""
 
 
-def refusal(device: torch.device, needs: Needs) -> str | None:
-    """Why these kernels are not exact here; None where they are."""
-    largest = needs.largest_weight
-    if multiplies_bytes(device, 127 if largest > PORTABLE else PORTABLE):
+def unsupported_reason(device: torch.device, needs: KernelRequirements) -> str | None:
+    """Return why the kernels are not exact here, or None if they are."""
+    largest = needs.max_weight
+    if int8_is_exact(device, 127 if largest > MAX_WEIGHT_WITHOUT_VNNI else MAX_WEIGHT_WITHOUT_VNNI):
         return None
     return (
         "it needs an x86 processor with 8-bit dot products (VNNI), or AVX2 and weights within "
-        f"-{PORTABLE}..{PORTABLE}; here it is {device.type!r}, and weights reach {largest}. Use "
+        f"-{MAX_WEIGHT_WITHOUT_VNNI}..{MAX_WEIGHT_WITHOUT_VNNI}; here it is {device.type!r}, and "
+        f"weights reach {largest}. Use "
         "'reference', or quantize with reduce_range."
     )
 
 
-scores_at_once = reference.scores_at_once
+max_tile_scores = reference.max_tile_scores
 
 
 def pack_weight(integers: Tensor) -> Tensor:
-    """oneDNN's blocked copy of int8 ``[out, in]``."""
+    """Pack int8 ``[out, in]`` into oneDNN's blocked layout."""
     packed: Tensor = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None)
     return packed
 
 
-def to_bytes(x: Tensor, largest: int = 255) -> Tensor:
-    """Overwritten float ``x`` to uint8 ``round(x) + 128``, clipped to 0 and ``largest``.
+def to_uint8(x: Tensor, largest: int = 255) -> Tensor:
+    """Convert float ``x`` in place to uint8 ``round(x) + 128``, clamped to 0 and ``largest``.
 
-    PyTorch converts to int8 ten times as fast as to uint8.
+    Goes through int8, to which PyTorch converts ten times as fast as to uint8.
     """
     signed = x.round_().clamp_(-128, largest - 128).to(torch.int8)
     return signed.view(torch.uint8).bitwise_xor_(128)
 
 
 def prepack(params: LinearParams) -> object:
-    """oneDNN's blocked copy of the weight, and its scales and zero points."""
+    """Pack the weight; returns it with its scales, zero points and bias."""
     zero_points = torch.zeros_like(params.weight_scale, dtype=torch.int32)
     weight = pack_weight(params.weight.integers)
     return weight, params.weight_scale, zero_points, params.bias
@@ -89,35 +93,33 @@ def linear(
     return y if out.dtype != torch.uint8 or out.qmax == 255 else y.clamp_(max=out.qmax)
 
 
-def quantize(
-    x: Tensor, quantizer: Quantizer, affine: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """As :func:`dfq.runtime.reference.quantize`, in passes that PyTorch has vectorised."""
-    if quantizer.qtype.signed:
-        return reference.quantize(x, quantizer)
-    x, scale, largest = x.float(), quantizer.scale, quantizer.qtype.qmax
-    middle = x.new_tensor(quantizer.zero_point - 128, dtype=torch.float32)
+def quantize(x: Tensor, qparams: QParams, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """As :func:`dfq.runtime.reference.quantize`, in vectorized passes."""
+    if qparams.qtype.signed:
+        return reference.quantize(x, qparams)
+    x, scale, largest = x.float(), qparams.scale, qparams.qtype.qmax
+    middle = x.new_tensor(qparams.zero_point - 128, dtype=torch.float32)
     if affine is None:
-        return to_bytes(torch.add(middle, x, alpha=1 / scale), largest)
-    return to_bytes(torch.addcmul(affine[1] / scale + middle, x, affine[0] / scale), largest)
+        return to_uint8(torch.add(middle, x, alpha=1 / scale), largest)
+    return to_uint8(torch.addcmul(affine[1] / scale + middle, x, affine[0] / scale), largest)
 
 
-def fold_norm(norm: nn.LayerNorm, quantizer: Quantizer) -> object:
-    """The arguments of a norm whose affine writes integers less 128, and their largest."""
-    scale, zero_point = quantizer.scale, quantizer.zero_point
+def prepack_norm(norm: nn.LayerNorm, qparams: QParams) -> object:
+    """Fold the output's qparams into the norm's affine, which then gives integers minus 128."""
+    scale, zero_point = qparams.scale, qparams.zero_point
     weight, bias = norm.weight / scale, norm.bias / scale + (zero_point - 128)
-    return (norm.normalized_shape, weight, bias, norm.eps), quantizer.qtype.qmax
+    return (norm.normalized_shape, weight, bias, norm.eps), qparams.qtype.qmax
 
 
-def quantize_norm(x: Tensor, folded: object) -> Tensor:
+def quantize_norm(x: Tensor, packed: object) -> Tensor:
     """As :func:`dfq.runtime.reference.quantize_norm`."""
-    assert isinstance(folded, tuple)
-    arguments, largest = folded
-    return to_bytes(F.layer_norm(x, *arguments), largest)
+    assert isinstance(packed, tuple)
+    arguments, largest = packed
+    return to_uint8(F.layer_norm(x, *arguments), largest)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """As :func:`dfq.runtime.reference.attention`, carried in bfloat16 where that is native.
+    """As :func:`dfq.runtime.reference.attention`, computed in bfloat16 where that is native.
 
     bfloat16 holds integers up to 256, so the operands of both products are exact and their
     sums are float32; scores and outputs are then rounded to 8 bits of mantissa.

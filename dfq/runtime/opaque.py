@@ -1,8 +1,8 @@
-"""Calls that ``torch.compile`` makes without looking into them.
+"""Custom operators that ``torch.compile`` calls without tracing into them.
 
-Its compiler cannot trace through oneDNN's packed weights, and would lay attention's scores of a
-whole batch into memory at once.  A layer that is a :class:`Part` has a number, and the compiled
-graph calls it by that.
+The compiler cannot trace oneDNN's packed weights, and it would hold the attention scores of a whole
+batch in memory at once.  An :class:`OpaqueModule` has a number; the compiled graph passes that
+number to a custom operator, which calls the module.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dfq.runtime.params import OutputFormat
 COMPILERS = ("g++", "clang++", "cl")
 
 _numbers = itertools.count()
-_parts: WeakValueDictionary[int, Part] = WeakValueDictionary()
+_modules: WeakValueDictionary[int, OpaqueModule] = WeakValueDictionary()
 
 
-class Part(nn.Module):
-    """A layer that compiled graphs call by its number; copies have their own."""
+class OpaqueModule(nn.Module):
+    """Module that compiled graphs call by its ``number``; a copy gets a number of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Part(nn.Module):
 
     def _register(self) -> None:
         self.number = next(_numbers)
-        _parts[self.number] = self
+        _modules[self.number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -41,7 +41,7 @@ class Part(nn.Module):
 
 
 class Linear(Protocol):
-    """A part that multiplies integers."""
+    """Opaque module with integer weights."""
 
     out_features: int
 
@@ -49,47 +49,47 @@ class Linear(Protocol):
 
 
 def compiling() -> bool:
-    """Whether ``torch.compile`` is tracing; not so for ``torch.export``."""
+    """Whether ``torch.compile`` is tracing; False under ``torch.export``."""
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def exporting() -> bool:
-    """Whether the model is being traced into a program that other processes run."""
+    """Whether ``torch.export``, ``torch.jit`` or the ONNX exporter is tracing."""
     return bool(
         torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
     )
 
 
 def tracing() -> bool:
-    """Whether anything traces the model, so that it must stay within plain operators."""
+    """Whether any tracer runs, so that only plain torch operators may be used."""
     return compiling() or exporting()
 
 
 def compiler() -> str | None:
-    """A C++ compiler that ``torch.compile`` can use, where there is one."""
+    """Name of a C++ compiler on the PATH that ``torch.compile`` can use; None without one."""
     return next((name for name in COMPILERS if shutil.which(name)), None)
 
 
-def linear(part: Part, x: Tensor, out: OutputFormat) -> Tensor:
-    """``part.integer_forward(x, out)``, whole."""
+def linear(module: OpaqueModule, x: Tensor, out: OutputFormat) -> Tensor:
+    """Call ``module.integer_forward(x, out)`` through the custom operator."""
     units, scale = (out.scale, 1.0) if isinstance(out.scale, Tensor) else (None, out.scale)
     y: Tensor = torch.ops.dfq.linear(
-        x, part.number, units, scale, out.zero_point, out.qmax, out.dtype, out.gelu
+        x, module.number, units, scale, out.zero_point, out.qmax, out.dtype, out.gelu
     )
     return y
 
 
 def attention(
-    part: Part, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None
+    module: OpaqueModule, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None
 ) -> Tensor:
-    """``part(q, k, v, bias, scale)``, whole."""
-    y: Tensor = torch.ops.dfq.attention(q, k, v, bias, scale, part.number)
+    """Call ``module(q, k, v, bias, scale)`` through the custom operator."""
+    y: Tensor = torch.ops.dfq.attention(q, k, v, bias, scale, module.number)
     return y
 
 
 def _linear(
     x: Tensor,
-    part: int,
+    module: int,
     units: Tensor | None,
     scale: float,
     zero_point: int,
@@ -98,23 +98,23 @@ def _linear(
     gelu: Any,
 ) -> Tensor:
     out = OutputFormat(dtype, scale if units is None else units, zero_point, qmax, gelu)
-    return cast(Linear, _parts[part]).integer_forward(x, out)
+    return cast(Linear, _modules[module]).integer_forward(x, out)
 
 
-def _shape_of_linear(x: Tensor, part: int, *rest: Any) -> Tensor:
+def _fake_linear(x: Tensor, module: int, *rest: Any) -> Tensor:
     *_, dtype, _ = rest
-    outputs = cast(Linear, _parts[part]).out_features
+    outputs = cast(Linear, _modules[module]).out_features
     return x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, part: int
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, module: int
 ) -> Tensor:
-    y: Tensor = _parts[part](q, k, v, bias, scale)
+    y: Tensor = _modules[module](q, k, v, bias, scale)
     return y
 
 
-def _shape_of_attention(q: Tensor, *_: Any) -> Tensor:
+def _fake_attention(q: Tensor, *_: Any) -> Tensor:
     b, h, t, d = q.shape
     return q.new_empty((b, t, h * d), dtype=torch.float32)
 
@@ -129,14 +129,14 @@ def _define(
 
 _define(
     "dfq::linear",
-    "(Tensor x, int part, Tensor? units, float scale, int zero_point, int qmax, ScalarType dtype,"
+    "(Tensor x, int module, Tensor? units, float scale, int zero_point, int qmax, ScalarType dtype,"
     " str? gelu) -> Tensor",
     _linear,
-    _shape_of_linear,
+    _fake_linear,
 )
 _define(
     "dfq::attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? bias, float? scale, int part) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, float? scale, int module) -> Tensor",
     _attention,
-    _shape_of_attention,
+    _fake_attention,
 )

@@ -1,4 +1,4 @@
-"""Signed integers of 2 to 7 bits in bytes, and back."""
+"""Packing of signed 2- to 7-bit integers into bytes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RUN = 8
-"""Integers that fill a whole number of bytes: ``bits`` of them."""
+"""Integers of a run; a run of ``bits``-bit integers fills exactly ``bits`` bytes."""
 
 
 def packed_bytes(length: int, bits: int) -> int:
-    """Bytes that ``length`` integers of ``bits`` bits take."""
+    """Return the size in bytes of ``length`` packed integers of ``bits`` bits."""
     return -(-length * bits // 8)
 
 
@@ -26,7 +26,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         byte j:   bits 7..4          bits 3..0
                   values[2j + 1]     values[2j]
 
-    Bits of the last byte that no integer takes are 0.
+    Unused bits of the last byte are 0.
 
     Raises:
         ValueError: a value is out of range.
@@ -49,7 +49,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, length: int) -> Tensor:
-    """The inverse of :func:`pack_bits`: int8 ``[..., length]``."""
+    """Invert :func:`pack_bits`; returns int8 ``[..., length]``."""
     runs = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
     fields = []
     for field in range(RUN):

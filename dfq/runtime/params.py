@@ -1,4 +1,4 @@
-"""What a kernel needs to know of a layer and of the output it shall write."""
+"""Parameters of integer kernels: layers, output formats, requirements."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dfq.runtime.qtype import Quantizer
+from dfq.runtime.qtype import QParams
 from dfq.runtime.weights import StoredWeight
 
 
 @dataclass(frozen=True)
 class LinearParams:
-    """An integer linear layer ``y = (x - zero_point) @ weight.T * scales + bias``.
+    """Parameters of an integer linear layer ``y = (x - zero_point) @ weight.T * scales + bias``.
 
-    ``weight_scale`` and ``bias`` are float32 ``[out]``; the input is uint8, and what it stands
-    for is said by the quantizer ``input``.
+    ``weight_scale`` and ``bias`` are float32 ``[out]``; ``input`` holds the qparams of the uint8
+    input.
     """
 
     weight: StoredWeight
     weight_scale: Tensor
     bias: Tensor
-    input: Quantizer
+    input: QParams
 
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """How a linear layer's result is written.
+    """Output format of an integer linear layer.
 
-    In units of ``scale``, one for all or one for each output, float32 ``[out]``.  ``dtype`` is
-    float32 or bfloat16; or uint8, with a ``zero_point``, one scale and values up to ``qmax``; or
-    int8, symmetric.  ``gelu`` is applied before (``none`` is the exact form, ``tanh`` its
-    approximation), and then there is one scale.
+    Outputs are divided by ``scale``: a number, or one per output, float32 ``[out]``.  ``dtype``:
+    float32 or bfloat16; uint8, with one scale, a ``zero_point`` and values up to ``qmax``; or int8,
+    symmetric.  ``gelu`` is applied before quantization (``none``: the exact form, ``tanh``: its
+    approximation) and requires one scale.
     """
 
     dtype: torch.dtype = torch.float32
@@ -44,12 +44,12 @@ class OutputFormat:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What decides whether kernels are exact for a layer.
+class KernelRequirements:
+    """Operand ranges for which a kernel must be exact.
 
-    ``largest_weight`` is the largest magnitude that products multiply, 0 for attention;
-    ``input_bits`` those of the other operand.
+    ``max_weight`` is the largest magnitude of the integer weights, 0 for attention; ``input_bits``
+    is the bit width of the other operand.
     """
 
-    largest_weight: int = 127
+    max_weight: int = 127
     input_bits: int = 8

@@ -1,19 +1,19 @@
-"""Types of integers, and what an integer stands for."""
+"""Integer types and quantization parameters (qparams)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LEAST_SCALE = 1e-30
-"""Least distance of two levels, so that an input of zeros has a quantizer; products with weights
-of up to 1e8 divided by it still fit in float32."""
+MIN_SCALE = 1e-30
+"""Smallest quantization scale.  It gives an all-zero input valid qparams, and weights of up to 1e8
+divided by it still fit in float32."""
 
 
 @dataclass(frozen=True)
 class QType:
-    """Integers of 2 to 8 bits: ``0..2**bits - 1``, or signed.
+    """Integer type of 2 to 8 bits: unsigned ``0..2**bits - 1``, or signed.
 
-    ``symmetric`` leaves out the lowest signed one, as in -127..127, whose zero point is 0.
+    ``symmetric`` excludes the lowest signed value: -127..127 instead of -128..127.
     """
 
     bits: int = 8
@@ -41,8 +41,8 @@ INT8 = QType(8, signed=True, symmetric=True)
 
 
 @dataclass(frozen=True)
-class Quantizer:
-    """A uniform quantizer: the integer ``i`` stands for ``(i - zero_point) * scale``."""
+class QParams:
+    """Parameters of a uniform quantizer: integer ``i`` represents ``(i - zero_point) * scale``."""
 
     scale: float
     zero_point: int = 0
@@ -50,18 +50,18 @@ class Quantizer:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The smallest and the largest value that it can represent."""
+        """Smallest and largest representable value."""
         low, high = self.qtype.qmin, self.qtype.qmax
         return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
 
 
-def quantizer_of(low: float, high: float, qtype: QType = UINT8) -> Quantizer:
-    """The quantizer of a range: symmetric for signed integers, otherwise affine.
+def qparams_from_range(low: float, high: float, qtype: QType = UINT8) -> QParams:
+    """Qparams of a range of values: symmetric for signed types, affine for unsigned ones.
 
     As in torch.ao, an affine range is widened to contain 0.
     """
     if qtype.signed:
-        return Quantizer(max(max(abs(low), abs(high)) / qtype.qmax, LEAST_SCALE), 0, qtype)
+        return QParams(max(max(abs(low), abs(high)) / qtype.qmax, MIN_SCALE), 0, qtype)
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = max((high - low) / qtype.qmax, LEAST_SCALE)
-    return Quantizer(scale, min(qtype.qmax, max(0, round(-low / scale))), qtype)
+    scale = max((high - low) / qtype.qmax, MIN_SCALE)
+    return QParams(scale, min(qtype.qmax, max(0, round(-low / scale))), qtype)

@@ -1,4 +1,4 @@
-"""The arithmetic of integer layers, defined in plain torch.
+"""Reference backend: the arithmetic of integer layers in plain torch.
 
 Every other backend must agree with it: float outputs within 4 units in the last place
 of float32 of the largest term, integer outputs within one level.
@@ -10,30 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfq.runtime.params import LinearParams, Needs, OutputFormat
-from dfq.runtime.qtype import INT8, QType, Quantizer
+from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
+from dfq.runtime.qtype import INT8, QParams, QType
 
 NAME = "reference"
 
 CACHED_SCORES = 1 << 20
-"""Attention scores computed at once on a CPU; in bfloat16 2 MB, a second-level cache."""
+"""Attention scores of a tile on a CPU: 2 MB in bfloat16, the size of an L2 cache."""
 
 SCORES_IN_MEMORY = 1 << 28
-"""Attention scores computed at once elsewhere; in float32 1 GB."""
+"""Attention scores of a tile on other devices: 1 GB in float32."""
 
 
-def refusal(device: torch.device, needs: Needs) -> str | None:  # noqa: ARG001 (the interface)
-    """None: exact everywhere."""
+def unsupported_reason(device: torch.device, needs: KernelRequirements) -> str | None:  # noqa: ARG001 (the interface)
+    """Return None: the reference is exact everywhere."""
     return None
 
 
-def scores_at_once(device: torch.device) -> int:
-    """Attention scores of a tile."""
+def max_tile_scores(device: torch.device) -> int:
+    """Largest number of attention scores of a tile."""
     return CACHED_SCORES if device.type == "cpu" else SCORES_IN_MEMORY
 
 
 def prepack(params: LinearParams) -> object:
-    """The weight in float64, in which sums of integer products are exact."""
+    """Convert the weight to float64, in which sums of integer products are exact."""
     return params.weight.integers.double()
 
 
@@ -44,9 +44,9 @@ def linear(
     out: OutputFormat,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Exact integer sums, then one float32 multiplication and one addition per output.
+    """Integer linear layer: exact integer sums, one float32 multiply and add per output.
 
-    ``residual``, float32 and of the output's shape, is added last; then the output is float32.
+    ``residual``, float32 and of the output's shape, is added last; the output is then float32.
     """
     assert isinstance(packed, Tensor)
     sums = (x.double() - params.input.zero_point) @ packed.T
@@ -62,17 +62,15 @@ def linear(
     return (y / out.scale).to(out.dtype)
 
 
-def quantize(
-    x: Tensor, quantizer: Quantizer, affine: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Float to uint8, or to int8 for a signed quantizer.
+def quantize(x: Tensor, qparams: QParams, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Quantize a float tensor to uint8, or to int8 for a signed type.
 
-    ``round(x / scale) + zero_point``, ties to even, clipped to the quantizer's integers;
-    ``affine`` is a factor and a summand that are applied first.
+    ``round(x / scale) + zero_point``, ties to even, clamped to the type's range.  ``affine`` is
+    a (scale, shift) pair ``[in]`` that is applied to ``x`` first.
     """
     x = x.float() if affine is None else x.float() * affine[0] + affine[1]
-    qtype = quantizer.qtype
-    rounded = _round(x / quantizer.scale, quantizer.zero_point, qtype)
+    qtype = qparams.qtype
+    rounded = _round(x / qparams.scale, qparams.zero_point, qtype)
     return rounded.to(torch.int8 if qtype.signed else torch.uint8)
 
 
@@ -80,27 +78,27 @@ def _round(x: Tensor, zero_point: int, qtype: QType) -> Tensor:
     return x.round_().add_(zero_point).clamp_(qtype.qmin, qtype.qmax)
 
 
-def fold_norm(norm: nn.LayerNorm, quantizer: Quantizer) -> object:
-    """The norm and the quantizer of its output."""
-    return norm, quantizer
+def prepack_norm(norm: nn.LayerNorm, qparams: QParams) -> object:
+    """Pair a layer norm with the qparams of its output."""
+    return norm, qparams
 
 
-def quantize_norm(x: Tensor, folded: object) -> Tensor:
+def quantize_norm(x: Tensor, packed: object) -> Tensor:
     """Layer norm of float ``[..., C]``, quantized to uint8."""
-    assert isinstance(folded, tuple)
-    norm, quantizer = folded
-    return quantize(norm(x), quantizer)
+    assert isinstance(packed, tuple)
+    norm, qparams = packed
+    return quantize(norm(x), qparams)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Attention whose two products take 8-bit integers.
+    """Attention with both matrix products on 8-bit integers.
 
     ``q``, ``k`` and ``v`` are int8 ``[B, H, T, D]``; returns float32 ``[B, H, T, D]`` in units
     of ``v``.  ``scale`` turns integer scores into those of the softmax; ``bias`` is added
     to them.  Queries may be fewer than keys.
 
     Each row of ``exp(score - largest)`` is rounded to 0..255, its largest being 255, and
-    divided by its sum after the second product, as flash attention does: the quantizer fits
+    divided by its sum after the second product, as flash attention does: the scale fits
     every row, whether one token takes all or each a 200th, and needs no calibration (as in
     SageAttention, arXiv 2410.02367, there for blocks of rows).  Integers are carried in float32,
     where sums below 2^24 are exact: every score with a head of at most 1040 channels, every

@@ -1,4 +1,4 @@
-"""Backends: sets of integer kernels, from the fastest to the one that runs anywhere."""
+"""Registry of backends (sets of integer kernels), the preferred one first."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 from dfq.errors import SettingError, nearest
 from dfq.runtime import onednn, reference
-from dfq.runtime.params import LinearParams, Needs, OutputFormat
-from dfq.runtime.qtype import Quantizer
+from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
+from dfq.runtime.qtype import QParams
 
 
 class Backend(Protocol):
-    """Integer kernels; see :mod:`dfq.runtime.reference` for the arithmetic."""
+    """Interface of a backend; :mod:`dfq.runtime.reference` defines the arithmetic."""
 
     NAME: str
 
-    def refusal(self, device: torch.device, needs: Needs) -> str | None:
-        """Why the kernels are not exact for a layer on a device; None where they are."""
+    def unsupported_reason(self, device: torch.device, needs: KernelRequirements) -> str | None:
+        """Return why the kernels are not exact on a device, or None if they are."""
 
-    def scores_at_once(self, device: torch.device) -> int:
-        """Attention scores that are best computed at once, over all images and heads."""
+    def max_tile_scores(self, device: torch.device) -> int:
+        """Return how many attention scores, over all images and heads, a tile should have."""
 
     def prepack(self, params: LinearParams) -> object:
-        """Weights in the backend's own layout, built once."""
+        """Convert a layer's weights to the backend's own layout; called once per layer."""
 
     def linear(
         self,
@@ -41,33 +41,35 @@ class Backend(Protocol):
         """
 
     def quantize(
-        self, x: Tensor, quantizer: Quantizer, affine: tuple[Tensor, Tensor] | None = None
+        self, x: Tensor, qparams: QParams, affine: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Float ``[..., in]``, or ``x * affine[0] + affine[1]``, to uint8; to int8 where the
-        quantizer is signed."""
+        """Quantize float ``[..., in]``, or ``x * affine[0] + affine[1]``, to uint8, or to int8 for
+        a signed type."""
 
-    def fold_norm(self, norm: nn.LayerNorm, quantizer: Quantizer) -> object:
-        """A norm and the quantizer of its output in the backend's own form, built once."""
+    def prepack_norm(self, norm: nn.LayerNorm, qparams: QParams) -> object:
+        """Convert a layer norm and the qparams of its output to the backend's own form; called
+        once per norm."""
 
-    def quantize_norm(self, x: Tensor, folded: object) -> Tensor:
-        """Layer norm of float ``[..., C]``, quantized to uint8."""
+    def quantize_norm(self, x: Tensor, packed: object) -> Tensor:
+        """Apply a layer norm to float ``[..., C]`` and quantize to uint8."""
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
     ) -> Tensor:
-        """int8 ``[B, H, T, D]`` each to float ``[B, H, T, D]`` in units of ``v``."""
+        """Attention of int8 ``[B, H, T, D]`` each; returns float ``[B, H, T, D]`` in units of
+        ``v``."""
 
 
-ANY_WEIGHT = Needs()
+ANY_WEIGHT = KernelRequirements()
 
 _backends: list[Backend] = [onednn, reference]
 
 
 def register(backend: Backend) -> None:
-    """Add a backend, to be preferred to those that are there.
+    """Register a backend in front of the others.
 
     Raises:
-        SettingError: one of that name is there.
+        SettingError: a backend of that name is registered already.
     """
     if backend.NAME in (each.NAME for each in _backends):
         raise SettingError(f"A backend {backend.NAME!r} is registered already.")
@@ -75,15 +77,15 @@ def register(backend: Backend) -> None:
 
 
 def backends() -> list[str]:
-    """Names of the backends, the preferred first."""
+    """Return the names of all backends, the preferred one first."""
     return [backend.NAME for backend in _backends]
 
 
 def get(name: str) -> Backend:
-    """The backend of a name.
+    """Return a backend by name.
 
     Raises:
-        SettingError: there is none.
+        SettingError: no backend has that name.
     """
     for backend in _backends:
         if name == backend.NAME:
@@ -93,24 +95,28 @@ def get(name: str) -> Backend:
     )
 
 
-def explain(device: torch.device | str = "cpu", needs: Needs = ANY_WEIGHT) -> dict[str, str | None]:
-    """Why each backend is not exact for a layer on a device; None where it is."""
-    return {each.NAME: each.refusal(torch.device(device), needs) for each in _backends}
+def explain(
+    device: torch.device | str = "cpu", needs: KernelRequirements = ANY_WEIGHT
+) -> dict[str, str | None]:
+    """Return for each backend why it is not exact on a device, or None if it is."""
+    return {each.NAME: each.unsupported_reason(torch.device(device), needs) for each in _backends}
 
 
 def select(
-    device: torch.device | str = "cpu", name: str | None = None, needs: Needs = ANY_WEIGHT
+    device: torch.device | str = "cpu",
+    name: str | None = None,
+    needs: KernelRequirements = ANY_WEIGHT,
 ) -> Backend:
-    """The named backend, or the first that is exact for a layer on this device.
+    """Return the named backend, or the first one that is exact on this device.
 
     Raises:
-        SettingError: no backend of that name, or it is not exact here.
+        SettingError: no backend has that name, or it is not exact here.
     """
     device = torch.device(device)
     if name is None:
-        return next(each for each in _backends if each.refusal(device, needs) is None)
+        return next(each for each in _backends if each.unsupported_reason(device, needs) is None)
     chosen = get(name)
-    reason = chosen.refusal(device, needs)
+    reason = chosen.unsupported_reason(device, needs)
     if reason is not None:
         raise SettingError(f"The {name} backend is not exact here: {reason}")
     return chosen

@@ -27,7 +27,7 @@ from dfq.exporting.program import reference_form
 from dfq.quantization import QuantizedViT
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.rounding import WeightScales
-from dfq.runtime.qtype import Quantizer
+from dfq.runtime.qtype import QParams
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -182,7 +182,7 @@ def test_weights_stay_four_bits_where_blocks_divide_the_inputs(inputs: int, kind
     integers = torch.randint(-8, 8, (6, inputs), generator=generator).to(torch.int8)
     groups = torch.randint(1, 17, (6, 2), generator=generator).to(torch.uint8)
     scales = WeightScales(torch.rand(6, generator=generator) + 0.1, groups, 32)
-    layer.assign(integers, scales, torch.zeros(6), Quantizer(0.1, 3))
+    layer.assign(integers, scales, torch.zeros(6), QParams(0.1, 3))
     output = write_weight(graph, layer, "int4")
     assert kind in {TensorProto.DataType.Name(c.data_type) for c in graph.constants.values()}
     torch.testing.assert_close(evaluated(graph, output, (inputs, 6)).T, scales.dequantize(integers))

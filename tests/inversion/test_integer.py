@@ -10,7 +10,7 @@ import torch
 from conftest import make_vit
 from torch import Tensor, nn
 
-from dfq.device import carrier, multiplies_bytes, resolve_precision
+from dfq.device import compute_dtype, int8_is_exact, resolve_precision
 from dfq.errors import DeviceError
 from dfq.inversion import Engine, plan_units
 from dfq.inversion.integer import IntegerProduct, multiply_integers
@@ -19,7 +19,7 @@ from dfq.vit import ViT
 from dfq.vit.load import LoadedModel, load_model
 
 multiplies = pytest.mark.skipif(
-    not multiplies_bytes(torch.device("cpu")), reason="this processor has no 8-bit dot products"
+    not int8_is_exact(torch.device("cpu")), reason="this processor has no 8-bit dot products"
 )
 
 
@@ -121,8 +121,8 @@ def test_images_are_the_same_every_time_and_end_as_low_as_with_floats(loaded: Lo
 
 def test_the_rest_is_in_floating_point() -> None:
     cpu = torch.device("cpu")
-    assert str(carrier("int8", cpu)) == f"torch.{resolve_precision('auto', cpu)}"
-    assert carrier("float32", cpu) == torch.float32
+    assert str(compute_dtype("int8", cpu)) == f"torch.{resolve_precision('auto', cpu)}"
+    assert compute_dtype("float32", cpu) == torch.float32
 
 
 def test_devices_without_8_bit_products_are_refused() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dfq.quantization.histogram import BINS, Histogram
 from dfq.quantization.observers import RangeObserver
 from dfq.recipe import Observer
-from dfq.runtime.qtype import INT8, quantizer_of
+from dfq.runtime.qtype import INT8, qparams_from_range
 
 
 def heavy(count: int = 200_000) -> torch.Tensor:
@@ -85,4 +85,4 @@ def test_constant_and_empty_inputs_give_quantizers() -> None:
         watch.observe(torch.empty(0))
         watch.observe(torch.zeros(10))
         assert watch.quantizer().scale > 0
-    assert quantizer_of(0.0, 0.0, INT8).scale > 0
+    assert qparams_from_range(0.0, 0.0, INT8).scale > 0

@@ -20,7 +20,7 @@ from dfq.quantization.observers import RangeObserver
 from dfq.quantization.scheme import ATTENTION_SITES, Scheme, layers
 from dfq.recipe import InversionSettings, QuantizationSettings
 from dfq.runtime import onednn
-from dfq.runtime.params import Needs
+from dfq.runtime.params import KernelRequirements
 from dfq.runtime.qtype import INT8
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Preprocessing
@@ -121,7 +121,7 @@ def test_the_patch_embedding_reads_pixels_without_error(loaded: LoadedModel) -> 
 
 
 def test_fast_and_reference_kernels_agree_on_the_model(loaded: LoadedModel) -> None:
-    if onednn.refusal(torch.device("cpu"), Needs()) is not None:
+    if onednn.unsupported_reason(torch.device("cpu"), KernelRequirements()) is not None:
         pytest.skip("this processor has no VNNI")
     quantized = quantize(loaded, bits=8)
     x = images_of(loaded)

@@ -15,7 +15,7 @@ from dfq.errors import CheckpointError, SettingError
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.scheme import Scheme
 from dfq.recipe import LayerSettings, QuantizationSettings, Recipe
-from dfq.runtime.params import Needs
+from dfq.runtime.params import KernelRequirements
 from dfq.runtime.qtype import QType
 
 FC2 = "blocks.1.mlp.fc2"
@@ -73,7 +73,7 @@ def test_any_scheme_is_saved_loaded_and_runs_on_every_backend(
     checkpoint.save_checkpoint(tmp_path / "c", model, name="x", recipe=recipe, source={})
     loaded = checkpoint.load(tmp_path / "c")
     assert loaded.settings == settings
-    if runtime.explain("cpu", Needs(64))["onednn"] is None:
+    if runtime.explain("cpu", KernelRequirements(64))["onednn"] is None:
         assert loaded.backend == "onednn"
     assert spread(loaded(images), expected) < 1e-5
     assert torch.equal(loaded.set_backend("reference")(images), expected)

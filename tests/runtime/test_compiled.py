@@ -88,9 +88,11 @@ def test_checkpoints_are_loaded_compiled(tmp_path: Path) -> None:
 
 def test_copies_are_parts_of_their_own() -> None:
     model = made()
-    numbers = {m.number for m in model.modules() if isinstance(m, opaque.Part)}
+    numbers = {m.number for m in model.modules() if isinstance(m, opaque.OpaqueModule)}
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not numbers & {m.number for m in other.modules() if isinstance(m, opaque.Part)}
+        assert not numbers & {
+            m.number for m in other.modules() if isinstance(m, opaque.OpaqueModule)
+        }
 
 
 def test_without_a_compiler_compiling_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.rounding import WeightScales
 from dfq.runtime.packing import pack_bits, packed_bytes, unpack_bits
-from dfq.runtime.qtype import Quantizer
+from dfq.runtime.qtype import QParams
 
 QUICK = settings(deadline=None, max_examples=150, derandomize=True)
 
@@ -88,6 +88,6 @@ def test_layer_holds_its_weights_packed(in_features: int, bits: int) -> None:
     low, high = scheme.weight.qmin, scheme.weight.qmax
     integers = torch.randint(low, high + 1, (3, in_features), generator=generator).to(torch.int8)
     layer = IntegerLinear(in_features, 3, scheme)
-    layer.assign(integers, WeightScales(torch.ones(3)), torch.zeros(3), Quantizer(0.5, 3))
+    layer.assign(integers, WeightScales(torch.ones(3)), torch.zeros(3), QParams(0.5, 3))
     assert layer.weight.shape == (3, -(-in_features * bits // 8))
     assert torch.equal(layer.integers(), integers)

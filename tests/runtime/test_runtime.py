@@ -17,18 +17,23 @@ from torch import Tensor
 from dfq import device, runtime
 from dfq.errors import SettingError
 from dfq.runtime import onednn, reference, registry
-from dfq.runtime.params import LinearParams, Needs, OutputFormat
-from dfq.runtime.qtype import QType, Quantizer
+from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
+from dfq.runtime.qtype import QParams, QType
 from dfq.runtime.weights import StoredWeight
 
 CPU = torch.device("cpu")
-LARGEST = 127 if onednn.refusal(CPU, Needs()) is None else onednn.PORTABLE
+LARGEST = (
+    127
+    if onednn.unsupported_reason(CPU, KernelRequirements()) is None
+    else onednn.MAX_WEIGHT_WITHOUT_VNNI
+)
 """Largest magnitude of the weights for which oneDNN is exact here."""
 
-PORTABLE = Needs(largest_weight=onednn.PORTABLE)
+WITHOUT_VNNI = KernelRequirements(max_weight=onednn.MAX_WEIGHT_WITHOUT_VNNI)
 
 needs_onednn = pytest.mark.skipif(
-    onednn.refusal(CPU, PORTABLE) is not None, reason="oneDNN's integers are not exact here"
+    onednn.unsupported_reason(CPU, WITHOUT_VNNI) is not None,
+    reason="oneDNN's integers are not exact here",
 )
 
 
@@ -52,7 +57,7 @@ def make(rows: int, inputs: int, outputs: int, seed: int, kind: str) -> tuple[Te
 
 def params_of(weight: Tensor, scale: Tensor, bias: Tensor, zero_point: int) -> LinearParams:
     stored = StoredWeight(weight, 8, weight.shape[1])
-    return LinearParams(stored, scale, bias, Quantizer(0.037, zero_point))
+    return LinearParams(stored, scale, bias, QParams(0.037, zero_point))
 
 
 def both(x: Tensor, params: LinearParams, out: OutputFormat) -> tuple[Tensor, Tensor]:
@@ -107,7 +112,7 @@ def test_bfloat16_outputs_agree_within_one_rounding() -> None:
 @pytest.mark.parametrize("backend", sorted(runtime.backends()))
 @pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8), (2, 0, 8), (1, 8), (2, 3, 8)])
 def test_shapes_hold_also_for_empty_batches(backend: str, shape: tuple[int, ...]) -> None:
-    if (reason := runtime.explain(CPU, PORTABLE)[backend]) is not None:
+    if (reason := runtime.explain(CPU, WITHOUT_VNNI)[backend]) is not None:
         pytest.skip(reason)
     _, params = make(1, 8, 5, 0, "random")
     kernels = runtime.get(backend)
@@ -126,7 +131,7 @@ def test_reference_sums_are_exact_integers() -> None:
 
 def test_quantize_rounds_half_to_even_and_clips() -> None:
     x = torch.tensor([-1e9, -0.5, 0.5, 1.5, 2.5, 1e9])
-    assert reference.quantize(x, Quantizer(1.0, 10)).tolist() == [0, 10, 10, 12, 12, 255]
+    assert reference.quantize(x, QParams(1.0, 10)).tolist() == [0, 10, 10, 12, 12, 255]
 
 
 def heads(tokens: int, seed: int, kind: str) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -198,9 +203,9 @@ def test_quantized_norms_agree_within_one_level(
     norm.weight.copy_(torch.randn(width, generator=g))
     norm.bias.copy_(torch.randn(width, generator=g))
     x = torch.randn(2, rows, width, generator=g) * size
-    by = Quantizer(0.013, min(zero_point, 2**bits - 1), QType(bits))
-    fast = onednn.quantize_norm(x, onednn.fold_norm(norm, by))
-    exact = reference.quantize_norm(x, reference.fold_norm(norm, by))
+    by = QParams(0.013, min(zero_point, 2**bits - 1), QType(bits))
+    fast = onednn.quantize_norm(x, onednn.prepack_norm(norm, by))
+    exact = reference.quantize_norm(x, reference.prepack_norm(norm, by))
     assert fast.dtype == torch.uint8
     assert int(exact.max()) < 2**bits
     assert int(fast.max()) < 2**bits
@@ -219,7 +224,7 @@ def test_quantizing_agrees_within_one_level(
     x: list[float], scale: float, zero_point: int, bits: int
 ) -> None:
     values = torch.tensor(x)
-    by = Quantizer(scale, min(zero_point, 2**bits - 1), QType(bits))
+    by = QParams(scale, min(zero_point, 2**bits - 1), QType(bits))
     fast, exact = onednn.quantize(values, by).int(), reference.quantize(values, by).int()
     assert int((fast - exact).abs().max()) <= 1
     assert int(fast.max()) < 2**bits
@@ -231,7 +236,7 @@ def test_quantizing_agrees_within_one_level(
 def test_quantizing_an_affine_agrees_within_one_level(seed: int, zero_point: int) -> None:
     g = torch.Generator().manual_seed(seed)
     x, factor, summand = (torch.randn(n, generator=g) for n in ((3, 5, 7), (7,), (7,)))
-    affine, by = (factor, summand), Quantizer(0.013, zero_point)
+    affine, by = (factor, summand), QParams(0.013, zero_point)
     fast = onednn.quantize(x, by, affine).int()
     exact = reference.quantize(x, by, affine).int()
     assert torch.equal(exact, reference.quantize(x * factor + summand, by).int())
@@ -286,17 +291,19 @@ def test_where_products_saturate_full_range_weights_run_on_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(device, "_worst_product_is_exact", lambda largest: largest <= 64)
-    assert [runtime.select("cpu", needs=Needs(n)).NAME for n in (127, 65)] == ["reference"] * 2
-    assert runtime.select("cpu", needs=Needs(64)).NAME == "onednn"
+    assert [runtime.select("cpu", needs=KernelRequirements(n)).NAME for n in (127, 65)] == [
+        "reference"
+    ] * 2
+    assert runtime.select("cpu", needs=KernelRequirements(64)).NAME == "onednn"
     with pytest.raises(SettingError, match=r"VNNI.*weights reach 127.*reduce_range"):
         runtime.select("cpu", "onednn")
 
 
 SATURATION = """
 import torch
-from dfq.device import multiplies_bytes, resolve_precision
+from dfq.device import int8_is_exact, resolve_precision
 cpu = torch.device("cpu")
-print(multiplies_bytes(cpu), multiplies_bytes(cpu, 64), resolve_precision("auto", cpu))
+print(int8_is_exact(cpu), int8_is_exact(cpu, 64), resolve_precision("auto", cpu))
 """
 
 
@@ -347,17 +354,17 @@ def test_a_backend_that_is_registered_is_preferred_where_it_is_exact(
         def __getattr__(self, name: str) -> object:
             return getattr(reference, name)
 
-        def refusal(self, device: torch.device, needs: Needs) -> str | None:  # noqa: ARG002
-            return None if needs.largest_weight <= 8 else "it takes weights of 4 bits."
+        def unsupported_reason(self, device: torch.device, needs: KernelRequirements) -> str | None:  # noqa: ARG002
+            return None if needs.max_weight <= 8 else "it takes weights of 4 bits."
 
     with monkeypatch.context() as patch:
         patch.setattr(registry, "_backends", [onednn, reference])
         runtime.register(Narrow())  # type: ignore[arg-type]
         assert runtime.backends()[0] == "narrow"
-        assert runtime.select("cpu", needs=Needs(8)).NAME == "narrow"
-        assert runtime.select("cpu", needs=Needs(9)).NAME != "narrow"
+        assert runtime.select("cpu", needs=KernelRequirements(8)).NAME == "narrow"
+        assert runtime.select("cpu", needs=KernelRequirements(9)).NAME != "narrow"
         with pytest.raises(SettingError, match=r"narrow.*takes weights of 4 bits"):
-            runtime.select("cpu", "narrow", Needs(9))
+            runtime.select("cpu", "narrow", KernelRequirements(9))
         with pytest.raises(SettingError, match="registered already"):
             runtime.register(Narrow())  # type: ignore[arg-type]
     assert "narrow" not in runtime.backends()
