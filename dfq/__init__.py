@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from dfq.sparse import SparseImages
     from dfq.vit.load import LoadedModel, load_model
 
-_HOMES = {
+_MODULES = {
     "BenchmarkResult": "dfq.results.values",
     "CacheEntry": "dfq.data.cache",
     "DfqError": "dfq.errors",
@@ -133,12 +133,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'dfq' has no attribute {name!r}")
     from dfq.process_state import fresh_state
 
     with fresh_state():  # modules make tensors and give warnings as they load
-        value = getattr(importlib.import_module(_HOMES[name]), name)
+        value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

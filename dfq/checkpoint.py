@@ -95,7 +95,7 @@ def save_checkpoint(
         "architecture": to_json(model.arch),
         "preprocessing": to_json(model.preprocessing),
         "recipe": to_dict(recipe),
-        "activation_ranges": {k: list(q.range) for k, q in model.quantizers().items()},
+        "activation_ranges": {k: list(q.range) for k, q in model.activation_qparams().items()},
         "source": source,
     }
     content = save(state)
@@ -219,7 +219,7 @@ def load(
     state = _read_state(path / MODEL, model.state_dict())
     _check_integers(model, state, path / MODEL)
     model.load_state_dict(state, assign=True)
-    model.set_normalisation()
+    model.set_normalization()
     config = _read_config(path)
     _check_ranges(model, config.get("activation_ranges"))
     _check_bytes(path / MODEL, info, config.get("sha256"))
@@ -303,11 +303,11 @@ def _check_integers(model: QuantizedViT, state: dict[str, torch.Tensor], path: P
 
 
 def _check_ranges(model: QuantizedViT, ranges: Any) -> None:
-    quantizers = model.quantizers()
-    if not isinstance(ranges, dict) or set(ranges) != set(quantizers):
-        raise CheckpointError(f"{CONFIG}: activation_ranges do not name the model's sites.")
-    for name, quantizer in quantizers.items():
-        low, high = quantizer.range
+    expected = model.activation_qparams()
+    if not isinstance(ranges, dict) or set(ranges) != set(expected):
+        raise CheckpointError(f"{CONFIG}: activation_ranges do not name the model's activations.")
+    for name, qparams in expected.items():
+        low, high = qparams.range
         given = ranges[name]
         good = (
             isinstance(given, list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dfq.device import multiplies_bfloat16, int8_is_exact
+from dfq.device import int8_is_exact, multiplies_bfloat16
 from dfq.runtime import onednn
 from dfq.runtime.params import KernelRequirements
 

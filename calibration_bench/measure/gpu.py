@@ -171,5 +171,5 @@ def gptq(outputs: int, inputs: int, group: int, damping: float, device: torch.de
             device,
         ),
         "launches": launches(whole, device),
-        "kernel_failure": rounding.kernel_failure(device),
+        "triton_failure": rounding.triton_failure(device),
     }

@@ -11,7 +11,7 @@ from dfq.exporting.transformer import softmax_of
 from dfq.exporting.weights import WeightType, write_weight
 from dfq.quantization.layers import IntegerPatchEmbed
 from dfq.quantization.model import QuantizedViT
-from dfq.quantization.scheme import ATTENTION_SITES
+from dfq.quantization.scheme import ATTENTION_INPUTS
 from dfq.runtime.qtype import INT8, QParams
 from dfq.vit import ViT
 
@@ -81,21 +81,21 @@ def write_attention(
     return graph.op("Div", mixed, graph.op("ReduceSum", shares, last))
 
 
-def rounded(graph: Graph, x: str, quantizer: QParams, name: str = "input") -> str:
+def rounded(graph: Graph, x: str, qparams: QParams, name: str = "input") -> str:
     """The values that quantized ``x`` stands for."""
-    kind = np.int8 if quantizer.qtype.signed else np.uint8
+    kind = np.int8 if qparams.qtype.signed else np.uint8
     constants = (
-        graph.scalar(f"{name}_scale", quantizer.scale),
-        graph.constant(f"{name}_zero_point", np.array(quantizer.zero_point, kind)),
+        graph.scalar(f"{name}_scale", qparams.scale),
+        graph.constant(f"{name}_zero_point", np.array(qparams.zero_point, kind)),
     )
-    if quantizer.qtype.bits < 8:
-        x = graph.op("Clip", x, *(graph.scalar(f"{name}_{end}", v) for end, v in _ends(quantizer)))
+    if qparams.qtype.bits < 8:
+        x = graph.op("Clip", x, *(graph.scalar(f"{name}_{end}", v) for end, v in _ends(qparams)))
     x = graph.op("QuantizeLinear", x, *constants)
     return graph.op("DequantizeLinear", x, *constants)
 
 
-def _ends(quantizer: QParams) -> tuple[tuple[str, float], ...]:
-    low, high = quantizer.range
+def _ends(qparams: QParams) -> tuple[tuple[str, float], ...]:
+    low, high = qparams.range
     return ("low", low), ("high", high)
 
 
@@ -109,7 +109,7 @@ class QuantizedProducts(FloatProducts):
     def __init__(self, model: QuantizedViT, weights: WeightType = "int8") -> None:
         super().__init__(model)
         self.layers, self.weights = integer_layers(model), weights
-        self.quantizers = model.quantizers()
+        self.qparams = model.activation_qparams()
         self.integer_attention = model.scheme.integer_attention
 
     def images(self, graph: Graph, x: str) -> str:
@@ -136,7 +136,7 @@ class QuantizedProducts(FloatProducts):
     ) -> str:
         if not self.integer_attention:
             return super().attention(graph, name, q, k, v, bias, scale)
-        sites = [self.quantizers[f"{name}.{site}"] for site in ATTENTION_SITES]
+        sites = [self.qparams[f"{name}.{site}"] for site in ATTENTION_INPUTS]
         return write_attention(graph, q, k, v, bias, scale, sites)
 
 

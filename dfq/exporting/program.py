@@ -38,7 +38,7 @@ class ReferenceLinear(nn.Module):
         for name, value in layer.state_dict().items():
             if not name.startswith("input_"):
                 self.register_buffer(name, value)
-        self.quantizer = layer.input_qparams
+        self.qparams = layer.input_qparams
         self.pixels = isinstance(layer, IntegerPatchEmbed)
         if isinstance(layer, IntegerPatchEmbed):
             self.register_buffer("mean", layer.mean)
@@ -50,8 +50,8 @@ class ReferenceLinear(nn.Module):
             x = x * self.get_buffer("std") + self.get_buffer("mean")
         group_scale = self.get_buffer("group_scale") if self.group else None
         stored = StoredWeight(self.weight, self.bits, self.in_features, group_scale, self.group)
-        params = LinearParams(stored, self.weight_scale, self.bias, self.quantizer)
-        quantized = reference.quantize(x, self.quantizer)
+        params = LinearParams(stored, self.weight_scale, self.bias, self.qparams)
+        quantized = reference.quantize(x, self.qparams)
         return reference.linear(quantized, params, reference.prepack(params), OutputFormat())
 
 
@@ -73,7 +73,7 @@ def reference_form(model: QuantizedViT) -> ViT:
     """The quantized model in plain torch; what is not integer is float32."""
     vit = with_layers(model, ReferenceLinear)
     if model.scheme.integer_attention:
-        for index, product in enumerate(model.products()):
+        for index, product in enumerate(model.attention_products()):
             vit.block(index).attn.product = ReferenceProduct(product.scales)
     return vit
 

@@ -36,7 +36,7 @@ from dfq.pipeline.evaluate import accuracy_pair, agreement_on, check_measurable,
 from dfq.pipeline.workers import check_alone
 from dfq.progress import Progress, Silent, note_all, warn
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
-from dfq.quantization.diagnosis import layer_noise, poor_layers
+from dfq.quantization.diagnosis import layer_sqnr
 from dfq.quantization.equalization import equalize
 from dfq.quantization.reconstruction import reconstruct
 from dfq.quantization.scheme import Scheme, layers
@@ -46,7 +46,7 @@ from dfq.results.values import (
     BlockLoss,
     Bytes,
     CalibrationSource,
-    LayerNoise,
+    LayerSqnr,
     QuantizeResult,
     Seconds,
     to_json,
@@ -200,7 +200,7 @@ def quantize(
     with clock("evaluate"):
         result = _measured(result, loaded, quantized, measured_on, target, cache, progress)
     doubtful = [
-        *poor_layers(noise, quantized.scheme),
+        *low_sqnr_warnings(noise, quantized.scheme),
         *doubts(result.agreement_on, result.agreement_outside),
     ]
     result = dataclasses.replace(
@@ -299,7 +299,7 @@ def _quantized(
     recipe: Recipe,
     clock: _Clock,
     progress: Progress,
-) -> tuple[QuantizedViT, list[LayerNoise], list[BlockLoss]]:
+) -> tuple[QuantizedViT, list[LayerSqnr], list[BlockLoss]]:
     """The model in integers, calibrated on ``source`` and what is laid beside it; what that
     leaves of every layer's output, and the losses of reconstruction."""
     settings = recipe.quantization
@@ -319,7 +319,7 @@ def _quantized(
                 batches, seed = wide.batches(settings.batch), recipe.inversion.seed
                 losses = reconstruct(equal, quantized, batches, settings.reconstruct, seed, advance)
         diagnosed = islice(source.batches(DIAGNOSIS_BATCH), DIAGNOSIS_BATCHES)
-        noise = layer_noise(equal, quantized, diagnosed)
+        noise = layer_sqnr(equal, quantized, diagnosed)
     return quantized, noise, losses
 
 

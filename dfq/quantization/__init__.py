@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibration", "IntegerLinear", "QuantizedViT", "calibrate", "quantize_vit"]
 
-_HOMES = {
+_MODULES = {
     "Calibration": "calibration",
     "IntegerLinear": "layers",
     "QuantizedViT": "model",
@@ -22,7 +22,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load on first use: a checkpoint is opened without torch.ao's observers."""
-    if name not in _HOMES:
+    """Load names on first use, so that opening a checkpoint does not import torch.ao."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Calibration: sparse images through the float model, watched at every quantized site."""
+"""Calibration: ranges and statistics of every quantized activation of the float model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from dfq.errors import DatasetError, RunError
 from dfq.quantization.observers import RangeObserver
-from dfq.quantization.scheme import ATTENTION_SITES, Scheme, layers, range_sites
+from dfq.quantization.scheme import ATTENTION_INPUTS, Scheme, calibrated_activations, layers
 from dfq.runtime.qtype import QParams
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Preprocessing, ViT
 from dfq.vit.modules import merge_heads
 
-LARGEST = 1e38
-"""Of activations; ranges of a few times as much are beyond float32."""
+MAX_ACTIVATION = 1e38
+"""Largest magnitude of an activation; ranges of a few times as much overflow float32."""
 
 
 class InputStatistics:
-    """Running mean, range and, on request, second moment of a linear layer's input.
+    """Running mean, range and, optionally, second moment of a linear layer's input.
 
-    ``low`` and ``high`` are float32 ``[in]``, the smallest and largest value of each feature.
+    ``low`` and ``high`` are the minimum and maximum of each feature, float32 ``[in]``.
     """
 
     def __init__(self, features: int, *, second_moment: bool, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class InputStatistics:
         self._squares = torch.zeros(features, features, device=device) if second_moment else None
 
     def observe(self, x: Tensor) -> None:
-        """Take inputs ``[..., in]`` into account."""
+        """Update the statistics with inputs ``[..., in]``."""
         x = x.detach().float().flatten(0, -2)
         self.count += x.shape[0]
         low, high = x.aminmax(dim=0)
@@ -45,28 +45,28 @@ class InputStatistics:
         if self._squares is not None:
             self._squares.addmm_(x.T, x)
 
-    def moved(self, middle: Tensor, ratio: Tensor) -> InputStatistics:
-        """Those of ``(x - middle) / ratio``, feature by feature."""
-        found = copy.copy(self)
-        found.low, found.high = (self.low - middle) / ratio, (self.high - middle) / ratio
-        found._sum = (self._sum - self.count * middle) / ratio
+    def normalized(self, center: Tensor, scale: Tensor) -> InputStatistics:
+        """Return the statistics of ``(x - center) / scale``; both are float32 ``[in]``."""
+        result = copy.copy(self)
+        result.low, result.high = (self.low - center) / scale, (self.high - center) / scale
+        result._sum = (self._sum - self.count * center) / scale
         if self._squares is not None:
-            centre = middle.double()
-            cross = torch.outer(self._sum, centre)
-            square = self.count * torch.outer(centre, centre)
+            center64 = center.double()
+            cross = torch.outer(self._sum, center64)
+            square = self.count * torch.outer(center64, center64)
             shifted = self._squares.double() - cross - cross.T + square
             shifted.diagonal().clamp_min_(0)
-            found._squares = (shifted / torch.outer(ratio, ratio)).float()
-        return found
+            result._squares = (shifted / torch.outer(scale, scale)).float()
+        return result
 
     @property
-    def reach(self) -> Tensor:
-        """The largest magnitude of each feature, float32 ``[in]``; NaN where there was one."""
+    def max_abs(self) -> Tensor:
+        """Largest magnitude of each feature, float32 ``[in]``; NaN if a value was NaN."""
         return torch.maximum(self.low.abs(), self.high.abs())
 
     @property
     def mean(self) -> Tensor:
-        """float32 ``[in]``."""
+        """Mean of each feature, float32 ``[in]``."""
         return (self._sum / max(1, self.count)).float()
 
     @property
@@ -77,15 +77,16 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found: a quantizer for every site, statistics for every layer.
+    """Result of calibration.
 
-    ``heads`` are ranges by channel of the attention sites, with 8-bit attention.
+    ``qparams``: of every calibrated activation.  ``statistics``: of every linear layer's input.
+    ``attention_statistics``: of q, k and v, with 8-bit attention.
     """
 
-    quantizers: dict[str, QParams]
+    qparams: dict[str, QParams]
     statistics: dict[str, InputStatistics]
     images: int
-    heads: dict[str, InputStatistics] = field(default_factory=dict)
+    attention_statistics: dict[str, InputStatistics] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -98,19 +99,18 @@ def calibrate(
 ) -> Calibration:
     """Run sparse images through the float model and collect ranges and statistics.
 
-    Patches keep their true positions; absent patches are absent, never black.  All tokens
-    of the last block are seen, also those that no pooling reads.  Memory
-    does not grow with the number of images.  ``advance`` is called with the number of
-    images after every batch.
+    The model sees only the patches that are present, at their true positions.  The last block is
+    observed on all tokens, including those that pooling does not read.  Memory does not grow with
+    the number of images.  The callback ``advance`` gets the number of images of each batch.
 
     Raises:
         DatasetError: there are no images.
-        RunError: an activation is infinite or not a number, or so large that its square is.
+        RunError: an activation is NaN or infinite, or its square overflows.
     """
     arch, device = vit.arch, vit.prefix.device
     observers = {
-        site: RangeObserver(scheme.observer_of(site), scheme.input_of(site))
-        for site in range_sites(arch, scheme)
+        name: RangeObserver(scheme.activation_observer(name), scheme.activation_qtype(name))
+        for name in calibrated_activations(arch, scheme)
     }
     statistics = {
         name: InputStatistics(
@@ -120,16 +120,16 @@ def calibrate(
         )
         for name in layers(arch)
     }
-    handles = _watch_layers(vit, observers, statistics)
-    heads: dict[str, InputStatistics] = {}
+    handles = _observe_layers(vit, observers, statistics)
+    attention_statistics: dict[str, InputStatistics] = {}
     if scheme.integer_attention:
-        handles += _watch_attention(vit, observers, heads)
+        handles += _observe_attention(vit, observers, attention_statistics)
     images = 0
     try:
         for batch in batches:
-            moved = batch.to(device)
-            x = pixels_to_input(moved.patches, preprocessing, arch.grid)
-            vit.classify(vit.tokens(x, moved.positions))
+            batch = batch.to(device)
+            x = pixels_to_input(batch.patches, preprocessing, arch.grid)
+            vit.classify(vit.tokens(x, batch.positions))
             images += len(batch)
             if advance is not None:
                 advance(len(batch))
@@ -138,26 +138,26 @@ def calibrate(
             handle.remove()
     if not images:
         raise DatasetError("The calibration set holds no images.")
-    for name, found in statistics.items():
-        _check_hessian(name, found)
-    quantizers = {site: observer.quantizer() for site, observer in observers.items()}
-    return Calibration(quantizers, statistics, images, heads)
+    for name, observed in statistics.items():
+        _check_hessian(name, observed)
+    qparams = {name: observer.calculate_qparams() for name, observer in observers.items()}
+    return Calibration(qparams, statistics, images, attention_statistics)
 
 
-def _check_range(site: str, found: InputStatistics) -> None:
-    """Raise :class:`RunError` if what was observed at a site has no range."""
-    if not float(found.reach.max()) <= LARGEST:
+def _check_range(what: str, observed: InputStatistics) -> None:
+    """Raise :class:`RunError` if an activation is not finite, or too large for a range."""
+    if not float(observed.max_abs.max()) <= MAX_ACTIVATION:
         raise RunError(
-            f"The {site} is not finite on the calibration images, or beyond {LARGEST:g}, so it has "
-            "no range. Check the weights, or use other images."
+            f"The {what} is not finite on the calibration images, or beyond "
+            f"{MAX_ACTIVATION:g}, so it has no range. Check the weights, or use other images."
         )
 
 
-def _check_hessian(name: str, found: InputStatistics) -> None:
-    """Raise :class:`RunError` if squares of a layer's input are beyond float32."""
-    if found.hessian is not None and not bool(torch.isfinite(found.hessian).all()):
+def _check_hessian(name: str, observed: InputStatistics) -> None:
+    """Raise :class:`RunError` if the squares of a layer's input overflow float32."""
+    if observed.hessian is not None and not bool(torch.isfinite(observed.hessian).all()):
         raise RunError(
-            f"The input of {name!r} reaches {float(found.reach.max()):.3g} on the calibration "
+            f"The input of {name!r} reaches {float(observed.max_abs.max()):.3g} on the calibration "
             "images, and its squares, which rounding by GPTQ needs, overflow. Check the weights, "
             'use other images, or set rounding = "nearest" in a recipe.'
         )
@@ -169,10 +169,10 @@ def _linear(vit: ViT, name: str) -> nn.Linear:
     return layer
 
 
-def _watch_layers(
+def _observe_layers(
     vit: ViT, observers: dict[str, RangeObserver], statistics: dict[str, InputStatistics]
 ) -> list[Any]:
-    def watch(name: str) -> Callable[..., None]:
+    def observe(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             statistics[name].observe(inputs[0])
             _check_range(f"input of {name!r}", statistics[name])
@@ -181,29 +181,29 @@ def _watch_layers(
 
         return hook
 
-    return [vit.get_submodule(name).register_forward_pre_hook(watch(name)) for name in statistics]
+    return [vit.get_submodule(name).register_forward_pre_hook(observe(name)) for name in statistics]
 
 
-def _watch_attention(
-    vit: ViT, observers: dict[str, RangeObserver], heads: dict[str, InputStatistics]
+def _observe_attention(
+    vit: ViT, observers: dict[str, RangeObserver], attention_statistics: dict[str, InputStatistics]
 ) -> list[Any]:
     width, device = vit.arch.attention_dim, vit.prefix.device
 
-    def watch(prefix: str) -> Callable[..., None]:
+    def observe(prefix: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            for name, values in zip(ATTENTION_SITES, inputs[:3], strict=True):
-                site = f"{prefix}.{name}"
-                heads[site].observe(merge_heads(values))
-                _check_range(f"tensor {site!r} of attention", heads[site])
-                observers[site].observe(values)
+            for suffix, values in zip(ATTENTION_INPUTS, inputs[:3], strict=True):
+                name = f"{prefix}.{suffix}"
+                attention_statistics[name].observe(merge_heads(values))
+                _check_range(f"tensor {name!r} of attention", attention_statistics[name])
+                observers[name].observe(values)
 
         return hook
 
     handles = []
     for i in range(vit.arch.depth):
-        for name in ATTENTION_SITES:
-            site = f"blocks.{i}.{name}"
-            heads[site] = InputStatistics(width, second_moment=False, device=device)
+        for suffix in ATTENTION_INPUTS:
+            name = f"blocks.{i}.{suffix}"
+            attention_statistics[name] = InputStatistics(width, second_moment=False, device=device)
         product = vit.block(i).attn.product
-        handles.append(product.register_forward_pre_hook(watch(f"blocks.{i}")))
+        handles.append(product.register_forward_pre_hook(observe(f"blocks.{i}")))
     return handles

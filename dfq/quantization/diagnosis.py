@@ -1,4 +1,4 @@
-"""How much of each layer's output quantization leaves: signal-to-quantization-noise ratios."""
+"""Signal-to-quantization-noise ratio (SQNR) of each layer's output."""
 
 from __future__ import annotations
 
@@ -13,49 +13,52 @@ from torch import Tensor, nn
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.scheme import Scheme, layers
-from dfq.results.values import LayerNoise
+from dfq.results.values import LayerSqnr
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import ViT
 
-CEILING = 150.0
-"""Reported where nothing is lost, in decibels; float32 itself is not better."""
+MAX_SQNR = 150.0
+"""Largest SQNR that is reported, in decibels; float32 itself is not better."""
 
-POOR = 15.0
-"""Signal-to-quantization-noise ratio in decibels below which a layer is worth a warning: noise is
-then more than a sixth of the output.  The worst layers of a trained ViT-S have 24 dB at W4A8 and 25
+LOW_SQNR = 15.0
+"""SQNR in decibels below which a layer gets a warning: the noise is then more than a sixth of the
+output.  The worst layers of a trained ViT-S have 24 dB at W4A8 and 25
 at W8A8."""
 
-NAMED = 3
-"""The worst layers that a warning names."""
+MAX_NAMED = 3
+"""Number of layers that a warning names."""
 
 
 class _Energies:
-    """Sums of squares of a layer's output and of its three errors."""
+    """Accumulated energies of a layer's output and of its three quantization errors."""
 
     def __init__(self) -> None:
         self.signal = 0.0
         self.noise = [0.0, 0.0, 0.0]
 
-    def add(self, expected: Tensor, found: list[Tensor]) -> None:
+    def add(self, expected: Tensor, outputs: list[Tensor]) -> None:
         self.signal += float(expected.square().sum(dtype=torch.float64))
-        for i, y in enumerate(found):
+        for i, y in enumerate(outputs):
             self.noise[i] += float((y - expected).square().sum(dtype=torch.float64))
 
-    def ratios(self) -> list[float]:
+    def sqnr(self) -> list[float]:
         return [_decibels(self.signal, noise) for noise in self.noise]
 
 
 def _decibels(signal: float, noise: float) -> float:
-    if noise <= signal * 10 ** (-CEILING / 10):
-        return CEILING
-    return 10 * math.log10(signal / noise) if signal else -CEILING
+    if noise <= signal * 10 ** (-MAX_SQNR / 10):
+        return MAX_SQNR
+    return 10 * math.log10(signal / noise) if signal else -MAX_SQNR
 
 
 @torch.no_grad()
-def layer_noise(
+def layer_sqnr(
     vit: ViT, quantized: QuantizedViT, batches: Iterable[SparseImages]
-) -> list[LayerNoise]:
-    """Measure every quantized layer on sparse images that pass through the float model."""
+) -> list[LayerSqnr]:
+    """Measure the SQNR of every quantized layer's output.
+
+    Inputs are those of the float model, so errors of earlier layers do not count.
+    """
     energies = {name: _Energies() for name in layers(vit.arch)}
     handles = [
         vit.get_submodule(name).register_forward_pre_hook(
@@ -66,13 +69,13 @@ def layer_noise(
     preprocessing = quantized.preprocessing
     try:
         for batch in batches:
-            moved = batch.to(vit.prefix.device)
-            x = pixels_to_input(moved.patches, preprocessing, vit.arch.grid)
-            vit.forward_sparse(x, moved.positions)
+            batch = batch.to(vit.prefix.device)
+            x = pixels_to_input(batch.patches, preprocessing, vit.arch.grid)
+            vit.forward_sparse(x, batch.positions)
     finally:
         for handle in handles:
             handle.remove()
-    return [LayerNoise(name, *e.ratios()) for name, e in energies.items()]
+    return [LayerSqnr(name, *e.sqnr()) for name, e in energies.items()]
 
 
 _ADVICE = {
@@ -83,41 +86,41 @@ _ADVICE = {
 }
 
 
-def poor_layers(noise: list[LayerNoise], scheme: Scheme) -> list[str]:
-    """A warning that names the worst layers whose ratio is below :data:`POOR`, with what to do.
+def low_sqnr_warnings(measured: list[LayerSqnr], scheme: Scheme) -> list[str]:
+    """Return a warning about the layers with an SQNR below :data:`LOW_SQNR`, with advice.
 
-    None where every layer's ratio is above it.
+    The list is empty if there are none.
     """
-    poor = sorted((n for n in noise if n.both < POOR), key=lambda n: n.both)
-    if not poor:
+    low = sorted((n for n in measured if n.both < LOW_SQNR), key=lambda n: n.both)
+    if not low:
         return []
-    named = ", ".join(f"{n.name} ({n.both:.1f} dB)" for n in poor[:NAMED])
-    more = f" and {len(poor) - NAMED} more" if len(poor) > NAMED else ""
-    causes = {_cause(n, scheme) for n in poor}
+    named = ", ".join(f"{n.name} ({n.both:.1f} dB)" for n in low[:MAX_NAMED])
+    more = f" and {len(low) - MAX_NAMED} more" if len(low) > MAX_NAMED else ""
+    causes = {_cause(n, scheme) for n in low}
     advice = " ".join(text for cause, text in _ADVICE.items() if cause in causes)
     return [
-        f"The signal-to-quantization-noise ratio is below {POOR:g} dB in {named}{more}: much of "
-        f"their output is noise. {advice} `dfq inspect CHECKPOINT --layers` lists every layer."
+        f"The signal-to-quantization-noise ratio is below {LOW_SQNR:g} dB in {named}{more}: much "
+        f"of their output is noise. {advice} `dfq inspect CHECKPOINT --layers` lists every layer."
     ]
 
 
-def _cause(noise: LayerNoise, scheme: Scheme) -> str:
-    if noise.activations < noise.weights:
+def _cause(layer: LayerSqnr, scheme: Scheme) -> str:
+    if layer.activations < layer.weights:
         return "input"
-    return "few bits" if scheme.for_layer(noise.name).bits < 8 else "reduced range"
+    return "few bits" if scheme.for_layer(layer.name).bits < 8 else "reduced range"
 
 
 def _hook(target: IntegerLinear, energies: _Energies) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         linear = cast(nn.Linear, module)
         x = inputs[0].float()
-        rounded = target.round_input(x)
+        x_quantized = target.fake_quantize_input(x)
         weight = target.dequantized()
-        found = [
-            F.linear(target.to_domain(x), weight, target.bias),
-            F.linear(target.from_domain(rounded), linear.weight, linear.bias),
-            F.linear(rounded, weight, target.bias),
+        outputs = [
+            F.linear(target.apply_affine(x), weight, target.bias),
+            F.linear(target.invert_affine(x_quantized), linear.weight, linear.bias),
+            F.linear(x_quantized, weight, target.bias),
         ]
-        energies.add(F.linear(x, linear.weight, linear.bias), found)
+        energies.add(F.linear(x, linear.weight, linear.bias), outputs)
 
     return hook

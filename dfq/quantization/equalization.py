@@ -1,4 +1,7 @@
-"""Ranges by channel, folded into neighbouring layers so that run time stays per tensor."""
+"""Cross-layer equalization: per-channel ranges, folded into the neighboring layers.
+
+Quantization of activations stays per tensor at run time.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +13,41 @@ import torch
 from torch import Tensor, nn
 
 from dfq.quantization.calibration import Calibration, InputStatistics
-from dfq.quantization.scheme import ATTENTION_SITES
+from dfq.quantization.scheme import ATTENTION_INPUTS
 from dfq.runtime.qtype import MIN_SCALE, QParams, QType, qparams_from_range
 from dfq.vit import Architecture, ViT
 
-BAND = 4.0
-"""Of a pair with ``outliers_only``, channels with ratios within so many times their median stay."""
+OUTLIER_FACTOR = 4.0
+"""With ``outliers_only``, a channel is scaled only if its scale differs from the median by more
+than this factor."""
 
-SMALLEST = 1e-6
-"""Half-widths and weights are taken to be at least this share of a layer's largest."""
+MIN_SHARE = 1e-6
+"""Half-ranges and weight norms are clamped to at least this share of the layer's largest."""
 
 
 @dataclass(frozen=True)
 class ScalePair:
-    """Channels that one layer writes and one linear layer alone reads, with only sums over tokens
-    and products by channel between them.
+    """Two layers between which per-channel scales can be moved.
 
-    ``writer`` is a linear layer or a norm, of which rows ``first`` to ``first + width`` are meant.
-    ``reader`` reads them once, or several times one after the other.  ``site`` is where 8-bit
-    attention quantizes them.  With ``outliers_only`` channels like most others stay as they are.
+    Between them are only sums over tokens and products per channel, and no other layer reads the
+    channels.  ``writer``: a linear layer or a norm; its output rows ``first`` to ``first + width``
+    are meant.  ``reader``: a linear layer whose inputs are these channels, once or repeated.
+    ``activation``: name of the activation that 8-bit attention quantizes, if any.
+    ``outliers_only``: scale only outlier channels (:data:`OUTLIER_FACTOR`).
     """
 
     writer: str
     reader: str
     width: int
     first: int = 0
-    site: str = ""
+    activation: str = ""
     outliers_only: bool = True
 
 
-def norm_layer_pairs(arch: Architecture) -> list[tuple[str, str]]:
-    """Each layer norm whose output one linear layer alone reads, with that layer.
+def norm_linear_pairs(arch: Architecture) -> list[tuple[str, str]]:
+    """Return each layer norm that a single linear layer reads, with that layer.
 
-    The head's norm is one of :func:`scale_pairs`.
+    The norm before the head is in :func:`scale_pairs`.
     """
     pairs = []
     for i in range(arch.depth):
@@ -60,10 +65,10 @@ def norm_layer_pairs(arch: Architecture) -> list[tuple[str, str]]:
 
 
 def scale_pairs(arch: Architecture) -> list[ScalePair]:
-    """Where else the size of a channel can move from one layer into the next.
+    """Return the other pairs of layers between which channels can be scaled.
 
-    Values of attention, which mixes tokens and not channels; values of gated MLPs, which their
-    gates multiply; and the norm before the head, with which pooling commutes.
+    These are the values of attention, which mixes tokens but not channels; the values of gated
+    MLPs; and the norm before the head, which commutes with pooling.
     """
     pairs, width = [], arch.attention_dim
     for i in range(arch.depth):
@@ -85,125 +90,133 @@ def scale_pairs(arch: Architecture) -> list[ScalePair]:
 
 @torch.no_grad()
 def equalize(vit: ViT, calibration: Calibration, strength: float) -> tuple[ViT, Calibration]:
-    """Bring the channels of quantized inputs to more equal ranges, the function unchanged.
+    """Equalize the ranges of the channels of quantized activations; the function stays the same.
 
-    Channel ``c`` with the observed half-width ``h``, and ``w`` the norm of the next layer's
-    column for it, is divided by ``r = h ** s / w ** (1 - s)`` for the strength ``s``: the layer
-    that writes it takes this on and the one that reads it undoes it.  With ``s = 1`` every channel
-    spans its own observed range, as in RepQ-ViT (arXiv 2212.08254, section 3.2); below 1 channels
-    that matter little have room beyond what was observed (SmoothQuant, arXiv 2211.10438, equation
-    4).  For any ``s`` the result does not depend on how the model splits a channel's size between
-    the two layers, but for the values below.
+    A channel with observed half-range ``h``, whose column of the next layer has norm ``w``, is
+    divided by ``r = h ** s / w ** (1 - s)``, where ``s`` is the strength: the writing layer is
+    divided by ``r``, the reading layer multiplied.  With ``s = 1`` every channel spans its own
+    observed range, as in RepQ-ViT (arXiv 2212.08254, section 3.2); below 1 channels with small
+    weights get headroom beyond the observed range (SmoothQuant, arXiv 2211.10438, equation 4).  For
+    any ``s`` the result does not depend on how the model splits a channel's scale between the two
+    layers, except for attention values (below).
 
-    After the norms of :func:`norm_layer_pairs` channels are also centred by the observed middle.
-    Those of :func:`scale_pairs` are not, and ``h`` is their largest magnitude: by measurement
-    (ViT-S) the room on their narrower side is worth more than the finer steps.  Of values only
-    channels are scaled whose ``r`` is more than :data:`BAND` times from the median, and only back
-    to that: scaling all costs 4-bit weights more than finer steps give.
+    After the norms of :func:`norm_linear_pairs` channels are also centered on the middle of their
+    range. Those of :func:`scale_pairs` are not centered, and their ``h`` is the largest magnitude:
+    on ViT-S, headroom on the narrower side is worth more than a finer scale.  Attention and MLP
+    values are scaled only where ``r`` differs from its median by more than :data:`OUTLIER_FACTOR`,
+    and only back to that factor: scaling all of them costs 4-bit weights more than the finer scale
+    gains.
 
     Queries and keys of 8-bit attention are scaled against each other, to equal ranges.
 
-    Returns a changed copy of the model and the calibration that it would have given; both as
-    they are if ``strength`` is 0.
+    Returns a modified copy of the model, and the calibration that it would have given; both
+    unchanged if ``strength`` is 0.
     """
     if not strength:
         return vit, calibration
     vit = copy.deepcopy(vit)
-    moved = Calibration(
-        dict(calibration.quantizers),
+    equalized = Calibration(
+        dict(calibration.qparams),
         dict(calibration.statistics),
         calibration.images,
-        dict(calibration.heads),
+        dict(calibration.attention_statistics),
     )
-    if moved.heads and not (vit.arch.qk_norm or vit.arch.rope):
+    if equalized.attention_statistics and not (vit.arch.qk_norm or vit.arch.rope):
         for i in range(vit.arch.depth):
-            _balance(vit, f"blocks.{i}.", moved.heads, moved.quantizers)
+            _equalize_queries_and_keys(
+                vit, f"blocks.{i}.", equalized.attention_statistics, equalized.qparams
+            )
     for pair in scale_pairs(vit.arch):
-        _scale(vit, pair, moved, strength)
-    for norm, linear in norm_layer_pairs(vit.arch):
-        _centre_and_scale(vit, norm, linear, moved, strength)
-    return vit, moved
+        _equalize_pair(vit, pair, equalized, strength)
+    for norm, linear in norm_linear_pairs(vit.arch):
+        _center_and_scale(vit, norm, linear, equalized, strength)
+    return vit, equalized
 
 
-def _scale(vit: ViT, pair: ScalePair, moved: Calibration, strength: float) -> None:
+def _equalize_pair(vit: ViT, pair: ScalePair, equalized: Calibration, strength: float) -> None:
     writer = vit.get_submodule(pair.writer)
     reader = cast(nn.Linear, vit.get_submodule(pair.reader))
-    before = moved.statistics[pair.reader]
-    reach = before.reach.reshape(-1, pair.width).amax(0)
+    before = equalized.statistics[pair.reader]
+    max_abs = before.max_abs.reshape(-1, pair.width).amax(0)
     column = reader.weight.norm(dim=0).reshape(-1, pair.width).norm(dim=0)
-    ratio = _ratio(reach, column, strength)
+    scale = _channel_scale(max_abs, column, strength)
     if pair.outliers_only:
-        ratio = _beyond_band(ratio / ratio.median())
-        if bool((ratio == 1).all()):
+        scale = _outlier_scale(scale / scale.median())
+        if bool((scale == 1).all()):
             return
     rows = slice(pair.first, pair.first + pair.width)
     for parameter in (cast(Tensor, writer.weight), cast(Tensor, writer.bias)):
-        parameter[rows] /= ratio if parameter.ndim == 1 else ratio[:, None]
-    repeated = ratio.repeat(len(before.low) // pair.width)
+        parameter[rows] /= scale if parameter.ndim == 1 else scale[:, None]
+    repeated = scale.repeat(len(before.low) // pair.width)
     reader.weight.mul_(repeated)
-    _move(moved.statistics, moved.quantizers, pair.reader, repeated)
-    if pair.site in moved.heads:
-        _move(moved.heads, moved.quantizers, pair.site, ratio)
+    _normalize_statistics(equalized.statistics, equalized.qparams, pair.reader, repeated)
+    if pair.activation in equalized.attention_statistics:
+        _normalize_statistics(
+            equalized.attention_statistics, equalized.qparams, pair.activation, scale
+        )
 
 
-def _centre_and_scale(
-    vit: ViT, norm_name: str, name: str, moved: Calibration, strength: float
+def _center_and_scale(
+    vit: ViT, norm_name: str, name: str, equalized: Calibration, strength: float
 ) -> None:
     norm = cast(nn.LayerNorm, vit.get_submodule(norm_name))
     linear = cast(nn.Linear, vit.get_submodule(name))
-    before = moved.statistics[name]
-    middle, half = (before.high + before.low) / 2, (before.high - before.low) / 2
-    ratio = _ratio(half, linear.weight.norm(dim=0), strength)
-    linear.bias.add_(linear.weight @ middle)
-    linear.weight.mul_(ratio)
-    norm.bias.sub_(middle).div_(ratio)
-    norm.weight.div_(ratio)
-    _move(moved.statistics, moved.quantizers, name, ratio, middle)
+    before = equalized.statistics[name]
+    center, half = (before.high + before.low) / 2, (before.high - before.low) / 2
+    scale = _channel_scale(half, linear.weight.norm(dim=0), strength)
+    linear.bias.add_(linear.weight @ center)
+    linear.weight.mul_(scale)
+    norm.bias.sub_(center).div_(scale)
+    norm.weight.div_(scale)
+    _normalize_statistics(equalized.statistics, equalized.qparams, name, scale, center)
 
 
-def _ratio(half: Tensor, column: Tensor, strength: float) -> Tensor:
+def _channel_scale(half: Tensor, column: Tensor, strength: float) -> Tensor:
     half, column = _positive(half), _positive(column)
     return half**strength / column ** (1 - strength)
 
 
-def _beyond_band(ratio: Tensor) -> Tensor:
-    """What brings ratios into ``1 / BAND..BAND``; 1 for those that are there."""
-    return ratio / ratio.clamp(1 / BAND, BAND)
+def _outlier_scale(scale: Tensor) -> Tensor:
+    """Return the factor by which scales exceed ``1 / OUTLIER_FACTOR..OUTLIER_FACTOR``; else 1."""
+    return scale / scale.clamp(1 / OUTLIER_FACTOR, OUTLIER_FACTOR)
 
 
 def _positive(x: Tensor) -> Tensor:
-    return x.clamp_min(max(MIN_SCALE, SMALLEST * float(x.max())))
+    return x.clamp_min(max(MIN_SCALE, MIN_SHARE * float(x.max())))
 
 
-def _move(
+def _normalize_statistics(
     statistics: dict[str, InputStatistics],
-    quantizers: dict[str, QParams],
+    qparams: dict[str, QParams],
     name: str,
-    ratio: Tensor,
-    middle: Tensor | None = None,
+    scale: Tensor,
+    center: Tensor | None = None,
 ) -> None:
-    """Have statistics and the quantizer of a site be those of ``(x - middle) / ratio``."""
-    middle = torch.zeros_like(ratio) if middle is None else middle
-    statistics[name] = statistics[name].moved(middle, ratio)
-    quantizers[name] = _quantizer(statistics[name], quantizers[name].qtype)
+    """Replace the statistics and qparams of an activation by those of ``(x - center) / scale``."""
+    center = torch.zeros_like(scale) if center is None else center
+    statistics[name] = statistics[name].normalized(center, scale)
+    qparams[name] = _qparams(statistics[name], qparams[name].qtype)
 
 
-def _quantizer(found: InputStatistics, qtype: QType) -> QParams:
-    return qparams_from_range(float(found.low.min()), float(found.high.max()), qtype)
+def _qparams(statistics: InputStatistics, qtype: QType) -> QParams:
+    return qparams_from_range(float(statistics.low.min()), float(statistics.high.max()), qtype)
 
 
-def _balance(
-    vit: ViT, block: str, heads: dict[str, InputStatistics], quantizers: dict[str, QParams]
+def _equalize_queries_and_keys(
+    vit: ViT,
+    block: str,
+    attention_statistics: dict[str, InputStatistics],
+    qparams: dict[str, QParams],
 ) -> None:
-    """Divide each channel of the queries by what its keys are multiplied with."""
-    sites = [block + site for site in ATTENTION_SITES[:2]]
-    q, k = (_positive(heads[site].reach) for site in sites)
+    """Scale each channel of queries and keys inversely, so that their ranges are equal."""
+    activations = [block + activation for activation in ATTENTION_INPUTS[:2]]
+    q, k = (_positive(attention_statistics[activation].max_abs) for activation in activations)
     linear = cast(nn.Linear, vit.get_submodule(f"{block}attn.qkv"))
     width = len(q)
-    for index, (site, ratio) in enumerate(
-        zip(sites, ((q / k).sqrt(), (k / q).sqrt()), strict=True)
+    for index, (activation, scale) in enumerate(
+        zip(activations, ((q / k).sqrt(), (k / q).sqrt()), strict=True)
     ):
         rows = slice(index * width, (index + 1) * width)
-        linear.weight[rows] /= ratio[:, None]
-        linear.bias[rows] /= ratio
-        _move(heads, quantizers, site, ratio)
+        linear.weight[rows] /= scale[:, None]
+        linear.bias[rows] /= scale
+        _normalize_statistics(attention_statistics, qparams, activation, scale)

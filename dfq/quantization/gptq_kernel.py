@@ -1,7 +1,7 @@
 """GPTQ's loop over the columns of a block as one Triton kernel.
 
-:func:`dfq.quantization.rounding.round_columns` is its definition; what the two give for the same
-block is equal bit by bit.
+:func:`dfq.quantization.rounding.round_columns` is the reference; both give bitwise equal
+results.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from dfq.runtime.qtype import QType
 
 ROWS = 16
-"""Output channels of one program."""
+"""Output channels per Triton program."""
 
 MAGIC = tl.constexpr(1.5 * 2**23)
-"""Added to and taken from a small float32 it leaves the nearest integer, ties to even."""
+"""Adding and subtracting it rounds a small float32 to the nearest integer, ties to even."""
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _round_columns(
 def round_columns(
     block: Tensor, steps: Tensor, factor: Tensor, qtype: QType
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`dfq.quantization.rounding.round_columns`."""
+    """Triton implementation of :func:`dfq.quantization.rounding.round_columns`."""
     rows, columns = block.shape
     integers = torch.empty((rows, columns), dtype=torch.int8, device=block.device)
     errors = torch.empty((rows, columns), dtype=torch.float32, device=block.device)

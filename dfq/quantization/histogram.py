@@ -1,4 +1,4 @@
-"""Ranges from a histogram, where torch.ao has no observer: percentiles, least square error."""
+"""Histogram observer for the ranges that torch.ao lacks: percentile and least squared error."""
 
 from __future__ import annotations
 
@@ -11,70 +11,69 @@ BINS = 4096
 """Even, so that halves merge in pairs when the range doubles."""
 
 TAIL = 1e-5
-"""Share of values that the percentile range leaves outside, on each side."""
+"""Share of values that the percentile range clips on each side."""
 
-SHRINKS = 80
-"""Candidates of the search, from the full range down to a fifth of it."""
+CLIP_STEPS = 80
+"""Candidate ranges of the clipping search, from the full range down to a fifth of it."""
 
 
 class Histogram:
-    """Counts of values in ``BINS`` bins over a symmetric range that doubles when it must.
+    """Counts of values in ``BINS`` bins over ``-limit..limit``; ``limit`` doubles when exceeded.
 
-    Memory does not grow with what is observed, and the order of observations does not
-    matter but for the first range.
+    Memory is constant.  The order of observations matters only through the first ``limit``.
     """
 
     def __init__(self) -> None:
-        self.reach = 0.0
+        self.limit = 0.0
         self.counts = torch.zeros(BINS, dtype=torch.float64)
 
     def observe(self, values: Tensor) -> None:
-        """Take float values of any shape into account."""
+        """Count float values of any shape."""
         values = values.detach().float().flatten()
         if not values.numel():
             return
         self._extend(float(values.abs().max()))
-        counts = torch.histc(values, BINS, -self.reach, self.reach)
+        counts = torch.histc(values, BINS, -self.limit, self.limit)
         self.counts += counts.double().cpu()
 
     def _extend(self, largest: float) -> None:
-        self.reach = self.reach or max(largest, MIN_SCALE)
-        while self.reach < largest:
-            self.reach *= 2
+        self.limit = self.limit or max(largest, MIN_SCALE)
+        while self.limit < largest:
+            self.limit *= 2
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts.zero_()
             self.counts[BINS // 4 : 3 * BINS // 4] = merged
 
     @property
-    def centres(self) -> Tensor:
-        """Middle of each bin, float64."""
-        width = 2 * self.reach / BINS
-        return -self.reach + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+    def bin_centers(self) -> Tensor:
+        """Center of each bin, float64 ``[BINS]``."""
+        width = 2 * self.limit / BINS
+        return -self.limit + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
 
-    def occupied(self) -> tuple[float, float]:
-        """Outer edges of the lowest and the highest bin that is not empty."""
+    def min_max(self) -> tuple[float, float]:
+        """Return the outer edges of the lowest and the highest nonempty bin."""
         return self._edges(0.0)
 
     def percentile(self) -> tuple[float, float]:
-        """The range that leaves a share of :data:`TAIL` outside at either end."""
+        """Return the range that clips a share of :data:`TAIL` of the values on each side."""
         return self._edges(TAIL)
 
     def _edges(self, tail: float) -> tuple[float, float]:
         below = self.counts.cumsum(0)
-        total, width = float(below[-1]), 2 * self.reach / BINS
+        total, width = float(below[-1]), 2 * self.limit / BINS
         first = int((below > tail * total).nonzero()[0])
         last = int((below < total * (1 - tail)).sum())
-        return -self.reach + width * first, -self.reach + width * (min(last, BINS - 1) + 1)
+        return -self.limit + width * first, -self.limit + width * (min(last, BINS - 1) + 1)
 
     def least_error(self, qtype: QType) -> tuple[float, float]:
-        """The range, a shrunk form of the occupied one, of least mean square error."""
-        low, high = self.occupied()
+        """Return the range of least mean squared error among shrunk copies of :meth:`min_max`."""
+        low, high = self.min_max()
         best, least = (low, high), float("inf")
-        for share in torch.linspace(1, 0.2, SHRINKS, dtype=torch.float64).tolist():
-            quantizer = qparams_from_range(low * share, high * share, qtype)
-            low_end, high_end = quantizer.range
-            levels = (self.centres / quantizer.scale).round() * quantizer.scale
-            error = (levels.clamp(low_end, high_end) - self.centres).square() @ self.counts
+        for share in torch.linspace(1, 0.2, CLIP_STEPS, dtype=torch.float64).tolist():
+            qparams = qparams_from_range(low * share, high * share, qtype)
+            low_end, high_end = qparams.range
+            levels = (self.bin_centers / qparams.scale).round() * qparams.scale
+            error = (levels.clamp(low_end, high_end) - self.bin_centers).square() @ self.counts
             if float(error) < least:
                 best, least = (low * share, high * share), float(error)
         return best

@@ -1,4 +1,4 @@
-"""Linear layers and attention on integers."""
+"""Integer linear layers and integer attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dfq.vit.modules import attend, merge_heads
 
 
 def check_types(fn: Callable[..., Any]) -> None:
-    """Raise :class:`SettingError` if what ``nn.Module._apply`` was given changes types."""
+    """Raise :class:`SettingError` if a function for ``nn.Module._apply`` changes dtypes."""
     if fn(torch.zeros(1, dtype=torch.float32, device="cpu")).dtype != torch.float32:
         raise SettingError(
             "A quantized model cannot change its type: its products are on 8-bit integers, and the "
@@ -32,14 +32,13 @@ def check_types(fn: Callable[..., Any]) -> None:
 
 
 class IntegerLinear(opaque.OpaqueModule):
-    """A linear layer with integer weights and integer input.
+    """Linear layer with integer weights and integer input.
 
-    State: ``weight`` int8 ``[out, in]``, or of fewer than 8 bits uint8
-    ``[out, ceil(in * bits / 8)]`` (:func:`dfq.runtime.packing.pack_bits`); with groups
-    ``group_scale`` uint8 ``[out, ceil(in / group)]``; ``weight_scale`` and
-    ``bias`` float32 ``[out]``; ``input_scale`` float32 and ``input_zero_point`` int32
-    scalars.  The backend's own copy of the weight is built at the first call and is
-    never copied, pickled or part of ``state_dict``.
+    Buffers: ``weight``, int8 ``[out, in]`` for 8 bits, else packed uint8 ``[out, ceil(in * bits /
+    8)]`` (:func:`dfq.runtime.packing.pack_bits`); ``group_scale``, uint8 ``[out, ceil(in /
+    group)]``, with groups only; ``weight_scale`` and ``bias``, float32 ``[out]``; ``input_scale``,
+    float32, and ``input_zero_point``, int32, scalars.  The backend's packed copy of the weight is
+    built at the first call and never copied, pickled or part of ``state_dict``.
     """
 
     weight: Tensor
@@ -64,139 +63,138 @@ class IntegerLinear(opaque.OpaqueModule):
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32))
         self.register_buffer("input_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
-        self._quantizer = QParams(1.0, 0, scheme.input)
+        self._input_qparams = QParams(1.0, 0, scheme.input)
         self._largest: int | None = None
-        self._prepared: tuple[Any, ...] | None = None
-        self._folded: tuple[nn.LayerNorm, object] | None = None
+        self._prepacked: tuple[Any, ...] | None = None
+        self._packed_norm: tuple[nn.LayerNorm, object] | None = None
 
     def assign(
-        self, integers: Tensor, scales: WeightScales, bias: Tensor, quantizer: QParams
+        self, integers: Tensor, scales: WeightScales, bias: Tensor, qparams: QParams
     ) -> None:
-        """Take int8 ``[out, in]`` integers, their scales, a bias ``[out]`` and the quantizer
-        of the input."""
+        """Set the integer weights int8 ``[out, in]``, their scales, the bias ``[out]`` and the
+        qparams of the input."""
         self.weight.copy_(integers if self.bits == 8 else pack_bits(integers, self.bits))
         self.weight_scale.copy_(scales.channel)
         if scales.group is not None:
             self.group_scale.copy_(scales.group)
         self.bias.copy_(bias)
-        self.input_scale.fill_(quantizer.scale)
-        self.input_zero_point.fill_(quantizer.zero_point)
-        self._read_quantizer()
+        self.input_scale.fill_(qparams.scale)
+        self.input_zero_point.fill_(qparams.zero_point)
+        self._read_input_qparams()
         self._largest = None
         self.reset()
 
     def integers(self) -> Tensor:
-        """The weights in units of ``weight_scale``, int8 ``[out, in]``."""
+        """Return the weights in units of ``weight_scale``, int8 ``[out, in]``."""
         return self.stored.integers
 
     @property
     def stored(self) -> StoredWeight:
-        """The weights as the checkpoint has them."""
+        """Weights in the form that checkpoints store."""
         group_scale = self.group_scale if self.group else None
         return StoredWeight(self.weight, self.bits, self.in_features, group_scale, self.group)
 
     def dequantized(self) -> Tensor:
-        """The weights that the integers stand for, float32 ``[out, in]``."""
+        """Return the dequantized weights, float32 ``[out, in]``."""
         return self.integers().float() * self.weight_scale[:, None]
 
     @property
     def input_qparams(self) -> QParams:
-        """The quantizer of the input, which must not be read from its tensors while a compiler
-        traces the layer."""
-        return self._quantizer
+        """Qparams of the input, as Python numbers: buffers cannot be read while tracing."""
+        return self._input_qparams
 
-    def _read_quantizer(self) -> None:
+    def _read_input_qparams(self) -> None:
         if not self.input_scale.is_meta:
             scale, zero_point = float(self.input_scale), int(self.input_zero_point)
-            self._quantizer = QParams(scale, zero_point, self.scheme.input)
+            self._input_qparams = QParams(scale, zero_point, self.scheme.input)
 
     def reset(self) -> None:
-        """Forget the backend's copies of weight and norm; they are built again when needed."""
-        self._prepared = self._folded = None
+        """Drop the backend's packed copies of weight and norm; the next call builds them again."""
+        self._prepacked = self._packed_norm = None
 
     def prepare(self) -> tuple[Any, LinearParams, object]:
-        """(backend, parameters, the backend's copy of the weight)."""
+        """Return the backend, the layer's parameters and the backend's packed weight."""
         if opaque.exporting():
             params = self._params()
             return reference, params, reference.prepack(params)
-        if self._prepared is None:
+        if self._prepacked is None:
             params = self._params()
             if self._largest is None:
                 self._largest = params.weight.largest
             kernels = self.select(self.backend)
-            self._prepared = (kernels, params, kernels.prepack(params))
-        return self._prepared
+            self._prepacked = (kernels, params, kernels.prepack(params))
+        return self._prepacked
 
     def select(self, backend: str | None) -> Backend:
-        """The named kernels, or the fastest that are exact for this layer.
+        """Return the named backend, or the first one that is exact for this layer.
 
         Raises:
-            SettingError: no backend of that name, or it is not exact here.
+            SettingError: no backend has that name, or it is not exact here.
         """
         needs = KernelRequirements(self.max_weight(), self.scheme.input.bits)
         return runtime.select(self.weight.device, backend, needs)
 
     def max_weight(self) -> int:
-        """Largest magnitude of the integers that products multiply."""
+        """Return the largest magnitude of :meth:`integers`."""
         if self._largest is None:
             self._largest = self.stored.largest
         return self._largest
 
     def _params(self) -> LinearParams:
-        return LinearParams(self.stored, self.weight_scale, self.bias, self._quantizer)
+        return LinearParams(self.stored, self.weight_scale, self.bias, self._input_qparams)
 
     @property
     def affine(self) -> tuple[Tensor, Tensor] | None:
-        """Factor and summand ``[in]`` that turn the float model's input into the values that
-        are quantized; None where these are the input."""
+        """(scale, shift) ``[in]`` applied to the input before quantization, or None."""
         return None
 
-    def to_domain(self, x: Tensor) -> Tensor:
-        """The float model's input ``[..., in]`` as the values that are quantized."""
+    def apply_affine(self, x: Tensor) -> Tensor:
+        """Apply :attr:`affine` to the float model's input ``[..., in]``."""
         return x if self.affine is None else x.float() * self.affine[0] + self.affine[1]
 
-    def from_domain(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`to_domain`."""
+    def invert_affine(self, x: Tensor) -> Tensor:
+        """Invert :meth:`apply_affine`."""
         return x if self.affine is None else (x - self.affine[1]) / self.affine[0]
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """The float model's input ``[..., in]`` to uint8."""
+        """Quantize the float model's input ``[..., in]`` to uint8."""
         kernels = reference if opaque.tracing() else self.prepare()[0]
-        y: Tensor = kernels.quantize(x, self._quantizer, self.affine)
+        y: Tensor = kernels.quantize(x, self._input_qparams, self.affine)
         return y
 
-    def quantize_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """The output of a norm to uint8, for float ``[..., in]`` before it."""
+    def quantize_norm_output(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Apply a norm to float ``[..., in]`` and quantize its output to uint8."""
         if not isinstance(norm, nn.LayerNorm) or opaque.tracing():
             return self.quantize_input(norm(x))
         kernels, params, _ = self.prepare()
-        if self._folded is None or self._folded[0] is not norm:
-            self._folded = norm, kernels.prepack_norm(norm, params.input)
-        y: Tensor = kernels.quantize_norm(x, self._folded[1])
+        if self._packed_norm is None or self._packed_norm[0] is not norm:
+            self._packed_norm = norm, kernels.prepack_norm(norm, params.input)
+        y: Tensor = kernels.quantize_norm(x, self._packed_norm[1])
         return y
 
-    def round_input(self, x: Tensor) -> Tensor:
-        """The values that the quantized input stands for, float32 ``[..., in]``."""
-        quantizer = self.input_qparams
-        return (self.quantize_input(x).float() - quantizer.zero_point) * quantizer.scale
+    def fake_quantize_input(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize the input, float32 ``[..., in]``."""
+        qparams = self.input_qparams
+        return (self.quantize_input(x).float() - qparams.zero_point) * qparams.scale
 
     def integer_forward(
         self, x: Tensor, out: OutputFormat | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """uint8 ``[..., in]`` to ``[..., out]`` in the given format, float32 by default.
+        """Apply the layer to uint8 ``[..., in]``; returns ``[..., out]`` in the format ``out``.
 
-        A ``residual`` is added to float32 output; its memory may be overwritten.
+        The default format is float32.  ``residual`` is added to float32 output and may be
+        overwritten.
         """
         out = out or OutputFormat()
         if opaque.compiling():
             y = opaque.linear(self, x, out)
             return y if residual is None else y + residual
         kernels, params, packed = self.prepare()
-        found: Tensor = kernels.linear(x, params, packed, out, residual)
-        return found
+        output: Tensor = kernels.linear(x, params, packed, out, residual)
+        return output
 
     def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Float ``[..., in]`` to ``[..., out]`` of ``dtype``."""
+        """Apply the layer to float ``[..., in]``; returns ``[..., out]`` of ``dtype``."""
         return self.integer_forward(self.quantize_input(x), OutputFormat(dtype))
 
     def extra_repr(self) -> str:
@@ -205,11 +203,11 @@ class IntegerLinear(opaque.OpaqueModule):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_largest": None, "_prepared": None, "_folded": None}
+        return {**self.__dict__, "_largest": None, "_prepacked": None, "_packed_norm": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read_quantizer()
+        self._read_input_qparams()
         self._largest = None
         self.reset()
 
@@ -221,18 +219,17 @@ class IntegerLinear(opaque.OpaqueModule):
 
 
 class IntegerPatchEmbed(IntegerLinear):
-    """The patch embedding on pixels: its input is rounded to the 256 levels of a pixel.
+    """Patch embedding whose input is rounded to the 256 levels of a pixel.
 
-    Takes the network's normalised patches; the normalisation's mean and spread are
-    folded into weight and bias, so that the input's quantizer is known: scale 1/255,
-    zero point 0.
+    Takes normalized patches.  The normalization's mean and standard deviation are folded into
+    weight and bias, so the input's qparams need no calibration: scale 1/255, zero point 0.
     """
 
     mean: Tensor
     std: Tensor
 
-    def set_normalisation(self, mean: Tensor, std: Tensor) -> None:
-        """``mean`` and ``std`` are float32 ``[in]``, one value for each input."""
+    def set_normalization(self, mean: Tensor, std: Tensor) -> None:
+        """Set mean and standard deviation of each input value, float32 ``[in]``."""
         self.register_buffer("mean", mean.to(self.weight.device), persistent=False)
         self.register_buffer("std", std.to(self.weight.device), persistent=False)
 
@@ -242,12 +239,12 @@ class IntegerPatchEmbed(IntegerLinear):
 
 
 class AttentionProduct(opaque.OpaqueModule):
-    """The two products of attention, on 8-bit integers or in floating point."""
+    """The two matrix products of attention, on 8-bit integers or in floating point."""
 
     scales: Tensor
 
     def __init__(self, integer: bool) -> None:
-        """With ``integer`` the scales of q, k and v are its state."""
+        """With ``integer``, the buffer ``scales`` holds the scales of q, k and v."""
         super().__init__()
         self.integer = integer
         self.backend: str | None = None
@@ -256,7 +253,7 @@ class AttentionProduct(opaque.OpaqueModule):
             self.register_buffer("scales", torch.ones(3, dtype=torch.float32))
 
     def assign(self, scales: Sequence[float]) -> None:
-        """Take the scales of q, k and v."""
+        """Set the scales of q, k and v."""
         self.scales.copy_(torch.tensor(scales, dtype=torch.float32, device="cpu"))
         self._read_scales()
 
@@ -277,11 +274,11 @@ class AttentionProduct(opaque.OpaqueModule):
         bias: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """``[B, H, T, D]`` each to float32 ``[B, T, H * D]``.
+        """Attention of q, k and v ``[B, H, T, D]``; returns float32 ``[B, T, H * D]``.
 
-        Scores are scaled by ``scale`` or ``D ** -0.5``, then ``bias`` is added.  With
-        ``integer`` q, k and v are int8, or float and quantized here.  A few images at a
-        time, so that their scores stay in the processor's cache.
+        Scores are multiplied by ``scale`` (``D ** -0.5`` by default), then ``bias`` is added.
+        With ``integer``, q, k and v are int8, or are quantized here.  The batch is processed in
+        tiles whose scores fit in the cache.
         """
         b, h, t, d = q.shape
         if opaque.compiling():
@@ -295,9 +292,9 @@ class AttentionProduct(opaque.OpaqueModule):
             return merge_heads(mix(q, k, v, bias)).float()
         mixed = torch.empty(b, t, h, d, device=q.device, dtype=torch.float32)
         for start in range(0, b, step):
-            part = slice(start, start + step)
-            own = bias if bias is None or len(bias) == 1 else bias[part]
-            mixed[part] = mix(q[part], k[part], v[part], own).transpose(1, 2)
+            tile = slice(start, start + step)
+            tile_bias = bias if bias is None or len(bias) == 1 else bias[tile]
+            mixed[tile] = mix(q[tile], k[tile], v[tile], tile_bias).transpose(1, 2)
         return mixed.flatten(2)
 
     def _kernels(self, device: torch.device) -> Backend:
@@ -309,16 +306,16 @@ class AttentionProduct(opaque.OpaqueModule):
         self, kernels: Backend, scale: float
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
         scales = self._scales
-        of_scores = scales[0] * scales[1] * scale
+        score_scale = scales[0] * scales[1] * scale
 
         def mix(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             if q.is_floating_point():
                 pairs = zip((q, k, v), scales, strict=True)
                 q, k, v = (kernels.quantize(x, QParams(scale, 0, INT8)) for x, scale in pairs)
-            return kernels.attention(q, k, v, of_scores, bias) * scales[2]
+            return kernels.attention(q, k, v, score_scale, bias) * scales[2]
 
         return mix
 
     def output_format(self, width: int) -> OutputFormat:
-        """Of a layer that writes q, k and v of ``width`` channels each as int8."""
+        """Return the int8 format of a layer that writes q, k and v, ``width`` channels each."""
         return OutputFormat(torch.int8, self.scales.repeat_interleave(width))

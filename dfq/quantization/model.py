@@ -1,4 +1,4 @@
-"""The quantized vision transformer, and how a float one becomes it."""
+"""Quantized vision transformer, and its construction from a float one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dfq.quantization.layers import (
     IntegerPatchEmbed,
     check_types,
 )
-from dfq.quantization.scheme import ATTENTION_SITES, Scheme, layers
+from dfq.quantization.scheme import ATTENTION_INPUTS, Scheme, layers
 from dfq.recipe import QuantizationSettings
 from dfq.runtime import opaque
 from dfq.runtime.params import KernelRequirements, OutputFormat
@@ -31,22 +31,22 @@ from dfq.vit.relations import Relations
 if TYPE_CHECKING:
     from dfq.quantization.calibration import Calibration, InputStatistics
 
-PIXEL = QParams(1 / 255)
+PIXEL_QPARAMS = QParams(1 / 255)
 
-MIDDLE = 0.5
-"""Of the input range, in widths of it.  Where the mean lies outside the range, the patch embedding
-is exact here."""
+RANGE_CENTER = 0.5
+"""Center of the input range, in units of its width.  If the mean lies outside the range, the patch
+embedding's bias is corrected at this value instead of the mean."""
 
 
 class QuantizedAttention(Attention):
-    """Self-attention with integer linear layers."""
+    """Multi-head self-attention with integer linear layers."""
 
     qkv: IntegerLinear
     proj: IntegerLinear
     product: AttentionProduct
 
     def __init__(self, arch: Architecture, scheme: Scheme, name: str) -> None:
-        """``name`` is that of the module, such as ``blocks.0.attn``."""
+        """``name`` is the module's name, such as ``blocks.0.attn``."""
         super().__init__(arch)
         width = arch.attention_dim
         self.qkv = IntegerLinear(arch.embed_dim, 3 * width, scheme.for_layer(f"{name}.qkv"))
@@ -65,18 +65,18 @@ class QuantizedAttention(Attention):
     def integer_forward(
         self, x: Tensor, at: Relations, rows: int | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """uint8 ``[B, T, embed_dim]`` to float32; see :meth:`IntegerLinear.integer_forward`."""
+        """Apply to uint8 ``[B, T, embed_dim]``; see :meth:`IntegerLinear.integer_forward`."""
         out = self._format(at)
         q, k, v = self.split(self.qkv.integer_forward(x, out), at)
         scale = 1.0 if out.dtype == torch.bfloat16 else None
         mixed = self.product.forward(q[:, :, :rows], k, v, self.bias(at, rows), scale)
         return self.proj.integer_forward(
-            self.proj.quantize_normed(self.norm, mixed), residual=residual
+            self.proj.quantize_norm_output(self.norm, mixed), residual=residual
         )
 
     def _format(self, at: Relations) -> OutputFormat:
-        """Of q, k and v: as integers unless they are normed or rotated first; as bfloat16
-        with the scale of the scores in q."""
+        """Return the format of q, k and v: int8 unless they are normed or rotated first; bfloat16
+        with the scale of the scores folded into q."""
         normed = isinstance(self.q_norm, nn.LayerNorm)
         if self.product.integer and not (normed or at.rotates):
             return self.product.output_format(self.num_heads * self.head_dim)
@@ -87,26 +87,26 @@ class QuantizedAttention(Attention):
     def _make_float_format(self, device: torch.device) -> OutputFormat:
         if device.type == "meta" or attention_dtype(device) == torch.float32:
             return OutputFormat(torch.float32)
-        units = torch.ones(3, self.num_heads * self.head_dim, dtype=torch.float32, device=device)
-        units[0] = self.head_dim**0.5
-        return OutputFormat(torch.bfloat16, units.flatten())
+        scale = torch.ones(3, self.num_heads * self.head_dim, dtype=torch.float32, device=device)
+        scale[0] = self.head_dim**0.5
+        return OutputFormat(torch.bfloat16, scale.flatten())
 
 
 class QuantizedMlp(Mlp):
-    """The MLP with integer linear layers.
+    """MLP with integer linear layers.
 
-    Between them activations stay 8-bit integers where the kernels can apply the
+    The hidden activations stay 8-bit integers if the kernel of ``fc1`` can apply the
     nonlinearity.
     """
 
     fc1: IntegerLinear
     fc2: IntegerLinear
 
-    def __init__(self, like: Mlp, scheme: Scheme, name: str) -> None:
-        """``like`` is a float MLP, whose shape and norm it takes; ``name`` that of the module."""
-        first, second = cast(nn.Linear, like.fc1), cast(nn.Linear, like.fc2)
+    def __init__(self, mlp: Mlp, scheme: Scheme, name: str) -> None:
+        """Take shape and norm from the float ``mlp``; ``name`` is the module's name."""
+        first, second = cast(nn.Linear, mlp.fc1), cast(nn.Linear, mlp.fc2)
         width, hidden = second.out_features, second.in_features
-        super().__init__(width, hidden, like.activation, gated=like.gated, norm=like.norm)
+        super().__init__(width, hidden, mlp.activation, gated=mlp.gated, norm=mlp.norm)
         self.fc1 = IntegerLinear(width, first.out_features, scheme.for_layer(f"{name}.fc1"))
         self.fc2 = IntegerLinear(hidden, width, scheme.for_layer(f"{name}.fc2"))
 
@@ -114,21 +114,21 @@ class QuantizedMlp(Mlp):
         return self.integer_forward(self.fc1.quantize_input(x))
 
     def integer_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """uint8 ``[B, T, C]`` to float32; see :meth:`IntegerLinear.integer_forward`."""
+        """Apply to uint8 ``[B, T, C]``; see :meth:`IntegerLinear.integer_forward`."""
         return self.fc2.integer_forward(self._hidden(x), residual=residual)
 
     def _hidden(self, x: Tensor) -> Tensor:
         fused = self.activation in ("gelu", "gelu_tanh") and isinstance(self.norm, nn.Identity)
         if self.gated or not fused:
             return self.fc2.quantize_input(self.activate(self.fc1.integer_forward(x)))
-        by = self.fc2.input_qparams
+        qparams = self.fc2.input_qparams
         gelu: Literal["none", "tanh"] = "tanh" if self.activation == "gelu_tanh" else "none"
-        out = OutputFormat(torch.uint8, by.scale, by.zero_point, by.qtype.qmax, gelu)
+        out = OutputFormat(torch.uint8, qparams.scale, qparams.zero_point, qparams.qtype.qmax, gelu)
         return self.fc1.integer_forward(x, out)
 
 
 class QuantizedPool(AttentionPool):
-    """Attention pooling with integer linear layers; its products are in floating point."""
+    """Attention pooling with integer linear layers; its attention is in floating point."""
 
     kv: IntegerLinear
     proj: IntegerLinear
@@ -143,7 +143,7 @@ class QuantizedPool(AttentionPool):
 
 
 class QuantizedBlock(Block):
-    """A transformer block on integers; the residual stream is float32."""
+    """Transformer block with integer layers; the residual stream is float32."""
 
     attn: QuantizedAttention
     mlp: QuantizedMlp
@@ -154,17 +154,17 @@ class QuantizedBlock(Block):
         self.mlp = QuantizedMlp(self.mlp, scheme, f"{name}.mlp")
 
     def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
-        """As :meth:`dfq.vit.Block.forward`; the memory of ``x`` may be overwritten."""
-        normed = self.attn.qkv.quantize_normed(self.norm1, x)
+        """As :meth:`dfq.vit.Block.forward`; ``x`` may be overwritten."""
+        normed = self.attn.qkv.quantize_norm_output(self.norm1, x)
         x = self.attn.integer_forward(normed, at, rows, x[:, :rows])
-        return self.mlp.integer_forward(self.mlp.fc1.quantize_normed(self.norm2, x), x)
+        return self.mlp.integer_forward(self.mlp.fc1.quantize_norm_output(self.norm2, x), x)
 
 
 class QuantizedViT(ViT):
-    """A ViT on integer arithmetic.  Called like the float one, on normalised images.
+    """ViT on integer arithmetic, called like the float one on normalized images.
 
-    ``settings`` say what is quantized; ``preprocessing`` how images become inputs.
-    Only inference: there are no gradients.
+    ``settings`` define the quantization scheme, ``preprocessing`` the normalization of images.
+    Inference only: there are no gradients.
     """
 
     def __init__(
@@ -177,49 +177,49 @@ class QuantizedViT(ViT):
         self.blocks = nn.ModuleList(
             QuantizedBlock(arch, scheme, f"blocks.{i}") for i in range(arch.depth)
         )
-        of_pixels = scheme.for_layer("patch_embed")
-        self.patch_embed = IntegerPatchEmbed(arch.grid.patch_values, arch.embed_dim, of_pixels)
-        self.set_normalisation()
+        embed_scheme = scheme.for_layer("patch_embed")
+        self.patch_embed = IntegerPatchEmbed(arch.grid.patch_values, arch.embed_dim, embed_scheme)
+        self.set_normalization()
         if arch.pool == "map":
             self.attn_pool = QuantizedPool(arch, scheme, "attn_pool")
         if arch.num_classes:
             self.head = IntegerLinear(arch.head_inputs, arch.num_classes, scheme.for_layer("head"))
         self.eval().requires_grad_(False)
 
-    def set_normalisation(self) -> None:
-        """Derive the patch embedding's constants from the preprocessing."""
+    def set_normalization(self) -> None:
+        """Set the patch embedding's mean and standard deviation from the preprocessing."""
         assert isinstance(self.patch_embed, IntegerPatchEmbed)
         values = self.preprocessing.level_mean, self.preprocessing.level_std
         mean, std = (channel_values(v, self.arch.grid, self.prefix.device) for v in values)
-        self.patch_embed.set_normalisation(mean, std)
+        self.patch_embed.set_normalization(mean, std)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Logits float32 of normalised images ``[B, C, H, W]`` of the model's size.
+        """Return float32 logits of normalized images ``[B, C, H, W]`` of the model's size.
 
-        Values beyond the input range (pixels from 0 to 255) count as the nearest in it; an image
-        with a value that is not finite has logits that are NaN.
+        Values outside the input range (pixels from 0 to 255) are clamped to it.  An image with a
+        NaN or infinite value has NaN logits.
 
         Raises:
-            DataError: the images are of another size or type.
+            DataError: the images have another size or dtype.
         """
         return super().forward(images)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedViT:
         check_types(fn)
-        moved: QuantizedViT = super()._apply(fn, recurse)
-        return moved
+        result: QuantizedViT = super()._apply(fn, recurse)
+        return result
 
     @torch.no_grad()
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
-        """As :meth:`dfq.vit.ViT.forward_sparse`, of normalised patches."""
+        """As :meth:`dfq.vit.ViT.forward_sparse`, on normalized patches."""
         with without_autocast(self.prefix.device):
             logits = super().forward_sparse(patches, positions)
         return logits + (patches - patches).sum((1, 2), dtype=logits.dtype)[:, None]
 
     @property
     def backend(self) -> str:
-        """Name of the kernels in use; names, where layers have different ones."""
+        """Name of the backend in use; names, separated by commas, if layers differ."""
         names = {layer.prepare()[0].NAME for layer in self._linears()}
         return ", ".join(sorted(names))
 
@@ -228,7 +228,7 @@ class QuantizedViT(ViT):
         return max(layer.max_weight() for layer in self._linears())
 
     def set_backend(self, name: str | None) -> QuantizedViT:
-        """Choose the kernels: ``"onednn"``, ``"reference"``, or None for the fastest.
+        """Select the backend: ``"onednn"``, ``"reference"``, or None for the fastest.
 
         Raises:
             SettingError: no such backend, or it is not exact here.
@@ -239,13 +239,14 @@ class QuantizedViT(ViT):
         for layer in self._linears():
             layer.backend = name
             layer.reset()
-        for product in self.products():
+        for product in self.attention_products():
             product.backend = name
         return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile what lies between the integer products by ``torch.compile``; the first
-        image of a shape then takes tens of seconds.  Arguments are those of
+        """Compile everything but the integer kernels with ``torch.compile``.
+
+        The first call with a new shape takes tens of seconds.  Arguments are those of
         ``torch.compile``.
 
         Raises:
@@ -266,24 +267,24 @@ class QuantizedViT(ViT):
     def _linears(self) -> list[IntegerLinear]:
         return [m for m in self.modules() if isinstance(m, IntegerLinear)]
 
-    def products(self) -> list[AttentionProduct]:
-        """The attention products of all blocks."""
+    def attention_products(self) -> list[AttentionProduct]:
+        """Return the attention products of all blocks."""
         return [m for m in self.modules() if isinstance(m, AttentionProduct)]
 
-    def quantizers(self) -> dict[str, QParams]:
-        """The activation quantizer of every site."""
-        found: dict[str, QParams] = {}
+    def activation_qparams(self) -> dict[str, QParams]:
+        """Return the qparams of every quantized activation, by name."""
+        qparams: dict[str, QParams] = {}
         for name in layers(self.arch):
-            found[name] = cast(IntegerLinear, self.get_submodule(name)).input_qparams
+            qparams[name] = cast(IntegerLinear, self.get_submodule(name)).input_qparams
         if self.scheme.integer_attention:
-            for i, product in enumerate(self.products()):
-                for site, scale in zip(ATTENTION_SITES, product.scales.tolist(), strict=True):
-                    found[f"blocks.{i}.{site}"] = QParams(scale, 0, INT8)
-        return found
+            for i, product in enumerate(self.attention_products()):
+                for suffix, scale in zip(ATTENTION_INPUTS, product.scales.tolist(), strict=True):
+                    qparams[f"blocks.{i}.{suffix}"] = QParams(scale, 0, INT8)
+        return qparams
 
 
 def attention_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, float32 elsewhere."""
+    """Return bfloat16 where the device multiplies it natively, else float32."""
     return torch.bfloat16 if resolve_precision("auto", device) == "bfloat16" else torch.float32
 
 
@@ -295,11 +296,11 @@ def quantize_vit(
     settings: QuantizationSettings,
     advance: Callable[[int], None] | None = None,
 ) -> QuantizedViT:
-    """Build the quantized model from the float one, which is left as it is.
+    """Quantize a float model, which is not modified.
 
-    ``advance`` is called with 1 after every layer.
+    The callback ``advance`` is called with 1 after every layer.
     """
-    quantized, names = _empty_like(vit, settings, preprocessing), layers(vit.arch)
+    quantized, names = _zeros_like(vit, settings, preprocessing), layers(vit.arch)
     for name in names:
         linear = vit.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -311,36 +312,36 @@ def quantize_vit(
                 target,
                 linear.weight,
                 linear.bias,
-                calibration.quantizers[name],
+                calibration.qparams[name],
                 calibration.statistics[name],
                 settings,
             )
         if advance is not None:
             advance(1)
     if quantized.scheme.integer_attention:
-        for i, product in enumerate(quantized.products()):
-            scales = [calibration.quantizers[f"blocks.{i}.{s}"].scale for s in ATTENTION_SITES]
+        for i, product in enumerate(quantized.attention_products()):
+            scales = [calibration.qparams[f"blocks.{i}.{s}"].scale for s in ATTENTION_INPUTS]
             product.assign(scales)
     return quantized
 
 
-def _empty_like(
+def _zeros_like(
     vit: ViT, settings: QuantizationSettings, preprocessing: Preprocessing
 ) -> QuantizedViT:
-    """A quantized model with the float one's norms and tables, its integers still zero.
+    """Return a quantized model with the float model's norms and embeddings and zero weights.
 
-    Made without the random weights that a float model begins with.
+    Built on the meta device, which skips random initialization.
     """
     device = vit.prefix.device
     with torch.device("meta"):
         quantized = QuantizedViT(vit.arch, settings, preprocessing)
-    own = {k: torch.zeros_like(v, device=device) for k, v in quantized.state_dict().items()}
+    state = {k: torch.zeros_like(v, device=device) for k, v in quantized.state_dict().items()}
     linears = layers(vit.arch)
     for name, value in vit.state_dict().items():
-        if name in own and name.rpartition(".")[0] not in linears:
-            own[name] = value.clone()
-    quantized.load_state_dict(own, assign=True)
-    quantized.set_normalisation()
+        if name in state and name.rpartition(".")[0] not in linears:
+            state[name] = value.clone()
+    quantized.load_state_dict(state, assign=True)
+    quantized.set_normalization()
     return quantized.to(device)
 
 
@@ -349,16 +350,16 @@ def _fill_patch_embed(target: IntegerPatchEmbed, linear: nn.Linear) -> None:
     scales = rounding.search_scales(weight, target.scheme)
     integers = rounding.round_nearest(weight, scales, target.scheme.weight)
     mean = target.mean
-    exact = torch.where((mean >= 0) & (mean <= 1), mean, MIDDLE)
+    exact = torch.where((mean >= 0) & (mean <= 1), mean, RANGE_CENTER)
     bias = linear.bias + weight @ (exact - mean) - scales.dequantize(integers) @ exact
-    target.assign(integers, scales, bias, PIXEL)
+    target.assign(integers, scales, bias, PIXEL_QPARAMS)
 
 
 def _fill(
     target: IntegerLinear,
     weight: Tensor,
     bias: Tensor,
-    quantizer: QParams,
+    qparams: QParams,
     statistics: InputStatistics,
     settings: QuantizationSettings,
 ) -> None:
@@ -370,6 +371,6 @@ def _fill(
     else:
         integers = rounding.round_nearest(weight, scales, qtype)
     if settings.bias_correction:
-        rounded = scales.dequantize(integers)
-        bias = bias + rounding.bias_correction(weight, rounded, statistics.mean)
-    target.assign(integers, scales, bias, quantizer)
+        dequantized = scales.dequantize(integers)
+        bias = bias + rounding.bias_correction(weight, dequantized, statistics.mean)
+    target.assign(integers, scales, bias, qparams)

@@ -1,4 +1,4 @@
-"""Ranges through ``torch.ao.quantization.observer``; nothing else imports it."""
+"""Activation observers, most of them from ``torch.ao.quantization.observer``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ OBSERVERS: dict[str, type[UniformQuantizationObserverBase]] = {
 
 
 class RangeObserver:
-    """Watches activations and gives their quantizer.
+    """Observer of one activation that calculates its qparams.
 
-    Unsigned types give affine quantizers, signed ones symmetric.  Memory does
-    not grow with what is observed.
+    Unsigned types get affine qparams, signed types symmetric ones.  Memory is constant.
     """
 
     def __init__(self, kind: Observer, qtype: QType = UINT8) -> None:
@@ -41,17 +40,17 @@ class RangeObserver:
         )
 
     def observe(self, values: Tensor) -> None:
-        """Take values of any shape into account."""
+        """Observe values of any shape."""
         if self._histogram is not None:
             self._histogram.observe(values)
         elif values.numel():
             self._observer(values.detach().float())
 
-    def quantizer(self) -> QParams:
-        """The quantizer of what was observed."""
+    def calculate_qparams(self) -> QParams:
+        """Calculate the qparams from the values observed."""
         if self._histogram is not None:
-            found = self._histogram
-            span = found.percentile() if self.kind == "percentile" else None
-            return qparams_from_range(*(span or found.least_error(self.qtype)), self.qtype)
+            histogram = self._histogram
+            span = histogram.percentile() if self.kind == "percentile" else None
+            return qparams_from_range(*(span or histogram.least_error(self.qtype)), self.qtype)
         scale, zero_point = self._observer.calculate_qparams()
         return QParams(float(scale), int(zero_point), self.qtype)

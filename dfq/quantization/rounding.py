@@ -1,4 +1,4 @@
-"""How float weights become integers: scales by error, nearest and second-order rounding."""
+"""Quantization of weights: search for scales, rounding to nearest or by GPTQ."""
 
 from __future__ import annotations
 
@@ -13,30 +13,27 @@ from torch import Tensor
 from dfq.device import has_triton
 from dfq.errors import RunError
 from dfq.quantization.scheme import LayerScheme
-from dfq.runtime.qtype import QType
+from dfq.runtime.qtype import MIN_SCALE, QType
 from dfq.runtime.weights import apply_group_scale, expand_group_scale
 
 CLIP_STEPS = 40
-"""Candidates of the clipping search, from the full range downwards."""
+"""Candidate scales of the clipping search."""
 
-SMALLEST = 1e-30
-"""Least scale, so that a row of zeros has one."""
+MIN_IMPORTANCE = 1e-12
+"""Smallest importance of an input, relative to the largest."""
 
-LEAST_IMPORTANCE = 1e-12
-"""Of an input, as a share of the largest."""
-
-COLUMNS = 128
+BLOCK_COLUMNS = 128
 """Columns between two updates of the remaining weights (arXiv 2210.17323, 3.3)."""
 
 
 @dataclass(frozen=True)
 class WeightScales:
-    """What a weight's integers stand for.
+    """Scales of a quantized weight, per channel or in two levels.
 
-    ``channel`` float32 ``[out]``.  With ``group``, uint8 ``[out, ceil(in / size)]`` of values
-    from 1 on, each run of ``size`` inputs has an integer scale of its own within its
-    channel (QServe, arXiv 2405.04532, section 4.1): products run on ``integers * group`` as on
-    any 8-bit weights of one scale per channel.
+    ``channel``: float32 ``[out]``.  ``group``: uint8 ``[out, ceil(in / size)]``, at least 1, an
+    integer scale of each group of ``size`` inputs relative to its channel's (QServe, arXiv
+    2405.04532, section 4.1), so that ``integers * group`` are 8-bit weights with one scale per
+    channel.
     """
 
     channel: Tensor
@@ -44,28 +41,28 @@ class WeightScales:
     size: int = 0
 
     def steps(self, inputs: int) -> Tensor:
-        """The distance between two integers of each weight, float32 ``[out, in or 1]``."""
+        """Return the scale of each weight, float32 ``[out, in or 1]``."""
         if self.group is None:
             return self.channel[:, None]
         return self.channel[:, None] * expand_group_scale(self.group, self.size, inputs).float()
 
     def widen(self, integers: Tensor) -> Tensor:
-        """The integers in units of the channel's scale, int8 ``[out, in]``."""
+        """Convert integers to units of the channel's scale, int8 ``[out, in]``."""
         return apply_group_scale(integers, self.group, self.size)
 
     def dequantize(self, integers: Tensor) -> Tensor:
-        """The weights that the integers stand for, float32 ``[out, in]``."""
+        """Return the dequantized weights, float32 ``[out, in]``."""
         return integers.float() * self.steps(integers.shape[1])
 
 
 def search_scales(
     weight: Tensor, scheme: LayerScheme, importance: Tensor | None = None
 ) -> WeightScales:
-    """Scales that minimise the weighted squared rounding error of ``weight`` ``[out, in]``.
+    """Search the scales that minimize the weighted squared rounding error of a weight.
 
-    Where inputs share a second, integer scale, the scale that each group would like best is
-    rounded to a share of its channel's largest: an integer over ``scheme.largest_group_scale``.
-    ``importance`` as in :func:`search_scale`.
+    ``weight`` is float32 ``[out, in]``; ``importance`` as in :func:`search_scale`.  With groups,
+    the best scale of each group is rounded to a multiple of ``largest / largest_group_scale``,
+    where ``largest`` is the largest scale of its channel.
     """
     group, largest = scheme.group, scheme.largest_group_scale
     if not group:
@@ -74,20 +71,22 @@ def search_scales(
     weights = torch.ones_like(weight[0]) if importance is None else importance
     padding = -inputs % group
     rows = F.pad(weight, (0, padding)).reshape(-1, group)
-    shares = F.pad(weights, (0, padding)).reshape(1, -1, group).expand(outputs, -1, -1)
-    wanted = search_scale(rows, scheme.weight, shares.reshape(-1, group)).reshape(outputs, -1)
-    channel = wanted.amax(1) / largest
-    levels = (wanted / channel[:, None]).round_().clamp_(1, largest)
+    importances = F.pad(weights, (0, padding)).reshape(1, -1, group).expand(outputs, -1, -1)
+    group_scale = search_scale(rows, scheme.weight, importances.reshape(-1, group)).reshape(
+        outputs, -1
+    )
+    channel = group_scale.amax(1) / largest
+    levels = (group_scale / channel[:, None]).round_().clamp_(1, largest)
     return WeightScales(channel, levels.to(torch.uint8), group)
 
 
-def smallest_clip(bits: int) -> float:
-    """Least share of the largest magnitude that a search for the scale tries."""
+def min_clip_ratio(bits: int) -> float:
+    """Return the smallest clipping threshold to try, relative to the largest magnitude."""
     return 0.5 if bits <= 4 else 0.9 if bits >= 7 else 0.7
 
 
 def search_scale(weight: Tensor, qtype: QType, importance: Tensor | None = None) -> Tensor:
-    """The scale of each output channel that minimises its squared rounding error.
+    """Search the scale of each output channel that minimizes its squared rounding error.
 
     Args:
         weight: float32 ``[out, in]``.
@@ -98,32 +97,38 @@ def search_scale(weight: Tensor, qtype: QType, importance: Tensor | None = None)
         float32 ``[out]``, above 0.
     """
     low, high = qtype.qmin, qtype.qmax
-    largest = weight.abs().amax(1).clamp_min(SMALLEST)
+    largest = weight.abs().amax(1).clamp_min(MIN_SCALE)
     exponent = torch.frexp(largest).exponent  # squares of errors fit in float32 near 1
-    weight, full = torch.ldexp(weight, -exponent[:, None]), torch.ldexp(largest, -exponent) / high
-    weights = torch.ones_like(weight[0]) if importance is None else _comparable(importance)
-    best = full
-    least = torch.full_like(best, torch.inf)
-    for share in torch.linspace(1.0, smallest_clip(qtype.bits), CLIP_STEPS).tolist():
-        scale = full * share
+    weight, full_scale = (
+        torch.ldexp(weight, -exponent[:, None]),
+        torch.ldexp(largest, -exponent) / high,
+    )
+    weights = (
+        torch.ones_like(weight[0]) if importance is None else _normalize_importance(importance)
+    )
+    best = full_scale
+    least_loss = torch.full_like(best, torch.inf)
+    for ratio in torch.linspace(1.0, min_clip_ratio(qtype.bits), CLIP_STEPS).tolist():
+        scale = full_scale * ratio
         error = weight - (weight / scale[:, None]).round_().clamp_(low, high) * scale[:, None]
         loss = error.square_().mul_(weights).sum(1)
-        better = loss < least
-        best, least = torch.where(better, scale, best), torch.where(better, loss, least)
+        better = loss < least_loss
+        best = torch.where(better, scale, best)
+        least_loss = torch.where(better, loss, least_loss)
     return torch.ldexp(best, exponent)
 
 
-def _comparable(importance: Tensor) -> Tensor:
-    """Importances in units of about their largest, those of dead inputs raised to a little.
+def _normalize_importance(importance: Tensor) -> Tensor:
+    """Scale importances to about 1 and clamp those of dead inputs to :data:`MIN_IMPORTANCE`.
 
-    The unit is a power of two, so that ratios stay as they are, bit for bit.
+    The factor is a power of two, which keeps ratios exact.
     """
     exponent = torch.frexp(importance.max()).exponent
-    return torch.ldexp(importance, -exponent).clamp_min(LEAST_IMPORTANCE)
+    return torch.ldexp(importance, -exponent).clamp_min(MIN_IMPORTANCE)
 
 
 def round_nearest(weight: Tensor, scales: WeightScales, qtype: QType) -> Tensor:
-    """int8 ``[out, in]`` nearest to the weights, ties to even."""
+    """Round to nearest, ties to even: int8 ``[out, in]``."""
     steps = scales.steps(weight.shape[1])
     return (weight / steps).round_().clamp_(qtype.qmin, qtype.qmax).to(torch.int8)
 
@@ -135,17 +140,17 @@ def round_gptq(
     hessian: Tensor,
     damping: float = 0.01,
 ) -> Tensor:
-    """Round column by column, each column's error made up for by those not yet rounded.
+    """Round by GPTQ (arXiv 2210.17323, section 3).
 
-    GPTQ (arXiv 2210.17323, section 3): with the Cholesky factor of the inverse Hessian,
-    in blocks of columns, the inputs of largest second moment first.
+    Columns are rounded one by one, inputs of largest second moment first; the columns that remain
+    compensate each error, by the Cholesky factor of the inverse Hessian.
 
     Args:
         weight: float32 ``[out, in]``.
-        scales: of the weight's integers; they stay as they are.
-        hessian: ``x x^T`` summed or averaged over inputs, float32 ``[in, in]``.
-        damping: added to the Hessian's diagonal, as a share of its mean; large values come
-            close to rounding to the nearest.
+        scales: scales of the weight, which are not changed.
+        hessian: sum or mean of ``x x^T`` over inputs, float32 ``[in, in]``.
+        damping: value added to the Hessian's diagonal, relative to its mean; large values
+            approach rounding to nearest.
 
     Returns:
         int8 ``[out, in]``.
@@ -155,9 +160,9 @@ def round_gptq(
     steps = scales.steps(weight.shape[1]).expand_as(weight)[:, order]
     factor = _inverse_factor(hessian[order][:, order], damping)
     result = torch.empty_like(rest, dtype=torch.int8)
-    round_block = fastest_columns(weight.device)
-    for start in range(0, rest.shape[1], COLUMNS):
-        end = min(start + COLUMNS, rest.shape[1])
+    round_block = column_rounding(weight.device)
+    for start in range(0, rest.shape[1], BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, rest.shape[1])
         here = slice(start, end)
         result[:, here], errors = round_block(
             rest[:, here], steps[:, here], factor[here, here], qtype
@@ -169,15 +174,15 @@ def round_gptq(
 def round_columns(
     block: Tensor, steps: Tensor, factor: Tensor, qtype: QType
 ) -> tuple[Tensor, Tensor]:
-    """Round a block of columns one by one, each error made up for by those after it.
+    """Round a block of columns one by one; later columns compensate each error.
 
     Args:
-        block, steps: weights and distances of their integers, float32 ``[out, columns]``;
-            ``block`` is used up.
+        block, steps: weights and their scales, float32 ``[out, columns]``; ``block`` is
+            overwritten.
         factor: upper triangular float32 ``[columns, columns]``.
 
     Returns:
-        The integers, int8, and the errors over the factor's diagonal, float32, both
+        The integers, int8, and the errors divided by the factor's diagonal, float32, both
         ``[out, columns]``.
     """
     integers, errors = torch.empty_like(block, dtype=torch.int8), torch.empty_like(block)
@@ -190,9 +195,9 @@ def round_columns(
     return integers, errors
 
 
-def fastest_columns(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """:func:`round_columns`, or the Triton kernel where it gives the same."""
-    if kernel_failure(device) is not None:
+def column_rounding(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the Triton kernel if it works on the device, else :func:`round_columns`."""
+    if triton_failure(device) is not None:
         return round_columns
     from dfq.quantization import gptq_kernel
 
@@ -200,31 +205,31 @@ def fastest_columns(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]
 
 
 @functools.cache
-def kernel_failure(device: torch.device) -> str | None:
-    """Why the Triton kernel is not used on a device; None where it is."""
+def triton_failure(device: torch.device) -> str | None:
+    """Return why the Triton kernel is not used on a device, or None if it is."""
     if not has_triton(device):
         return "no Triton here"
     try:
         from dfq.quantization import gptq_kernel
 
-        weight = torch.linspace(-9, 9, 17 * COLUMNS, device=device).reshape(17, COLUMNS)
-        factor = torch.full((COLUMNS, COLUMNS), 0.01, device=device).triu_() + torch.eye(
-            COLUMNS, device=device
-        )
+        weight = torch.linspace(-9, 9, 17 * BLOCK_COLUMNS, device=device).reshape(17, BLOCK_COLUMNS)
+        factor = torch.full(
+            (BLOCK_COLUMNS, BLOCK_COLUMNS), 0.01, device=device
+        ).triu_() + torch.eye(BLOCK_COLUMNS, device=device)
         given = torch.ones_like(weight), factor, QType(4, signed=True)
-        found = gptq_kernel.round_columns(weight, *given)
-        same = all(map(torch.equal, found, round_columns(weight, *given)))
+        from_kernel = gptq_kernel.round_columns(weight, *given)
+        same = all(map(torch.equal, from_kernel, round_columns(weight, *given)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton's compiler has no list of what it raises
         return f"{type(error).__name__}: {error}"
-    return None if same else "the kernel's integers are others than the loop's"
+    return None if same else "the kernel's integers differ from the loop's"
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse.
+    """Return the upper Cholesky factor of the damped Hessian's inverse.
 
-    Damping grows until the matrix is numerically positive definite.
+    The damping is increased until the matrix is numerically positive definite.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise RunError("Activations overflow on the calibration images; use other images.")
@@ -243,10 +248,9 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damping *= 10
 
 
-def bias_correction(weight: Tensor, rounded: Tensor, mean: Tensor) -> Tensor:
-    """What rounding takes from each output on average, ``[out]``; add it to the bias.
+def bias_correction(weight: Tensor, dequantized: Tensor, mean: Tensor) -> Tensor:
+    """Return the mean error of each output due to rounding, ``[out]``, to be added to the bias.
 
-    Arxiv 1906.04721, section 4.2, with the input's mean from calibration; ``rounded`` are the
-    weights that the integers stand for.
+    arXiv 1906.04721, section 4.2, with the mean input ``mean`` ``[in]`` from calibration.
     """
-    return (weight - rounded) @ mean
+    return (weight - dequantized) @ mean

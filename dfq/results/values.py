@@ -151,7 +151,7 @@ class GateCheck:
 
 
 @dataclass(frozen=True)
-class LayerNoise:
+class LayerSqnr:
     """Signal-to-quantization-noise ratios of a layer's output in decibels.
 
     ``weights``: only the weights are quantized; ``activations``: only the input is; ``both``:
@@ -197,7 +197,7 @@ class QuantizeResult(Result, table=quantize_table):
     accuracy_top5: FloatQuantized | None
     agreement_on: AgreementOn | None
     attention: str
-    layers: list[LayerNoise]
+    layers: list[LayerSqnr]
     blocks: list[BlockLoss] = field(default_factory=list)
     agreement_outside: AgreementOn | None = None
     class_order: str | None = None

@@ -56,7 +56,7 @@ def test_strided_blocks_are_rounded_in_place_of_their_own(
     x = torch.randn(400, 150, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     scales = rounding.search_scales(weight, layer_scheme(4))
     expected = rounding.round_gptq(weight, scales, INT4, x.T @ x)
-    monkeypatch.setattr(rounding, "fastest_columns", lambda _: gptq_kernel.round_columns)
+    monkeypatch.setattr(rounding, "column_rounding", lambda _: gptq_kernel.round_columns)
     found = rounding.round_gptq(weight, scales, INT4, x.T @ x)
     assert torch.equal(found, expected)
 
@@ -64,7 +64,7 @@ def test_strided_blocks_are_rounded_in_place_of_their_own(
 def test_a_kernel_is_used_only_where_it_gives_what_the_loop_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    failure = rounding.kernel_failure.__wrapped__
+    failure = rounding.triton_failure.__wrapped__
     monkeypatch.setattr(rounding, "has_triton", lambda _: True)
     monkeypatch.setattr(rounding, "COLUMNS", 8)
     assert failure(torch.device(DEVICE)) is None
@@ -82,4 +82,4 @@ def test_a_kernel_is_used_only_where_it_gives_what_the_loop_gives(
 
     monkeypatch.setattr(gptq_kernel, "round_columns", broken)
     assert failure(torch.device(DEVICE)) == "RuntimeError: no compiler"
-    assert rounding.fastest_columns(torch.device("cpu")) is rounding.round_columns
+    assert rounding.column_rounding(torch.device("cpu")) is rounding.round_columns

@@ -15,10 +15,10 @@ from conftest import make_vit
 import dfq
 from dfq.inversion import Engine, plan_units
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
-from dfq.quantization.diagnosis import CEILING, POOR, layer_noise, poor_layers
+from dfq.quantization.diagnosis import LOW_SQNR, MAX_SQNR, layer_sqnr, low_sqnr_warnings
 from dfq.quantization.scheme import Scheme, layers
 from dfq.recipe import InversionSettings, QuantizationSettings
-from dfq.results.values import LayerNoise
+from dfq.results.values import LayerSqnr
 from dfq.sparse import SparseImages
 from dfq.vit.load import LoadedModel
 
@@ -39,8 +39,8 @@ def build(loaded: LoadedModel, images: list[SparseImages], bits: int) -> Quantiz
 
 def noise(
     loaded: LoadedModel, images: list[SparseImages], quantized: QuantizedViT
-) -> dict[str, LayerNoise]:
-    return {n.name: n for n in layer_noise(loaded.vit, quantized, images)}
+) -> dict[str, LayerSqnr]:
+    return {n.name: n for n in layer_sqnr(loaded.vit, quantized, images)}
 
 
 def test_every_layer_is_measured_and_both_errors_add(
@@ -49,7 +49,7 @@ def test_every_layer_is_measured_and_both_errors_add(
     found = noise(loaded, images, build(loaded, images, 8))
     assert list(found) == layers(loaded.vit.arch)
     for n in found.values():
-        assert 20 < n.both < CEILING
+        assert 20 < n.both < MAX_SQNR
         assert n.both < min(n.weights, n.activations) + 1
 
 
@@ -81,23 +81,23 @@ def test_pixels_lose_nothing_in_the_patch_embedding(
 def test_the_models_are_left_as_they_are(loaded: LoadedModel, images: list[SparseImages]) -> None:
     quantized = build(loaded, images, 4)
     before = {k: v.clone() for k, v in quantized.state_dict().items()}
-    layer_noise(loaded.vit, quantized, images)
+    layer_sqnr(loaded.vit, quantized, images)
     assert all(torch.equal(v, before[k]) for k, v in quantized.state_dict().items())
     assert not any(m._forward_pre_hooks for m in loaded.vit.modules())
-    assert dataclasses.is_dataclass(LayerNoise)
+    assert dataclasses.is_dataclass(LayerSqnr)
 
 
 # ---- warnings
 
 
-def of(name: str, weights: float, activations: float) -> LayerNoise:
+def of(name: str, weights: float, activations: float) -> LayerSqnr:
     powers = (10 ** (-ratio / 10) for ratio in (weights, activations))
-    return LayerNoise(name, weights, activations, -10 * math.log10(sum(powers)))
+    return LayerSqnr(name, weights, activations, -10 * math.log10(sum(powers)))
 
 
 def test_layers_above_the_threshold_are_not_warned_of() -> None:
-    healthy = [of("blocks.0.mlp.fc1", POOR + 4, POOR + 4), of("head", CEILING, CEILING)]
-    assert poor_layers(healthy, Scheme(QuantizationSettings(bits=4))) == []
+    healthy = [of("blocks.0.mlp.fc1", LOW_SQNR + 4, LOW_SQNR + 4), of("head", MAX_SQNR, MAX_SQNR)]
+    assert low_sqnr_warnings(healthy, Scheme(QuantizationSettings(bits=4))) == []
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_layers_above_the_threshold_are_not_warned_of() -> None:
         (of("blocks.1.attn.proj", 40, 8), 4, "observer to mse"),
     ],
 )
-def test_the_advice_is_that_of_what_is_noisy(noise: LayerNoise, bits: Any, advice: str) -> None:
+def test_the_advice_is_that_of_what_is_noisy(noise: LayerSqnr, bits: Any, advice: str) -> None:
     scheme = Scheme(QuantizationSettings(bits=bits))
-    (warning,) = poor_layers([of("patch_embed", 40, 90), noise], scheme)
+    (warning,) = low_sqnr_warnings([of("patch_embed", 40, 90), noise], scheme)
     assert f"below 15 dB in {noise.name} (8.0 dB): " in warning
     assert advice in warning
     every = {"--bits 8", "reduce_range = false", "observer to mse"}
@@ -120,7 +120,7 @@ def test_the_advice_is_that_of_what_is_noisy(noise: LayerNoise, bits: Any, advic
 
 def test_the_worst_layers_are_named_and_the_rest_counted() -> None:
     noise = [of(f"blocks.{i}.mlp.fc2", 40, 14 - i) for i in range(5)]
-    (warning,) = poor_layers(noise, Scheme(QuantizationSettings()))
+    (warning,) = low_sqnr_warnings(noise, Scheme(QuantizationSettings()))
     assert "blocks.4.mlp.fc2 (10.0 dB), blocks.3.mlp.fc2 (11.0 dB), blocks.2.mlp.fc2" in warning
     assert "and 2 more" in warning
     assert "blocks.1" not in warning

@@ -14,7 +14,7 @@ import dfq
 from dfq.inversion import Engine, plan_units
 from dfq.quantization import calibrate, quantize_vit
 from dfq.quantization.calibration import Calibration
-from dfq.quantization.equalization import BAND, equalize, norm_layer_pairs, scale_pairs
+from dfq.quantization.equalization import OUTLIER_FACTOR, equalize, norm_linear_pairs, scale_pairs
 from dfq.quantization.scheme import Scheme
 from dfq.recipe import InversionSettings, QuantizationSettings
 from dfq.sparse import SparseImages, pixels_to_input
@@ -33,7 +33,7 @@ def images(loaded: LoadedModel) -> list[SparseImages]:
 
 @pytest.fixture
 def found(loaded: LoadedModel, images: list[SparseImages]) -> Calibration:
-    for norm, _ in norm_layer_pairs(loaded.vit.arch):
+    for norm, _ in norm_linear_pairs(loaded.vit.arch):
         loaded.vit.get_parameter(f"{norm}.weight").data[3] *= 30
     return calibrate(loaded.vit, images, loaded.preprocessing, Scheme(W4))
 
@@ -61,28 +61,28 @@ def test_statistics_are_those_of_the_changed_model(
 ) -> None:
     equal, moved = equalize(loaded.vit, found, strength)
     again = calibrate(equal, images, loaded.preprocessing, Scheme(W4))
-    for _, name in norm_layer_pairs(loaded.vit.arch):
+    for _, name in norm_linear_pairs(loaded.vit.arch):
         ours, theirs = moved.statistics[name], again.statistics[name]
         torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-3, atol=1e-3)
         assert ours.hessian is not None
         assert theirs.hessian is not None
         scale = float(theirs.hessian.abs().max())
         assert float((ours.hessian - theirs.hessian).abs().max()) < 1e-3 * scale
-        low, high = moved.quantizers[name].range
+        low, high = moved.qparams[name].range
         assert low <= float(theirs.low.min()) * 0.99
         assert high >= float(theirs.high.max()) * 0.99
-    for site, theirs in again.heads.items():
-        ours = moved.heads[site]
+    for site, theirs in again.attention_statistics.items():
+        ours = moved.attention_statistics[site]
         torch.testing.assert_close(ours.low, theirs.low, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(ours.high, theirs.high, rtol=1e-3, atol=1e-3)
-        assert moved.quantizers[site].scale == pytest.approx(again.quantizers[site].scale, rel=1e-3)
+        assert moved.qparams[site].scale == pytest.approx(again.qparams[site].scale, rel=1e-3)
 
 
 def test_channels_span_their_own_ranges_at_full_strength(
     loaded: LoadedModel, found: Calibration
 ) -> None:
     _, moved = equalize(loaded.vit, found, 1.0)
-    for _, name in norm_layer_pairs(loaded.vit.arch):
+    for _, name in norm_linear_pairs(loaded.vit.arch):
         spans = moved.statistics[name].high - moved.statistics[name].low
         torch.testing.assert_close(spans, spans.max().expand_as(spans), rtol=1e-3, atol=1e-3)
 
@@ -127,7 +127,7 @@ def test_how_size_is_split_between_norm_and_layer_does_not_matter(
 def rescale(loaded: LoadedModel, seed: int) -> None:
     """Channels after layer norms times 0.01 to 100, the next layers' columns divided by it."""
     g = torch.Generator().manual_seed(seed)
-    for norm, layer in norm_layer_pairs(loaded.vit.arch):
+    for norm, layer in norm_linear_pairs(loaded.vit.arch):
         column = loaded.vit.get_parameter(f"{layer}.weight").data
         factor = 10 ** (torch.rand(column.shape[1], generator=g) * 4 - 2)
         loaded.vit.get_parameter(f"{norm}.weight").data.mul_(factor)
@@ -210,12 +210,12 @@ def test_every_family_keeps_its_function_and_its_statistics(family: Family) -> N
     again = calibrate(equal, [noise], loaded.preprocessing, Scheme(W4))
     for pair in scale_pairs(loaded.vit.arch):
         ours, theirs = moved.statistics[pair.reader], again.statistics[pair.reader]
-        size = float(theirs.reach.max())
+        size = float(theirs.max_abs.max())
         for a, b in ((ours.low, theirs.low), (ours.high, theirs.high), (ours.mean, theirs.mean)):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * size)
-        scale = moved.quantizers[pair.reader].scale
-        assert scale == pytest.approx(again.quantizers[pair.reader].scale, rel=1e-3)
-        assert scale < 0.3 * found.quantizers[pair.reader].scale
+        scale = moved.qparams[pair.reader].scale
+        assert scale == pytest.approx(again.qparams[pair.reader].scale, rel=1e-3)
+        assert scale < 0.3 * found.qparams[pair.reader].scale
 
 
 @pytest.mark.parametrize("factor", [FACTOR, 1 / FACTOR])
@@ -234,7 +234,7 @@ def test_a_value_beyond_the_band_comes_back_to_it_and_the_rest_stays(
     others = torch.arange(changed.shape[1]) != 3
     torch.testing.assert_close(changed[:, others], torch.ones_like(changed[:, others]))
     left = float(changed[:, 3].mean())
-    assert 1 / BAND**2 < left < BAND**2
+    assert 1 / OUTLIER_FACTOR**2 < left < OUTLIER_FACTOR**2
 
 
 WIDENED = [

@@ -23,9 +23,9 @@ def heavy(count: int = 200_000) -> torch.Tensor:
 def error(values: torch.Tensor, observer: Observer) -> float:
     watch = RangeObserver(observer, INT8)
     watch.observe(values)
-    quantizer = watch.quantizer()
-    low, high = quantizer.range
-    rounded = (values / quantizer.scale).round().mul(quantizer.scale).clamp(low, high)
+    qparams = watch.calculate_qparams()
+    low, high = qparams.range
+    rounded = (values / qparams.scale).round().mul(qparams.scale).clamp(low, high)
     return float((rounded - values).square().mean())
 
 
@@ -33,7 +33,7 @@ def error(values: torch.Tensor, observer: Observer) -> float:
 def test_outliers_do_not_set_the_range(observer: Observer) -> None:
     watch = RangeObserver(observer, INT8)
     watch.observe(heavy())
-    assert 3 < watch.quantizer().range[1] < 30
+    assert 3 < watch.calculate_qparams().range[1] < 30
 
 
 def test_least_error_is_least() -> None:
@@ -52,9 +52,9 @@ def test_nothing_is_lost_and_the_range_holds_all(parts: list[list[float]]) -> No
     for part in parts:
         histogram.observe(torch.tensor(part))
     values = [v for part in parts for v in part]
-    low, high = histogram.occupied()
+    low, high = histogram.min_max()
     assert int(histogram.counts.sum()) == len(values)
-    width = 2 * histogram.reach / BINS
+    width = 2 * histogram.limit / BINS
     assert low - width <= min(values)
     assert max(values) <= high + width
     assert high - low <= max(values) - min(values) + 2.01 * width
@@ -74,9 +74,9 @@ def test_memory_is_flat_while_the_range_grows() -> None:
 def test_positive_values_have_zero_at_zero(observer: Observer) -> None:
     watch = RangeObserver(observer)
     watch.observe(torch.rand(10_000, generator=torch.Generator().manual_seed(0)))
-    quantizer = watch.quantizer()
-    assert quantizer.zero_point == 0
-    assert quantizer.range[1] == pytest.approx(1, rel=0.02)
+    qparams = watch.calculate_qparams()
+    assert qparams.zero_point == 0
+    assert qparams.range[1] == pytest.approx(1, rel=0.02)
 
 
 def test_constant_and_empty_inputs_give_quantizers() -> None:
@@ -84,5 +84,5 @@ def test_constant_and_empty_inputs_give_quantizers() -> None:
         watch = RangeObserver(observer)
         watch.observe(torch.empty(0))
         watch.observe(torch.zeros(10))
-        assert watch.quantizer().scale > 0
+        assert watch.calculate_qparams().scale > 0
     assert qparams_from_range(0.0, 0.0, INT8).scale > 0

@@ -17,7 +17,7 @@ from dfq.errors import DataError, DatasetError, SettingError
 from dfq.inversion import Engine, plan_units
 from dfq.quantization import IntegerLinear, QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.observers import RangeObserver
-from dfq.quantization.scheme import ATTENTION_SITES, Scheme, layers
+from dfq.quantization.scheme import ATTENTION_INPUTS, Scheme, layers
 from dfq.recipe import InversionSettings, QuantizationSettings
 from dfq.runtime import onednn
 from dfq.runtime.params import KernelRequirements
@@ -211,9 +211,9 @@ def test_calibration_sees_kept_patches_at_their_positions(loaded: LoadedModel) -
         inputs.append(loaded.vit.block(0).norm1(loaded.vit.embed(x, b.positions)).flatten(0, 1))
     x = torch.cat(inputs)
     site = "blocks.0.attn.qkv"
-    low, high = found.quantizers[site].range
-    assert low <= float(x.min()) + found.quantizers[site].scale
-    assert high >= float(x.max()) - found.quantizers[site].scale
+    low, high = found.qparams[site].range
+    assert low <= float(x.min()) + found.qparams[site].scale
+    assert high >= float(x.max()) - found.qparams[site].scale
     assert high - low < 1.02 * float(x.max() - x.min())
     torch.testing.assert_close(found.statistics[site].mean, x.mean(0), rtol=1e-4, atol=1e-5)
 
@@ -248,10 +248,10 @@ def test_an_empty_calibration_set_is_refused(loaded: LoadedModel) -> None:
 
 def test_integer_attention_has_a_range_for_each_operand(loaded: LoadedModel) -> None:
     quantized = quantize(loaded, attention="int8")
-    for site in ATTENTION_SITES:
-        quantizer = quantized.quantizers()[f"blocks.0.{site}"]
-        assert quantizer.zero_point == 0
-        assert quantizer.qtype.signed
+    for site in ATTENTION_INPUTS:
+        qparams = quantized.activation_qparams()[f"blocks.0.{site}"]
+        assert qparams.zero_point == 0
+        assert qparams.qtype.signed
 
 
 @pytest.mark.parametrize("kind", ["minmax", "moving_average", "histogram"])
@@ -259,17 +259,17 @@ def test_observers_cover_what_they_saw(kind: Any) -> None:
     x = torch.linspace(-1.0, 3.0, 1000)
     observer = RangeObserver(kind)
     observer.observe(x)
-    quantizer = observer.quantizer()
-    low, high = quantizer.range
+    qparams = observer.calculate_qparams()
+    low, high = qparams.range
     assert low == pytest.approx(-1.0, abs=0.1)
     assert high == pytest.approx(3.0, abs=0.1)
-    assert (0 - low) / quantizer.scale == pytest.approx(quantizer.zero_point)
+    assert (0 - low) / qparams.scale == pytest.approx(qparams.zero_point)
 
 
 def test_signed_observers_are_symmetric() -> None:
     observer = RangeObserver("minmax", INT8)
     observer.observe(torch.tensor([-0.5, 2.0]))
-    low, high = observer.quantizer().range
+    low, high = observer.calculate_qparams().range
     assert low == -high
     assert high == pytest.approx(2.0, rel=0.01)
 

@@ -16,7 +16,7 @@ from dfq.inversion import Engine, plan_units
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.equalization import equalize
 from dfq.quantization.layers import IntegerLinear
-from dfq.quantization.reconstruction import _embed, _error, reconstruct, simulate
+from dfq.quantization.reconstruction import _embed, _error, fake_quantize_block, reconstruct
 from dfq.quantization.scheme import Scheme
 from dfq.recipe import AttentionMode, InversionSettings, QuantizationSettings
 from dfq.results.values import BlockLoss
@@ -79,7 +79,7 @@ def test_the_integer_block_is_as_good_as_what_was_learnt(
     def error() -> float:
         tokens = [t for t in _embed(equal, quantized, images) if t.held_out]
         for batch in tokens:
-            batch.exact = equal.block(0)(batch.exact, batch.at, None)
+            batch.targets = equal.block(0)(batch.targets, batch.at, None)
         return _error(quantized.block(0), tokens, None)
 
     before = error()
@@ -116,17 +116,17 @@ def test_the_simulation_is_the_block(loaded: LoadedModel) -> None:
     assert isinstance(target, Block)
     x = torch.randn(2, 17, 64, generator=torch.Generator().manual_seed(0))
     at = loaded.vit.relations()
-    simulated = simulate(loaded.vit.block(0), target)(x, at)
+    fake_quantized = fake_quantize_block(loaded.vit.block(0), target)(x, at)
     found = target(x.clone(), at)
-    assert float((simulated - found).norm() / (found - x).norm()) < 0.02
+    assert float((fake_quantized - found).norm() / (found - x).norm()) < 0.02
 
 
 def test_gradients_reach_scales_biases_and_norms(loaded: LoadedModel) -> None:
     _, quantized = quantize(loaded, images_of(loaded))
-    simulated = simulate(loaded.vit.block(0), quantized.block(0))
+    fake_quantized = fake_quantize_block(loaded.vit.block(0), quantized.block(0))
     x = torch.randn(2, 17, 64, generator=torch.Generator().manual_seed(0))
-    simulated(x, loaded.vit.relations()).square().sum().backward()
-    gradients = {n: p.grad for n, p in simulated.named_parameters() if p.requires_grad}
+    fake_quantized(x, loaded.vit.relations()).square().sum().backward()
+    gradients = {n: p.grad for n, p in fake_quantized.named_parameters() if p.requires_grad}
     layers = sum(isinstance(m, IntegerLinear) for m in quantized.block(0).modules())
     assert len(gradients) == 2 * layers + 4
     assert all(g is not None and float(g.abs().max()) > 0 for g in gradients.values())

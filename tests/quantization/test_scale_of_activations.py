@@ -108,10 +108,10 @@ def test_no_scale_of_activations_matters(
     second = quantized(model, vit, images, chosen)
     off = [(integers(second)[k] != v).float().mean() for k, v in integers(first).items()]
     assert float(torch.stack(off).mean()) < 0.01
-    for name, quantizer in second.quantizers().items():
+    for name, qparams in second.activation_qparams().items():
         by = factor if not strength and not name.endswith(UNSCALED) else 1.0
-        expected = first.quantizers()[name].scale * by
-        assert quantizer.scale == pytest.approx(expected, rel=1e-3), name
+        expected = first.activation_qparams()[name].scale * by
+        assert qparams.scale == pytest.approx(expected, rel=1e-3), name
 
 
 # ---- activations without a range
