@@ -56,7 +56,7 @@ class SparseImages:
         positions: int64 ``[B, K]``, distinct within an image, in ``[0, N)``.
         labels: int64 ``[B]``, the class each image was made for; -1 where there is none.
         stage: int64 ``[B]``, the stage at which each image left its trajectory, from 0.
-        trajectory: int64 ``[B]``, which optimisation trajectory each image comes from.
+        trajectory: int64 ``[B]``, which optimization trajectory each image comes from.
     """
 
     patches: Tensor
@@ -127,7 +127,7 @@ def channel_values(
     return by_channel.repeat_interleave(height * width)
 
 
-class Normalisation(Protocol):
+class Normalization(Protocol):
     """How levels become the network's input: ``(level / 255 - level_mean) / level_std``."""
 
     @property
@@ -137,21 +137,21 @@ class Normalisation(Protocol):
     def level_std(self) -> tuple[float, ...]: ...
 
 
-def pixels_to_input(pixels: Tensor, by: Normalisation, grid: Grid) -> Tensor:
-    """Patches of levels uint8 ``[..., D]`` to the network's normalised float32 input."""
+def pixels_to_input(pixels: Tensor, by: Normalization, grid: Grid) -> Tensor:
+    """Patches of levels uint8 ``[..., D]`` to the network's normalized float32 input."""
     mean = channel_values(by.level_mean, grid).to(pixels.device)
     std = channel_values(by.level_std, grid).to(pixels.device)
     return (pixels.float() / 255 - mean) / std
 
 
-def input_to_pixels(patches: Tensor, by: Normalisation, grid: Grid) -> Tensor:
-    """Normalised patches ``[..., D]`` to levels uint8, rounded and clipped to 0..255."""
+def input_to_pixels(patches: Tensor, by: Normalization, grid: Grid) -> Tensor:
+    """Normalized patches ``[..., D]`` to levels uint8, rounded and clipped to 0..255."""
     mean = channel_values(by.level_mean, grid).to(patches.device)
     std = channel_values(by.level_std, grid).to(patches.device)
     return ((patches.float() * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def images_to_input(images: Tensor, by: Normalisation) -> Tensor:
-    """Images of levels ``[..., C, H, W]`` to the network's normalised float32 input."""
+def images_to_input(images: Tensor, by: Normalization) -> Tensor:
+    """Images of levels ``[..., C, H, W]`` to the network's normalized float32 input."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (by.level_mean, by.level_std))
     return (images.float() / 255 - mean.to(images.device)) / std.to(images.device)

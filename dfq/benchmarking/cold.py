@@ -21,7 +21,7 @@ from dfq.checkpoint import CheckpointInfo
 from dfq.errors import RunError
 from dfq.results.values import Absent, ColdStart
 from dfq.vit.describe import describe
-from dfq.vit.options import pooled_as
+from dfq.vit.options import matching_pool_keywords
 
 REPEATS = 3
 
@@ -99,7 +99,7 @@ def _timm_weights(info: CheckpointInfo, directory: Path) -> tuple[dict[str, Any]
     }
     if name == "demo":
         arguments = dict(demo.MODEL_ARGS)
-    arguments |= pooled_as(arch, arguments)
+    arguments |= matching_pool_keywords(arch, arguments)
     model: nn.Module = timm.create_model(**arguments)
     if describe(model, name) != arch:
         raise ValueError("it is of another architecture")

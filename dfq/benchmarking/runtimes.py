@@ -61,7 +61,7 @@ class Contestants:
         return onnx_bytes(self.model, QuantizedProducts(self.model))
 
     def images(self, count: int, seed: int = 0) -> Tensor:
-        """Random pixels, normalised: float32 ``[count, C, H, W]``."""
+        """Random pixels, normalized: float32 ``[count, C, H, W]``."""
         arch, prepared = self.model.arch, self.model.preprocessing
         generator = torch.Generator().manual_seed(seed)
         shape = (count, arch.in_channels, *arch.image_size)
@@ -69,7 +69,7 @@ class Contestants:
 
 
 Predict = Callable[[Tensor], Any]
-"""A runtime that is ready: normalised images to logits."""
+"""A runtime that is ready: normalized images to logits."""
 
 
 def _dfq(given: Contestants) -> Predict:

@@ -12,7 +12,7 @@ from dfq.vit import Architecture, Preprocessing
 
 def check_pixels(preprocessing: Preprocessing, name: str) -> None:
     """Raise :class:`DataError` if 8-bit pictures are no input of the model."""
-    if not preprocessing.of_pixels:
+    if not preprocessing.takes_pixels:
         low, high = preprocessing.input_range
         raise DataError(
             f"{name!r} holds 8-bit pictures, but the model's input range is {low:g} to {high:g}, "

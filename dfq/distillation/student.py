@@ -17,8 +17,8 @@ from dfq import demo
 from dfq.errors import SettingError, UnknownModelError
 from dfq.vit import Architecture
 from dfq.vit.describe import describe
-from dfq.vit.options import pooled_as
-from dfq.vit.saved import HOMES, SHAPES, building_arguments
+from dfq.vit.options import matching_pool_keywords
+from dfq.vit.saved import SHAPE_BOUNDS, TIMM_MODULES, building_arguments
 
 SHAPE = {"depth": "depth", "embed_dim": "width", "num_heads": "heads"}
 """timm's names of what can be changed about a student, and dfq's."""
@@ -52,7 +52,7 @@ def student_arguments(
             "A teacher that was given as a module needs a named student."
         )
     height, width = teacher.image_size
-    pooling = {} if name is not None else pooled_as(teacher, base)
+    pooling = {} if name is not None else matching_pool_keywords(teacher, base)
     return {
         **base,
         **pooling,
@@ -65,7 +65,7 @@ def student_arguments(
 
 def _check(shape: Mapping[str, int | None]) -> None:
     for key, value in shape.items():
-        most = int(SHAPES[key][1])
+        most = int(SHAPE_BOUNDS[key][1])
         if value is not None and not 1 <= value <= most:
             raise SettingError(f"{SHAPE[key]} is {value}; a student has from 1 to {most}.")
     width, heads = shape.get("embed_dim"), shape.get("num_heads")
@@ -85,7 +85,7 @@ def create(
         SettingError: it cannot be built, or does not read the teacher's patches.
     """
     name = arguments["model_name"]
-    if not is_model_in_modules(name, HOMES):
+    if not is_model_in_modules(name, TIMM_MODULES):
         raise _not_a_student(name)
     try:
         with torch.random.fork_rng(devices=[]):

@@ -46,7 +46,7 @@ def export(
 ) -> ExportResult:
     """Write a checkpoint as a file that another runtime executes.
 
-    The file takes what the module of :func:`dfq.load` takes: normalised images float32
+    The file takes what the module of :func:`dfq.load` takes: normalized images float32
     ``[N, C, H, W]``, any N; it gives the logits.  Files that this function wrote are
     replaced, others are not.
 

@@ -25,7 +25,7 @@ LIMIT = 2**31 - 2**20
 
 
 def onnx_bytes(vit: ViT, products: Products, facts: dict[str, str] | None = None) -> bytes:
-    """A checked ONNX file: ``images`` float32 ``[N, C, H, W]``, normalised, to ``logits``
+    """A checked ONNX file: ``images`` float32 ``[N, C, H, W]``, normalized, to ``logits``
     ``[N, num_classes]``, or ``features`` ``[N, embed_dim]`` without a classifier.
 
     Raises:

@@ -80,7 +80,7 @@ def reference_form(model: QuantizedViT) -> ViT:
 
 @torch.no_grad()
 def program_bytes(model: QuantizedViT, facts: dict[str, str]) -> bytes:
-    """A ``.pt2`` file: normalised images float32 ``[N, C, H, W]``, N from 1 on, to logits.
+    """A ``.pt2`` file: normalized images float32 ``[N, C, H, W]``, N from 1 on, to logits.
 
     ``torch.export.load`` reads it without dfq.
     """

@@ -11,7 +11,7 @@ from dfq.exporting.graph import Graph
 from dfq.vit import Architecture, Attention, Block, Mlp, ViT
 from dfq.vit.architecture import Activation
 from dfq.vit.modules import AttentionPool
-from dfq.vit.relations import Relations
+from dfq.vit.position_encoding import PositionEncoding
 
 IMAGES = "images"
 
@@ -20,7 +20,7 @@ class Products(Protocol):
     """How matrix products are written, by :func:`dfq.quantization.scheme.layers`' names."""
 
     def images(self, graph: Graph, x: str, /) -> str:
-        """Normalised images to what the patch embedding multiplies, still as images."""
+        """Normalized images to what the patch embedding multiplies, still as images."""
 
     def linear(self, graph: Graph, name: str, x: str) -> str:
         """``[..., in]`` to ``[..., out]``."""
@@ -45,7 +45,7 @@ class Transformer:
         self.graph, self.vit, self.products = graph, vit, products
         self.arch: Architecture = vit.arch
         self.tokens = vit.arch.num_prefix_tokens + vit.arch.grid.patches
-        self.at: Relations = vit.relations(None)
+        self.encoding: PositionEncoding = vit.position_encoding(None)
         self.shared: dict[str, str] = {}
 
     def write(self, output: str) -> None:
@@ -53,9 +53,9 @@ class Transformer:
         x = self.embed(IMAGES)
         for index in range(self.arch.depth):
             last = index == self.arch.depth - 1
-            rows = self.arch.pooled_tokens if last else None
+            num_queries = self.arch.pooled_tokens if last else None
             with self.graph.part(f"blocks.{index}"):
-                x = self.block(self.vit.block(index), f"blocks.{index}", x, rows)
+                x = self.block(self.vit.block(index), f"blocks.{index}", x, num_queries)
         x = self.pool(self.norm(self.vit.norm, "norm", x))
         x = self.norm(self.vit.fc_norm, "fc_norm", x)
         if self.arch.num_classes:
@@ -68,7 +68,7 @@ class Transformer:
             return self.products.linear(self.graph, name, x)
 
     def norm(self, norm: nn.Module, part: str, x: str) -> str:
-        """Layer normalisation of the last dimension, or nothing."""
+        """Layer normalization of the last dimension, or nothing."""
         if not isinstance(norm, nn.LayerNorm):
             return x
         with self.graph.part(part):
@@ -106,48 +106,49 @@ class Transformer:
         x = graph.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5])
         return graph.shaped(x, 0, grid.patches, grid.patch_values)
 
-    def block(self, block: Block, name: str, x: str, rows: int | None) -> str:
+    def block(self, block: Block, name: str, x: str, num_queries: int | None) -> str:
         graph = self.graph
-        y = self.attention(block.attn, name, self.norm(block.norm1, "norm1", x), rows)
-        x = graph.op("Add", self.first(x, rows), y)
+        y = self.attention(block.attn, name, self.norm(block.norm1, "norm1", x), num_queries)
+        x = graph.op("Add", self.first(x, num_queries), y)
         y = self.mlp(block.mlp, f"{name}.mlp", self.norm(block.norm2, "norm2", x))
         return graph.op("Add", x, y)
 
-    def first(self, x: str, rows: int | None, axis: int = 1) -> str:
-        """The first ``rows`` along an axis."""
-        return x if rows is None else self.slice(x, 0, rows, axis)
+    def first(self, x: str, num_queries: int | None, axis: int = 1) -> str:
+        """The first ``num_queries`` along an axis."""
+        return x if num_queries is None else self.slice(x, 0, num_queries, axis)
 
     def slice(self, x: str, start: int, end: int, axis: int) -> str:
         bounds = [("start", start), ("end", end), ("axis", axis)]
         return self.graph.op("Slice", x, *(self.graph.constant(n, [v]) for n, v in bounds))
 
-    def attention(self, attn: Attention, name: str, x: str, rows: int | None) -> str:
+    def attention(self, attn: Attention, name: str, x: str, num_queries: int | None) -> str:
         graph, heads, width = self.graph, attn.num_heads, attn.head_dim
         qkv = self.linear(f"{name}.attn.qkv", x, "attn.qkv")
         with graph.part("attn"):
             parts = graph.nodes_of("Split", qkv, outputs=3, axis=-1, num_outputs=3)
             q, k, v = (graph.shaped(p, 0, self.tokens, heads, width) for p in parts)
-            q = self.first(self.turned(attn.q_norm, "q_norm", q), rows, axis=2)
+            q = self.first(self.turned(attn.q_norm, "q_norm", q), num_queries, axis=2)
             k = self.turned(attn.k_norm, "k_norm", k, transposed=True)
             v = graph.op("Transpose", v, perm=[0, 2, 1, 3])
-            bias = self.bias(attn.relative_bias, rows)
+            bias = self.bias(attn.relative_bias, num_queries)
             x = self.products.attention(graph, name, q, k, v, bias, width**-0.5)
             x = graph.op("Transpose", x, perm=[0, 2, 1, 3])
-            x = graph.shaped(x, 0, rows or self.tokens, heads * width)
+            x = graph.shaped(x, 0, num_queries or self.tokens, heads * width)
             x = self.norm(attn.norm, "norm", x)
         return self.linear(f"{name}.attn.proj", x, "attn.proj")
 
     def turned(self, norm: nn.Module, part: str, x: str, *, transposed: bool = False) -> str:
         """Queries or keys ``[B, T, H, D]``, normed and rotated, to ``[B, H, T, D]``, or to
         ``[B, H, D, T]``."""
-        if isinstance(norm, nn.LayerNorm) or self.at.sin is not None:
+        if isinstance(norm, nn.LayerNorm) or self.encoding.sin is not None:
             x = self.rotate(self.norm(norm, part, self.graph.op("Transpose", x, perm=[0, 2, 1, 3])))
             return self.graph.op("Transpose", x, perm=[0, 1, 3, 2]) if transposed else x
         return self.graph.op("Transpose", x, perm=[0, 2, 3, 1] if transposed else [0, 2, 1, 3])
 
     def rotate(self, x: str) -> str:
-        """As :meth:`dfq.vit.relations.Relations.rotate`, with the sign in the table."""
-        graph, sin, cos = self.graph, self.at.sin, self.at.cos
+        """Rotary embedding as in :class:`dfq.vit.position_encoding.PositionEncoding`, with the sign
+        in the table."""
+        graph, sin, cos = self.graph, self.encoding.sin, self.encoding.cos
         if sin is None or cos is None:
             return x
         first, second = sin.chunk(2, dim=-1)
@@ -163,13 +164,13 @@ class Transformer:
             self.shared[name] = self.graph.constant(name, value)
         return self.shared[name]
 
-    def bias(self, table: Tensor | None, rows: int | None) -> str | None:
+    def bias(self, table: Tensor | None, num_queries: int | None) -> str | None:
         """Biases of the scores ``[H, R, T]``."""
-        if table is None or self.at.index is None:
+        if table is None or self.encoding.bias_index is None:
             return None
-        index = self.at.index[0, :rows]
+        index = self.encoding.bias_index[0, :num_queries]
         table_name = self.graph.constant("relative_bias", table.T)
-        return self.graph.op("Gather", table_name, self.once(f"index_{rows}", index), axis=1)
+        return self.graph.op("Gather", table_name, self.once(f"index_{num_queries}", index), axis=1)
 
     def mlp(self, mlp: Mlp, name: str, x: str) -> str:
         graph, part = self.graph, name.partition(".mlp")[1][1:]
@@ -215,7 +216,7 @@ class Transformer:
         return self.graph.op("ReduceMean", x, self.graph.constant("axes", [1]), keepdims=1)
 
     def query(self, pool: AttentionPool, x: str) -> str:
-        """Attention of one learnt query; its products are in floating point."""
+        """Attention of one learned query; its products are in floating point."""
         graph, name, (heads, width) = self.graph, "attn_pool", pool.query.shape
         kv = self.linear(f"{name}.kv", x)
         with graph.part(name):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dfq.sparse import Grid, Normalisation, channel_values
+from dfq.sparse import Grid, Normalization, channel_values
 from dfq.vit import Preprocessing, ViT
 from dfq.vit.preprocessing import LEVELS, SLACK
 
@@ -26,7 +26,7 @@ class Units:
     level_std: tuple[float, ...]
 
 
-def units_of(preprocessing: Preprocessing) -> Normalisation:
+def units_of(preprocessing: Preprocessing) -> Normalization:
     """The network's own units where its input is normalised; else those of the input range.
 
     A network that takes 0..255 or physical values as they come has an input whose spread is not
@@ -43,7 +43,7 @@ def units_of(preprocessing: Preprocessing) -> Normalisation:
 
 
 @torch.no_grad()
-def fold_units(vit: ViT, own: Normalisation, units: Normalisation, grid: Grid) -> None:
+def fold_units(vit: ViT, own: Normalization, units: Normalization, grid: Grid) -> None:
     """Have the patch embedding take input in other units than its own; the function stays."""
     embed = vit.patch_embed
     assert isinstance(embed, nn.Linear)

@@ -36,7 +36,7 @@ from dfq.pipeline.evaluate import accuracy_pair, agreement_on, check_measurable,
 from dfq.pipeline.workers import check_alone
 from dfq.progress import Progress, Silent, note_all, warn
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
-from dfq.quantization.diagnosis import layer_sqnr
+from dfq.quantization.diagnosis import layer_sqnr, low_sqnr_warnings
 from dfq.quantization.equalization import equalize
 from dfq.quantization.reconstruction import reconstruct
 from dfq.quantization.scheme import Scheme, layers

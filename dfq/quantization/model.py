@@ -26,7 +26,7 @@ from dfq.runtime.qtype import INT8, QParams
 from dfq.sparse import channel_values
 from dfq.vit import Architecture, Attention, Block, Mlp, Preprocessing, ViT
 from dfq.vit.modules import AttentionPool
-from dfq.vit.relations import Relations
+from dfq.vit.position_encoding import PositionEncoding
 
 if TYPE_CHECKING:
     from dfq.quantization.calibration import Calibration, InputStatistics
@@ -59,26 +59,34 @@ class QuantizedAttention(Attention):
         self._float_format = self._make_float_format(self.qkv.weight.device)
         return self
 
-    def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
-        return self.integer_forward(self.qkv.quantize_input(x), at, rows)
+    def forward(
+        self, x: Tensor, encoding: PositionEncoding, num_queries: int | None = None
+    ) -> Tensor:
+        return self.integer_forward(self.qkv.quantize_input(x), encoding, num_queries)
 
     def integer_forward(
-        self, x: Tensor, at: Relations, rows: int | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        encoding: PositionEncoding,
+        num_queries: int | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Apply to uint8 ``[B, T, embed_dim]``; see :meth:`IntegerLinear.integer_forward`."""
-        out = self._format(at)
-        q, k, v = self.split(self.qkv.integer_forward(x, out), at)
+        out = self._format(encoding)
+        q, k, v = self.split(self.qkv.integer_forward(x, out), encoding)
         scale = 1.0 if out.dtype == torch.bfloat16 else None
-        mixed = self.product.forward(q[:, :, :rows], k, v, self.bias(at, rows), scale)
+        mixed = self.product.forward(
+            q[:, :, :num_queries], k, v, self.bias(encoding, num_queries), scale
+        )
         return self.proj.integer_forward(
             self.proj.quantize_norm_output(self.norm, mixed), residual=residual
         )
 
-    def _format(self, at: Relations) -> OutputFormat:
+    def _format(self, encoding: PositionEncoding) -> OutputFormat:
         """Return the format of q, k and v: int8 unless they are normed or rotated first; bfloat16
         with the scale of the scores folded into q."""
         normed = isinstance(self.q_norm, nn.LayerNorm)
-        if self.product.integer and not (normed or at.rotates):
+        if self.product.integer and not (normed or encoding.has_rope):
             return self.product.output_format(self.num_heads * self.head_dim)
         if self.product.integer or normed:
             return OutputFormat(torch.float32)
@@ -153,10 +161,12 @@ class QuantizedBlock(Block):
         self.attn = QuantizedAttention(arch, scheme, f"{name}.attn")
         self.mlp = QuantizedMlp(self.mlp, scheme, f"{name}.mlp")
 
-    def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, encoding: PositionEncoding, num_queries: int | None = None
+    ) -> Tensor:
         """As :meth:`dfq.vit.Block.forward`; ``x`` may be overwritten."""
         normed = self.attn.qkv.quantize_norm_output(self.norm1, x)
-        x = self.attn.integer_forward(normed, at, rows, x[:, :rows])
+        x = self.attn.integer_forward(normed, encoding, num_queries, x[:, :num_queries])
         return self.mlp.integer_forward(self.mlp.fc1.quantize_norm_output(self.norm2, x), x)
 
 

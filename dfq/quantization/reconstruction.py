@@ -17,7 +17,7 @@ from dfq.quantization.model import QuantizedViT
 from dfq.results.values import BlockLoss
 from dfq.sparse import SparseImages, pixels_to_input
 from dfq.vit import Block, ViT
-from dfq.vit.relations import Relations
+from dfq.vit.position_encoding import PositionEncoding
 
 HOLD_OUT_EVERY = 4
 """One of this many trajectories is held out for validation."""
@@ -70,7 +70,7 @@ class _Tokens:
 
     inputs: Tensor
     targets: Tensor
-    at: Relations
+    encoding: PositionEncoding
     held_out: bool
 
 
@@ -108,15 +108,15 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for index in range(vit.arch.depth):
-        rows = vit.arch.pooled_tokens if index == vit.arch.depth - 1 else None
+        num_queries = vit.arch.pooled_tokens if index == vit.arch.depth - 1 else None
         block, target = vit.block(index), cast(Block, quantized.blocks[index])
         for batch in tokens:
             with torch.no_grad():
-                batch.targets = block(batch.targets, batch.at, rows)
-        losses.append(_fit(index, block, target, tokens, rows, steps, generator))
+                batch.targets = block(batch.targets, batch.encoding, num_queries)
+        losses.append(_fit(index, block, target, tokens, num_queries, steps, generator))
         for batch in tokens:
             with torch.no_grad():
-                batch.inputs = target(batch.inputs, batch.at, rows)
+                batch.inputs = target(batch.inputs, batch.encoding, num_queries)
         if advance is not None:
             advance(1)
     return losses
@@ -133,9 +133,9 @@ def _embed(vit: ViT, quantized: QuantizedViT, batches: Iterable[SparseImages]) -
             if not len(part):
                 continue
             x = pixels_to_input(part.patches, preprocessing, vit.arch.grid)
-            at = vit.relations(part.positions)
+            encoding = vit.position_encoding(part.positions)
             inputs, targets = (m.embed(x, part.positions) for m in (quantized, vit))
-            tokens.append(_Tokens(inputs, targets, at, held_out))
+            tokens.append(_Tokens(inputs, targets, encoding, held_out))
     return tokens
 
 
@@ -144,7 +144,7 @@ def _fit(
     block: Block,
     target: Block,
     tokens: list[_Tokens],
-    rows: int | None,
+    num_queries: int | None,
     steps: int,
     generator: torch.Generator,
 ) -> BlockLoss:
@@ -153,17 +153,17 @@ def _fit(
     validation = [t for t in tokens if t.held_out]
     parameters = [p for p in fake_quantized.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
-    before = best = _error(fake_quantized, validation, rows)
+    before = best = _error(fake_quantized, validation, num_queries)
     best_state: dict[str, Tensor] | None = None
     for step in range(1, steps + 1):
         batch = training[int(torch.randint(len(training), (), generator=generator))]
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - (step - 1) / steps)
         optimizer.zero_grad()
-        loss = F.mse_loss(fake_quantized(batch.inputs, batch.at, rows), batch.targets)
+        loss = F.mse_loss(fake_quantized(batch.inputs, batch.encoding, num_queries), batch.targets)
         (loss / batch.targets.square().mean()).backward()
         optimizer.step()
         if step % max(1, steps // EVALUATIONS) == 0 or step == steps:
-            error = _error(fake_quantized, validation, rows)
+            error = _error(fake_quantized, validation, num_queries)
             if error < best:
                 best, best_state = error, copy.deepcopy(fake_quantized.state_dict())
     if best_state is not None:
@@ -199,11 +199,11 @@ def write_back(fake_quantized: Block, target: Block) -> None:
 
 
 @torch.no_grad()
-def _error(block: Block, tokens: list[_Tokens], rows: int | None) -> float:
+def _error(block: Block, tokens: list[_Tokens], num_queries: int | None) -> float:
     """Return the sum of squared errors over the sum of squared targets."""
     error = signal = 0.0
     for batch in tokens:
-        difference = block(batch.inputs, batch.at, rows) - batch.targets
+        difference = block(batch.inputs, batch.encoding, num_queries) - batch.targets
         error += float(difference.square().sum(dtype=torch.float64))
         signal += float(batch.targets.square().sum(dtype=torch.float64))
     return error / max(signal, 1e-30)

@@ -180,7 +180,7 @@ _ORDERS = {
 
 
 def _class_order(order: str | None) -> str:
-    return _ORDERS.get(order or "", "not labelled")
+    return _ORDERS.get(order or "", "not labeled")
 
 
 _METRICS = {

@@ -1,4 +1,4 @@
-"""Vision transformers: their description, their token-sparse forward, and timm's models."""
+"""Vision transformers: architecture, token-sparse forward pass, and conversion of timm models."""
 
 from dfq.vit.architecture import Architecture, Preprocessing
 from dfq.vit.modules import Attention, Block, Mlp, ViT

@@ -1,4 +1,4 @@
-"""What a vision transformer is made of, as plain data."""
+"""Architecture and preprocessing of a vision transformer, as plain data."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ CropMode = Literal["center", "squash", "border"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a :class:`dfq.vit.ViT`; enough to build one without weights.
+    """Architecture of a :class:`dfq.vit.ViT`; enough to build one without weights.
 
     ``num_prefix_tokens`` counts the class token, the distillation token and the registers,
     which precede the patch tokens.  ``num_classes`` is 0 for a backbone without a classifier.
     Sizes are (height, width) in pixels.
 
     ``pool``: ``token`` the class token; ``distilled`` the first two tokens, one after the other
-    (their mean without a classifier); ``avg`` the mean; ``map`` attention of one learnt query,
+    (their mean without a classifier); ``avg`` the mean; ``map`` attention of one learned query,
     with ``pool_heads`` heads and an MLP of ``pool_hidden`` (both 0 otherwise).  The last two
-    leave the prefix tokens out unless ``pool_includes_prefix``.
+    exclude the prefix tokens unless ``pool_includes_prefix``.
 
-    ``gated_mlp``: the first linear layer of the MLP gives a gate and a value, and ``mlp_hidden``
-    is the width of either.  ``rope``: queries and keys of patches are rotated by position.
-    ``relative_bias``: attention scores have a learnt bias by relative position.
+    ``gated_mlp``: the first linear layer of the MLP outputs gates and values; ``mlp_hidden`` is
+    the width of each.  ``rope``: queries and keys of patches are rotated by position.
+    ``relative_bias``: attention scores have a learned bias by relative position.
     ``attn_norm`` and ``mlp_norm``: a norm before the last linear layer of each.
     """
 
@@ -65,12 +65,12 @@ class Architecture:
 
     @property
     def pooled_tokens(self) -> int | None:
-        """How many of the first tokens are pooled; None if the others take part."""
+        """Number of prefix tokens that are pooled; None if patches are pooled too."""
         return {"token": 1, "distilled": 2}.get(self.pool)
 
     @property
     def head_inputs(self) -> int:
-        """Width of what the classifier reads."""
+        """Input width of the classifier."""
         return (2 if self.pool == "distilled" else 1) * self.embed_dim
 
     @property
@@ -83,20 +83,20 @@ class Architecture:
 
 
 PIXEL_RANGE = (0.0, 1.0)
-"""Input range of pixels / 255."""
+"""Input range of pixels divided by 255."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How data become the network's input: ``(value - mean) / std`` per channel.
+    """Preprocessing of images: ``(value - mean) / std`` per channel.
 
-    ``input_range`` is the lowest and the highest value before normalisation, in the units of
-    ``mean`` and ``std``; by default the values are pixels / 255.  dfq works on 256 levels of it:
-    level ``i`` stands for ``low + i / 255 * (high - low)``, of pixels for pixel ``i``.
+    ``input_range`` is the lowest and the highest value before normalization, in the units of
+    ``mean`` and ``std``; by default the values are pixels / 255.  dfq quantizes it to 256 levels:
+    level ``i`` represents ``low + i / 255 * (high - low)``; for pixels, levels are pixel values.
 
     ``interpolation`` is a Pillow resampling name; ``crop_pct`` the share of the resized
-    image's side that a centre crop keeps.  ``crop_mode`` is timm's: ``squash`` resizes
-    both sides alike, the others keep their ratio.
+    image's side that a center crop keeps.  ``crop_mode`` is timm's: ``squash`` resizes
+    both sides alike, the others keep the aspect ratio.
     """
 
     mean: tuple[float, ...]
@@ -108,28 +108,28 @@ class Preprocessing:
 
     @property
     def level_mean(self) -> tuple[float, ...]:
-        """The mean in units of levels / 255."""
+        """Mean in units of levels / 255."""
         low, high = self.input_range
         return tuple((mean - low) / (high - low) for mean in self.mean)
 
     @property
     def level_std(self) -> tuple[float, ...]:
-        """The standard deviation in units of levels / 255."""
+        """Standard deviation in units of levels / 255."""
         low, high = self.input_range
         return tuple(std / (high - low) for std in self.std)
 
     @property
-    def of_pixels(self) -> bool:
+    def takes_pixels(self) -> bool:
         """Whether the 256 levels are those of 8-bit pixels."""
         return self.input_range in (PIXEL_RANGE, (0.0, 255.0))
 
 
 def to_json(value: Architecture | Preprocessing) -> dict[str, Any]:
-    """The JSON form of a description; the inverse of :func:`from_json`.
+    """Convert to JSON types; the inverse of :func:`from_json`.
 
-    Optional fields are left out where they have their default.
+    Optional fields with their default value are omitted.
     """
-    left_out = {
+    omitted = {
         f.name
         for f in dataclasses.fields(value)
         if f.metadata.get("optional") and getattr(value, f.name) == f.default
@@ -137,7 +137,7 @@ def to_json(value: Architecture | Preprocessing) -> dict[str, Any]:
     return {
         k: list(v) if isinstance(v, tuple) else v
         for k, v in dataclasses.asdict(value).items()
-        if k not in left_out
+        if k not in omitted
     }
 
 
@@ -162,40 +162,40 @@ def from_json(kind: type[Any], fields: Any) -> Any:
         raise CheckpointError(f"{kind.__name__}: expected a JSON object, got {fields!r:.80}.")
     known = {f.name: str(f.type) for f in dataclasses.fields(kind)}
     optional = {f.name for f in dataclasses.fields(kind) if f.metadata.get("optional")}
-    odd = sorted((set(fields) ^ set(known)) - (optional - set(fields)))
-    if odd:
-        raise CheckpointError(f"{kind.__name__}: missing or unknown fields {odd}.")
+    wrong = sorted((set(fields) ^ set(known)) - (optional - set(fields)))
+    if wrong:
+        raise CheckpointError(f"{kind.__name__}: missing or unknown fields {wrong}.")
     return kind(**{name: _field(kind, name, known[name], v) for name, v in fields.items()})
 
 
 def _field(kind: type[Any], name: str, type_name: str, value: Any) -> Any:
-    good: bool
+    valid: bool
     if type_name == "bool":
-        good = isinstance(value, bool)
+        valid = isinstance(value, bool)
     elif type_name == "int":
-        good = type(value) is int and 0 <= value < _LIMIT
+        valid = type(value) is int and 0 <= value < _LIMIT
     elif type_name == "float":
-        good = type(value) in (int, float) and 0 <= value < _LIMIT
-        value = float(value) if good else value
+        valid = type(value) in (int, float) and 0 <= value < _LIMIT
+        value = float(value) if valid else value
     elif type_name == "tuple[int, int]":
-        good = (
+        valid = (
             isinstance(value, list)
             and len(value) == 2
             and all(type(v) is int and 0 < v < _LIMIT for v in value)
         )
-        value = tuple(value) if good else value
+        value = tuple(value) if valid else value
     elif type_name in ("tuple[float, ...]", "tuple[float, float]"):
-        good = (
+        valid = (
             isinstance(value, list)
             and 0 < len(value) < 1024
             and (len(value) == 2 or type_name == "tuple[float, ...]")
             and all(type(v) in (int, float) and abs(v) <= LARGEST for v in value)
         )
-        value = tuple(float(v) for v in value) if good else value
+        value = tuple(float(v) for v in value) if valid else value
     else:
         choices = _CHOICES[type_name]
-        good, type_name = value in choices, f"choice: {', '.join(choices)}"
-    if not good:
+        valid, type_name = value in choices, f"choice: {', '.join(choices)}"
+    if not valid:
         raise CheckpointError(
             f"{kind.__name__}.{name}: {value!r:.80} is not a valid {type_name.lower()}."
         )

@@ -1,4 +1,4 @@
-"""timm's vision transformers -> :class:`dfq.vit.ViT`, checked by comparing their outputs."""
+"""Conversion of timm's vision transformers to :class:`dfq.vit.ViT`, verified on their outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dfq.sparse import patchify
 from dfq.vit.architecture import Architecture
 from dfq.vit.describe import describe
 from dfq.vit.modules import ViT
-from dfq.vit.structure import check_tensors, float_copy, refusal
+from dfq.vit.structure import check_tensors, float_copy, unsupported
 from dfq.vit.transfer import transfer
 
 TOLERANCE = 1e-3
@@ -28,9 +28,8 @@ TINY = torch.finfo(torch.float32).tiny
 def convert(model: nn.Module, name: str) -> ViT:
     """Copy a timm model's weights into a float32 :class:`ViT` in eval mode.
 
-    The model is left as it is.  The copy is compared with it in float32, block by block, on
-    two random images, so that a variant that dfq does not know is refused and never silently
-    wrong.
+    The model is not modified.  The outputs of all blocks are compared in float32 on two random
+    images, so that an unknown variant is refused instead of being converted wrongly.
 
     Raises:
         UnsupportedModelError: the model is not a patch ViT that dfq knows.
@@ -63,26 +62,26 @@ def check_finite(state: dict[str, Any]) -> None:
 
 
 def _compare(model: Any, vit: ViT, name: str) -> None:
-    """Compare the tokens after every block and after the last norm, and the output."""
-    images = probes(vit.arch)
-    failing = explained(lambda e: refusal(name, f"its forward fails: {first_line(e)}"))
+    """Compare the outputs of every block, of the last norm and of the model."""
+    images = probe_images(vit.arch)
+    failing = explained(lambda e: unsupported(name, f"its forward fails: {first_line(e)}"))
     with failing, torch.inference_mode():
-        theirs = _stages(model, lambda: model(images))
+        theirs = _intermediate_outputs(model, lambda: model(images))
     patches = patchify(images, vit.arch.grid)
     with torch.inference_mode():
-        ours = _stages(vit, lambda: vit.classify(vit.tokens(patches)))
+        ours = _intermediate_outputs(vit, lambda: vit.classify(vit.tokens(patches)))
     for stage, expected in theirs.items():
-        found = ours[stage]
-        worst = float((found - expected).abs().max() / expected.abs().max().clamp_min(TINY))
+        error = ours[stage] - expected
+        worst = float(error.abs().max() / expected.abs().max().clamp_min(TINY))
         if not worst <= TOLERANCE:
-            raise refusal(
+            raise unsupported(
                 name,
                 f"{stage} differs from what its parts compute, by {worst:.2g} of the largest value",
             )
 
 
-def probes(arch: Architecture) -> Tensor:
-    """Two normalised images ``[2, C, H, W]``: Gaussian noise, and a smooth one of large areas."""
+def probe_images(arch: Architecture) -> Tensor:
+    """Return two normalized test images ``[2, C, H, W]``: Gaussian noise and a smooth image."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, arch.in_channels, *arch.image_size, generator=generator)
     coarse = torch.randn(1, arch.in_channels, 3, 3, generator=generator)
@@ -90,19 +89,19 @@ def probes(arch: Architecture) -> Tensor:
     return torch.cat([noise, smooth])
 
 
-def _stages(model: Any, run: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """What the parts of a model, timm's or dfq's, give on the way to its output."""
-    found: dict[str, Tensor] = {}
-    watched = {f"the output of block {i}": block for i, block in enumerate(model.blocks)}
-    watched["the output of its last norm"] = model.norm
+def _intermediate_outputs(model: Any, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Run a model and return its output and those of its blocks and last norm, by description."""
+    outputs: dict[str, Tensor] = {}
+    modules = {f"the output of block {i}": block for i, block in enumerate(model.blocks)}
+    modules["the output of its last norm"] = model.norm
 
     def keep(stage: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        found[stage] = output
+        outputs[stage] = output
 
-    handles = [m.register_forward_hook(partial(keep, s)) for s, m in watched.items()]
+    handles = [m.register_forward_hook(partial(keep, s)) for s, m in modules.items()]
     try:
-        found["its output"] = run()
+        outputs["its output"] = run()
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return outputs

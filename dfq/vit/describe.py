@@ -1,4 +1,4 @@
-"""What a timm model is made of, or why dfq does not know it."""
+"""Architecture of a timm model, or the reason why it is not supported."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from timm.models import deit, eva
 from torch import nn
 
 from dfq.vit.architecture import Activation, Architecture, Pool
-from dfq.vit.structure import check_kind, check_parts, classifier, refusal
+from dfq.vit.structure import check_kind, check_parts, classifier, unsupported
 
 
 def describe(model: Any, name: str) -> Architecture:
-    """The architecture of a timm model; works on the meta device too.
+    """Return the architecture of a timm model, which may be on the meta device.
 
     Raises:
         UnsupportedModelError: the model is not a patch ViT that dfq knows.
@@ -22,18 +22,18 @@ def describe(model: Any, name: str) -> Architecture:
     check_kind(model, name)
     embed, blocks = model.patch_embed, list(model.blocks)
     if not _is_fixed_grid(embed):
-        raise refusal(name, "its patch embedding is not one fixed-size convolution")
+        raise unsupported(name, "its patch embedding is not one fixed-size convolution")
     rope, pool = _has_rope(model, name), _pool(model, name)
     check_parts(model, name)
     for head in (model.head, getattr(model, "head_dist", None)):
         if isinstance(head, nn.Sequential) and classifier(head) is None:
-            raise refusal(name, f"its head is {len(head)} layers, not one linear layer")
+            raise unsupported(name, f"its head is {len(head)} layers, not one linear layer")
     if not _is_plain(embed):
-        raise refusal(name, "its patches overlap, or are not those of its patch size")
+        raise unsupported(name, "its patches overlap, or are not those of its patch size")
     if any(getattr(b.attn, "num_kv_groups", 1) != 1 for b in blocks):
-        raise refusal(name, "its queries share keys (grouped-query attention)")
+        raise unsupported(name, "its queries share keys (grouped-query attention)")
     if len({_block_facts(block, name) for block in blocks}) != 1:
-        raise refusal(name, "its blocks differ from each other")
+        raise unsupported(name, "its blocks differ from each other")
     attn, mlp = blocks[0].attn, blocks[0].mlp
     linear = classifier(model.head)
     return Architecture(
@@ -77,7 +77,7 @@ def _is_fixed_grid(embed: Any) -> bool:
 
 
 def _is_plain(embed: Any) -> bool:
-    """Whether the convolution reads every pixel of the grid's patches once."""
+    """Whether the convolution reads every patch of the grid exactly once."""
     conv, size = embed.proj, _pair(embed.patch_size)
     return bool(
         conv.kernel_size == conv.stride == size
@@ -88,7 +88,7 @@ def _is_plain(embed: Any) -> bool:
 
 
 def _block_facts(block: Any, name: str) -> tuple[Any, ...]:
-    """What all blocks of a model have in common."""
+    """Return the properties that all blocks of a model must share."""
     attn, mlp = block.attn, block.mlp
     norms = (getattr(attn, n, None) for n in ("q_norm", "k_norm", "norm"))
     return (
@@ -110,7 +110,7 @@ def _pool(model: Any, name: str) -> Pool:
     if model.global_pool == "map" and getattr(model, "attn_pool", None) is not None:
         return "map"
     if getattr(model, "attn_pool", None) is not None or model.global_pool not in ("token", "avg"):
-        raise refusal(name, f"its pooling is {model.global_pool!r}")
+        raise unsupported(name, f"its pooling is {model.global_pool!r}")
     return "token" if model.global_pool == "token" else "avg"
 
 
@@ -127,7 +127,7 @@ def _attention_pool(pool: Any, name: str) -> dict[str, Any]:
         and pool.num_heads * pool.head_dim == pool.proj.out_features == pool.kv.in_features
     )
     if not known:
-        raise refusal(name, "its attention pooling is not one query with an MLP")
+        raise unsupported(name, "its attention pooling is not one query with an MLP")
     return {
         "pool_heads": pool.num_heads,
         "pool_hidden": pool.mlp.fc1.out_features,
@@ -138,10 +138,10 @@ def _attention_pool(pool: Any, name: str) -> dict[str, Any]:
 def _norm_eps(model: nn.Module, name: str) -> float:
     norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     if any(m.weight is None for m in norms):
-        raise refusal(name, "its norms have no weights")
+        raise unsupported(name, "its norms have no weights")
     eps = {m.eps for m in norms}
     if len(eps) != 1:
-        raise refusal(name, f"its norms have different epsilons ({sorted(eps)})")
+        raise unsupported(name, f"its norms have different epsilons ({sorted(eps)})")
     return eps.pop()
 
 
@@ -153,7 +153,7 @@ def _has_rope(model: Any, name: str) -> bool:
     if getattr(model, "rope", None) is None:
         return False
     if getattr(model, "rope_mixed", False):
-        raise refusal(name, "every block has rotary embeddings of its own")
+        raise unsupported(name, "every block has rotary embeddings of its own")
     return True
 
 
@@ -173,7 +173,7 @@ def _activation(act: Any, name: str) -> Activation:
         return "gelu_tanh"
     if isinstance(act, QuickGELU):
         return "quick_gelu"
-    raise refusal(name, f"its activation is {type(act).__name__}")
+    raise unsupported(name, f"its activation is {type(act).__name__}")
 
 
 def _pair(value: Any) -> tuple[int, int]:

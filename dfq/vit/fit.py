@@ -1,4 +1,4 @@
-"""Translated weights into a timm model: compared with it, then loaded strictly."""
+"""Strict loading of renamed weights into a timm model."""
 
 from __future__ import annotations
 
@@ -11,54 +11,56 @@ from torch import Tensor, nn
 
 from dfq.errors import WeightsError
 from dfq.vit.names import State
-from dfq.vit.positions import POSITION_TABLES, fit_positions, prefix_entries
+from dfq.vit.positions import POSITION_TABLES, adapt_positions, prefix_entries
 from dfq.vit.translate import HEADS
 
-NAME_IT = "Name the model that the weights were trained with."
+ADVICE = "Name the model that the weights were trained with."
 
 
 def load_into(model: nn.Module, state: State, *, name: str, path: Path, resize: bool) -> None:
     """Load weights under timm's names (:func:`dfq.vit.translate.translate`) strictly.
 
-    ``resize`` says that the caller has named the image size: position embeddings of another are
-    then resampled to it.
+    ``resize``: the caller gave the image size, so position embeddings of another size are
+    resampled.
 
     Raises:
         WeightsError: the weights are of another architecture or another image size.
     """
-    own, found = model.state_dict(), dict(state)
-    for key in sorted(own.keys() & found.keys()):
-        if own[key].is_floating_point() and not found[key].is_floating_point():
+    own, state = model.state_dict(), dict(state)
+    for key in sorted(own.keys() & state.keys()):
+        if own[key].is_floating_point() and not state[key].is_floating_point():
             raise WeightsError(
-                f"{path.name!r}: {key!r} is {found[key].dtype}; weights are floating-point numbers."
+                f"{path.name!r}: {key!r} is {state[key].dtype}; weights are floating-point numbers."
             )
-    _check_architecture(model, own, found, name, path)
-    for key in sorted(own.keys() & found.keys()):
+    _check_architecture(model, own, state, name, path)
+    for key in sorted(own.keys() & state.keys()):
         if key.endswith(POSITION_TABLES):
-            found[key] = fit_positions(model, key, found[key], name=name, path=path, resize=resize)
-    missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    shapes = [k for k in own if k in found and own[k].shape != found[k].shape]
+            state[key] = adapt_positions(
+                model, key, state[key], name=name, path=path, resize=resize
+            )
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or unknown or shapes:
-        raise WeightsError(_mismatch(own, found, missing, unknown, shapes, name, path))
-    model.load_state_dict(found)
+        raise WeightsError(_mismatch(own, state, missing, unknown, shapes, name, path))
+    model.load_state_dict(state)
 
 
-def _check_architecture(model: Any, own: State, found: State, name: str, path: Path) -> None:
-    """Raise for what names and shapes say of two architectures: width, depth, tokens."""
-    for theirs, ours in _facts(model, own, found):
+def _check_architecture(model: Any, own: State, state: State, name: str, path: Path) -> None:
+    """Raise if names and shapes show another architecture: width, depth or prefix tokens."""
+    for theirs, ours in _architecture_facts(model, own, state):
         if theirs != ours:
             raise WeightsError(
                 f"{path.name!r} holds weights of another architecture than {name!r}: it has "
-                f"{theirs}, {name!r} has {ours}. {NAME_IT}"
+                f"{theirs}, {name!r} has {ours}. {ADVICE}"
             )
-    positions, expected = found.get("pos_embed"), own.get("pos_embed")
+    positions, expected = state.get("pos_embed"), own.get("pos_embed")
     before = prefix_entries(model)
     if positions is None or expected is None or positions.ndim != 3 or not before:
         return
     if positions.shape[1] == expected.shape[1] - before:
         raise WeightsError(
             f"The position embedding of {path.name!r} has {positions.shape[1]} entries, one a "
-            f"patch; {name!r} has {before} more, for tokens before the patches. {NAME_IT}"
+            f"patch; {name!r} has {before} more, for tokens before the patches. {ADVICE}"
         )
 
 
@@ -66,26 +68,26 @@ _LAYER_SCALE = re.compile(r"blocks\.\d+\.(ls1\.gamma|gamma_1)$")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
-def _facts(model: Any, own: State, found: State) -> Iterator[tuple[str, str]]:
-    """What a file's tensors say of its architecture, in words, beside the same of the model's."""
-    theirs, ours = (state.get("patch_embed.proj.weight") for state in (found, own))
+def _architecture_facts(model: Any, own: State, state: State) -> Iterator[tuple[str, str]]:
+    """Yield properties of the architecture, in words: the file's and the model's."""
+    theirs, ours = (s.get("patch_embed.proj.weight") for s in (state, own))
     if theirs is not None and ours is not None and theirs.ndim == ours.ndim:
         yield f"a width of {theirs.shape[0]}", f"a width of {ours.shape[0]}"
         yield f"{theirs.shape[1]} channels", f"{ours.shape[1]} channels"
-    depth = len({match[1] for match in map(_BLOCK.match, found) if match})
+    depth = len({match[1] for match in map(_BLOCK.match, state) if match})
     yield f"{depth} blocks", f"{len(model.blocks)} blocks"
     for key, one in (("cls_token", "class token"), ("dist_token", "distillation token")):
-        yield _there(key in found, one), _there(own.get(key) is not None, one)
-    yield f"{_count(found.get('reg_token'))} registers", f"{_count(own.get('reg_token'))} registers"
-    yield _layer_scale(found), _layer_scale(own)
+        yield _presence(key in state, one), _presence(own.get(key) is not None, one)
+    yield f"{_count(state.get('reg_token'))} registers", f"{_count(own.get('reg_token'))} registers"
+    yield _layer_scale(state), _layer_scale(own)
 
 
-def _there(is_there: bool, what: str) -> str:
+def _presence(is_there: bool, what: str) -> str:
     return what if is_there else f"no {what}"
 
 
 def _layer_scale(state: State) -> str:
-    return _there(any(map(_LAYER_SCALE.match, state)), "layer scale")
+    return _presence(any(map(_LAYER_SCALE.match, state)), "layer scale")
 
 
 def _count(token: Tensor | None) -> int:
@@ -122,4 +124,4 @@ def _mismatch(
     for label, keys in (("missing", missing), ("unknown", unknown)):
         if keys:
             parts.append(f"{len(keys)} {label}, such as {', '.join(map(repr, keys[:3]))}")
-    return "; ".join(parts) + f". {NAME_IT}"
+    return "; ".join(parts) + f". {ADVICE}"

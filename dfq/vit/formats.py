@@ -1,5 +1,4 @@
-"""Files and folders that hold a model in another form than weights of PyTorch: named for what
-they are, with what to do."""
+"""Errors for files and folders of other formats than PyTorch weights, with advice."""
 
 from __future__ import annotations
 
@@ -12,16 +11,16 @@ from typing import Any
 
 from dfq.errors import WeightsError
 
-START = 512
-"""Bytes by which a file's format is told."""
+HEADER_BYTES = 512
+"""Bytes at the start of a file that are compared with signatures."""
 
 PYTORCH = "Give the PyTorch weights"
 
-ONNX_STARTS = tuple(bytes((8, version, 18)) for version in range(1, 20))
+ONNX_SIGNATURES = tuple(bytes((8, version, 18)) for version in range(1, 20))
 """Field 1 of ONNX's ModelProto, the version of the format, then field 2, who wrote it."""
 
-STARTS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
-    (ONNX_STARTS, "an ONNX model", f"{PYTORCH} that it was exported from"),
+SIGNATURES: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
+    (ONNX_SIGNATURES, "an ONNX model", f"{PYTORCH} that it was exported from"),
     (
         (b"\x89HDF\r\n\x1a\n",),
         "an HDF5 file, as Keras and TensorFlow write weights",
@@ -46,14 +45,14 @@ STARTS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
     ),
 )
 
-AT_4 = {b"TFL3": "a TensorFlow Lite model"}
+SIGNATURES_AT_4 = {b"TFL3": "a TensorFlow Lite model"}
 
-ENDINGS = {
+NAME_PATTERNS = {
     r"\.index$|\.data-\d{5}-of-\d{5}$": "part of a TensorFlow checkpoint",
     r"\.pb$": "a graph of TensorFlow",
     r"\.msgpack$": "a file of Flax",
 }
-"""What a file is whose start says nothing, by the end of its name."""
+"""Formats without a signature, by a pattern of the file name."""
 
 ARCHIVES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
@@ -69,26 +68,25 @@ ARCHIVES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("model.weights.h5",), "a Keras model", PYTORCH),
     (("coremldata.bin", "Manifest.json"), "a Core ML model", PYTORCH),
 )
-"""What a zip archive is, by the end of a name in it."""
+"""Formats that are zip archives, by the ending of a name in the archive."""
 
 
 def refuse_other_formats(path: Path) -> None:
-    """Raise :class:`WeightsError` if a file is known to be something else than weights of
-    PyTorch."""
+    """Raise :class:`WeightsError` if a file has a known format other than PyTorch weights."""
     with path.open("rb") as file:
-        start = file.read(START)
-    for starts, what, advice in STARTS:
+        start = file.read(HEADER_BYTES)
+    for starts, what, advice in SIGNATURES:
         if start.startswith(starts):
-            raise other_format(path, what, advice)
-    if start[4:8] in AT_4:
-        raise other_format(path, AT_4[start[4:8]], PYTORCH)
+            raise format_error(path, what, advice)
+    if start[4:8] in SIGNATURES_AT_4:
+        raise format_error(path, SIGNATURES_AT_4[start[4:8]], PYTORCH)
     if start.startswith(b"PK"):
         _refuse_archives(path)
     elif start[257:262] == b"ustar":
         _refuse_tar(path)
-    for pattern, what in ENDINGS.items():
+    for pattern, what in NAME_PATTERNS.items():
         if re.search(pattern, path.name):
-            raise other_format(path, what, PYTORCH)
+            raise format_error(path, what, PYTORCH)
 
 
 def _refuse_archives(path: Path) -> None:
@@ -97,13 +95,13 @@ def _refuse_archives(path: Path) -> None:
         return  # what reads it says what is wrong
     for ends, what, advice in ARCHIVES:
         if any(name.endswith(ends) for name in names):
-            raise other_format(path, what, advice)
+            raise format_error(path, what, advice)
     if not any(name.endswith("data.pkl") for name in names):
         raise _packed(path, "a zip archive", names)
 
 
 def names_in_zip(path: Path) -> list[str]:
-    """Names of the files in a zip archive; none of a file that is no whole one."""
+    """Return the names in a zip archive; none if the file is not a complete archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
@@ -122,42 +120,42 @@ def _refuse_tar(path: Path) -> None:
 
 def _packed(path: Path, what: str, names: list[str]) -> WeightsError:
     inside = ", ".join(map(repr, sorted(names)[:3])) or "nothing"
-    return other_format(
+    return format_error(
         path, f"{what} of {len(names)} files ({inside:.200})", "Unpack it, and give one of them"
     )
 
 
-def other_format(path: Path, what: str, advice: str) -> WeightsError:
-    """The error that names what a file or a folder is and what to do."""
+def format_error(path: Path, what: str, advice: str) -> WeightsError:
+    """Return the error for a file or folder of another format, with advice."""
     return WeightsError(f"{str(path)!r} is {what}. {advice}.")
 
 
-def folder_given(path: Path) -> WeightsError:
-    """The error for a folder in the place of a file of weights."""
+def folder_error(path: Path) -> WeightsError:
+    """Return the error for a folder given instead of a weights file."""
     config = read_config(path)
     if (path / "adapter_config.json").is_file():
-        return other_format(
+        return format_error(
             path,
             "a folder of peft: an adapter without its model",
             "Merge the adapter into its model first (model.merge_and_unload())",
         )
     if "architecture" in config:
-        return other_format(
+        return format_error(
             path, "a folder that timm saved", f"Give it as MODEL, without weights: local-dir:{path}"
         )
     if "model_type" in config or "architectures" in config:
-        return other_format(
+        return format_error(
             path,
             f"a folder of Transformers ({config.get('model_type', 'unknown')!s:.40})",
             "Take the same model from timm (`dfq models`), or save its weights under timm's names",
         )
     if (path / "saved_model.pb").is_file():
-        return other_format(path, "a SavedModel of TensorFlow", PYTORCH)
+        return format_error(path, "a SavedModel of TensorFlow", PYTORCH)
     return WeightsError(f"Weights file {str(path)!r} does not exist or is not a file.")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's ``config.json``; empty where it is missing or no JSON object."""
+    """Read a model folder's ``config.json``; empty if it is missing or not a JSON object."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):

@@ -1,8 +1,7 @@
 """Weights of JAX's vision transformers (``.npz``), read by timm's own loader.
 
-timm loads such a file into a model and resamples, adapts or leaves out what does not fit without a
-word; here the model is made of the file's own shapes, and what it then holds is compared with the
-model that was named as any other file's weights are.
+timm's loader silently resamples, adapts or skips tensors that do not fit.  Therefore the model is
+built with the shapes of the file, and its state dict is then checked like that of any other file.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from dfq.failures import explained, first_line
 
 PREFIXES = ("opt/target/", "params/img/", "params/", "")
 BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/")
-ONE_STACK = "Transformer/encoderblock/LayerNorm_0/scale"
-"""Of files that keep all blocks in one array, the first axis of which counts them."""
+STACKED_BLOCKS = "Transformer/encoderblock/LayerNorm_0/scale"
+"""Present in files that stack all blocks along the first axis of one array."""
 
 LAYER_BEFORE_HEAD = "pre_logits.fc.weight"
 
 
 def read_jax(path: Path) -> dict[str, Tensor]:
-    """A state dict under timm's names.
+    """Read a state dict under timm's names.
 
     Raises:
-        WeightsError: it is no vision transformer, or not as timm reads them.
+        WeightsError: the file is not a vision transformer that timm can read.
     """
 
     def explain(error: Exception) -> WeightsError:
@@ -65,9 +64,11 @@ def _prefix(names: list[str]) -> str | None:
 
 
 def _shape(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
-    """Arguments of timm's model for arrays without what stands before their names."""
+    """Return the arguments of timm's model for arrays whose prefix has been removed."""
     height, width, channels, dim = arrays["embedding/kernel"].shape
-    of_big_vision = prefix.startswith("params/") or "pos_embedding" in arrays or ONE_STACK in arrays
+    of_big_vision = (
+        prefix.startswith("params/") or "pos_embedding" in arrays or STACKED_BLOCKS in arrays
+    )
     table = "pos_embedding" if of_big_vision else "Transformer/posembed_input/pos_embedding"
     class_token, by_query = "cls" in arrays, "MAPHead_0/probe" in arrays
     patches = arrays[table].shape[1] - (class_token and not of_big_vision)
@@ -80,7 +81,7 @@ def _shape(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
         "in_chans": channels,
         "num_classes": 0 if head is None else len(head),
         "embed_dim": dim,
-        "depth": len(arrays[ONE_STACK]) if ONE_STACK in arrays else len(blocks),
+        "depth": len(arrays[STACKED_BLOCKS]) if STACKED_BLOCKS in arrays else len(blocks),
         "num_heads": 1,  # no weight has another shape with more
         "mlp_ratio": (hidden + 0.5) / dim,
         "class_token": class_token,

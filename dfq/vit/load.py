@@ -1,4 +1,4 @@
-"""From what a user names a model to a :class:`dfq.vit.ViT` with its preprocessing."""
+"""Loading of models by name, file or module as :class:`dfq.vit.ViT` with preprocessing."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ from dfq.vit.formats import read_config
 from dfq.vit.modules import ViT
 from dfq.vit.options import (
     ModelOptions,
-    checked_options,
+    infer_keywords,
     norms_of,
     pool_keywords,
     size_flag,
-    told,
+    validate_options,
 )
-from dfq.vit.preprocessing import overridden
+from dfq.vit.preprocessing import override_preprocessing
 from dfq.vit.saved import is_saved, read_saved
 from dfq.vit.structure import SUPPORTED, unwrapped
 from dfq.vit.translate import translate
-from dfq.vit.weights import read_weights, weights_in
+from dfq.vit.weights import find_weights, read_weights
 
 ALIASES = {
     "vit_tiny": "vit_tiny_patch16_224",
@@ -61,16 +61,16 @@ ALIASES = {
     "deit_base": "deit_base_patch16_224",
 }
 
-LOCAL = "local-dir:"
-"""Before the path of a folder that timm saved (``timm.models.save_for_hf``)."""
+LOCAL_PREFIX = "local-dir:"
+"""Prefix of the path of a folder saved by timm (``timm.models.save_for_hf``)."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A float32 ViT, how its inputs are made, and what it is called.
+    """Float32 ViT with its preprocessing and names.
 
-    ``name`` is what the caller asked for, ``timm_name`` timm's name with the pretrained
-    tag where there is one; ``notes`` are what the caller should be told of its weights.
+    ``name``: as given by the caller.  ``timm_name``: timm's name, with the pretrained tag if there
+    is one.  ``notes``: remarks for the user about the weights.
     """
 
     name: str
@@ -109,37 +109,37 @@ def load_model(
     std: Sequence[float] | None = None,
     input_range: Sequence[float] | None = None,
 ) -> LoadedModel:
-    """Load a ViT by name or take one in memory, which is left unmodified.
+    """Load a ViT by name, or convert one in memory, which is not modified.
 
     Args:
         model: ``"demo"``, an alias (``vit_base``), a timm name with or without a
             pretrained tag, a ``hf-hub:`` address, ``local-dir:`` and a folder that timm saved, a
             directory that :func:`dfq.distill` wrote, or a timm module.
         weights: a safetensors or torch file to load instead of pretrained weights.
-        num_classes: classes of the head, 0 for none; told from ``weights`` where left out.
-        img_size: side of the square input in pixels, or its height and width; wins over
+        num_classes: classes of the head, 0 for none; inferred from ``weights`` by default.
+        img_size: side of the square input in pixels, or its height and width; overrides
             timm's data config.  Position embeddings of another size are resampled.
-        in_chans: channels of the input; told from ``weights`` where left out.
-        global_pool: ``token``, ``avg`` or ``map``; told from ``weights`` where left out and
-            their norms show it.
-        mean, std: per channel, in the range of pixels / 255; win over timm's data config.
-        input_range: the lowest and the highest value before normalisation, in the units of mean
-            and std; by default (0, 1), of pixels / 255.  With another range, a mean and a std that
-            are left out are 0 and 1: values are given as the network takes them.
+        in_chans: channels of the input; inferred from ``weights`` by default.
+        global_pool: ``token``, ``avg`` or ``map``; inferred from the norms in ``weights`` by
+            default.
+        mean, std: per channel, in the range of pixels / 255; override timm's data config.
+        input_range: the lowest and the highest value before normalization, in the units of mean
+            and std; by default (0, 1), of pixels / 255.  With another range, mean and std default
+            to 0 and 1: values are passed to the network as they are.
 
     Raises:
         UnknownModelError, UnsupportedModelError, WeightsError, PretrainedError,
         SettingError: as their names say.
     """
-    options = checked_options(num_classes, img_size, in_chans, global_pool)
+    options = validate_options(num_classes, img_size, in_chans, global_pool)
     loaded = _load(model, weights, options)
     channels = loaded.vit.arch.in_channels
-    preprocessing = overridden(loaded.preprocessing, channels, mean, std, input_range)
+    preprocessing = override_preprocessing(loaded.preprocessing, channels, mean, std, input_range)
     return dataclasses.replace(loaded, preprocessing=preprocessing)
 
 
 def _load(model: str | nn.Module, weights: str | Path | None, options: ModelOptions) -> LoadedModel:
-    """A model with its own preprocessing."""
+    """Load a model with its own preprocessing."""
     if isinstance(model, nn.Module):
         return _from_module(unwrapped(model), weights, options)
     if is_saved(model):
@@ -148,7 +148,7 @@ def _load(model: str | nn.Module, weights: str | Path | None, options: ModelOpti
     notes: tuple[str, ...] = ()
     if name == "demo":
         return _demo(weights, options)
-    if weights is None and name.startswith(LOCAL):
+    if weights is None and name.startswith(LOCAL_PREFIX):
         weights = _weights_of(name)
     if weights is not None:
         timm_model, notes = _from_file(name, Path(weights), options)
@@ -160,18 +160,19 @@ def _load(model: str | nn.Module, weights: str | Path | None, options: ModelOpti
 
 
 def _weights_of(name: str) -> Path:
-    folder = Path(name.removeprefix(LOCAL))
-    if name == LOCAL or not folder.is_dir():
+    folder = Path(name.removeprefix(LOCAL_PREFIX))
+    if name == LOCAL_PREFIX or not folder.is_dir():
         raise UnknownModelError(
-            f"{name!r} names no folder. Give the path of one that timm saved after {LOCAL!r}."
+            f"{name!r} names no folder. Give the path of one that timm saved after "
+            f"{LOCAL_PREFIX!r}."
         )
-    return weights_in(folder)
+    return find_weights(folder)
 
 
 def _timm_name(name: str, model: nn.Module, *, pretrained: bool) -> str:
-    """timm's name of a model, with the tag of its pretrained weights."""
+    """Return timm's name of a model, with the tag of its pretrained weights."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    if name.startswith(LOCAL):
+    if name.startswith(LOCAL_PREFIX):
         return str(config.get("architecture", name))
     tag = config.get("tag", "") if pretrained else ""
     return f"{split_model_name_tag(name)[0]}.{tag}" if tag and ":" not in name else name
@@ -199,14 +200,14 @@ def _from_directory(
         raise SettingError(
             f"{str(path)!r} is a model with weights of its own; leave --weights out."
         )
-    model, timm_name, prepared = read_saved(path)
+    model, timm_name, preprocessing = read_saved(path)
     vit = convert(model, str(path))
     options.check_same(vit.arch, repr(str(path)))
-    return LoadedModel(path.name, timm_name, vit, prepared)
+    return LoadedModel(path.name, timm_name, vit, preprocessing)
 
 
 def module_name(model: nn.Module) -> str:
-    """What a module in memory is called: timm's name of its architecture, or its class."""
+    """Return the name of a module in memory: timm's name of its architecture, or its class."""
     model = unwrapped(model)
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     return config.get("architecture") or type(model).__name__
@@ -233,25 +234,26 @@ def _from_file(name: str, path: Path, options: ModelOptions) -> tuple[nn.Module,
     if ":" not in name:
         _check_known(name)
     arch = name if ":" in name else split_model_name_tag(name)[0]
-    return _with_weights(name, path, options, partial(_reach, name, arch, False))
+    return _with_weights(name, path, options, partial(_create_or_download, name, arch, False))
 
 
 def _with_weights(
     name: str, path: Path, options: ModelOptions, create: Callable[..., nn.Module]
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model that ``create`` makes of keywords of timm's, with a file's weights, and notes."""
+    """Build a model with a file's weights by ``create``, which takes timm's keywords; returns it
+    with notes."""
     keywords: dict[str, Any] = {} if options.in_chans is None else {"in_chans": options.in_chans}
     with torch.device("meta"):
-        outline = create(**keywords)
-    options.check_size(describe(outline, name))
+        meta_model = create(**keywords)
+    options.check_size(describe(meta_model, name))
     headless = options.num_classes == 0
-    found = translate(outline, read_weights(path), name=name, path=path, headless=headless)
-    keywords |= told(outline, found.state, options, path)
+    renamed = translate(meta_model, read_weights(path), name=name, path=path, headless=headless)
+    keywords |= infer_keywords(meta_model, renamed.state, options, path)
     if options.img_size is not None:
         keywords["img_size"] = options.img_size
     model = create(**keywords)
-    load_into(model, found.state, name=name, path=path, resize=options.img_size is not None)
-    return model, found.notes
+    load_into(model, renamed.state, name=name, path=path, resize=options.img_size is not None)
+    return model, renamed.notes
 
 
 def _pretrained(name: str, options: ModelOptions) -> nn.Module:
@@ -269,8 +271,8 @@ def _pretrained(name: str, options: ModelOptions) -> nn.Module:
                 f"{options.num_classes}. Leave --num-classes out, or give your own --weights."
             )
     with torch.device("meta"):
-        outline: Any = _reach(name, name, False)
-    arch = describe(outline, name)
+        meta_model: Any = _create_or_download(name, name, False)
+    arch = describe(meta_model, name)
     options.check_size(arch)
     if options.in_chans not in (None, arch.in_channels):
         raise WeightsError(
@@ -281,17 +283,17 @@ def _pretrained(name: str, options: ModelOptions) -> nn.Module:
     if options.img_size is not None:
         kwargs["img_size"] = options.img_size
     if options.global_pool is not None:
-        kwargs |= pool_keywords(outline, options.global_pool, norms_of(outline))
-        if "map" in (options.global_pool, outline.global_pool) and "global_pool" in kwargs:
+        kwargs |= pool_keywords(meta_model, options.global_pool, norms_of(meta_model))
+        if "map" in (options.global_pool, meta_model.global_pool) and "global_pool" in kwargs:
             raise WeightsError(
-                f"The pretrained weights of {name!r} are pooled by {outline.global_pool!r} and "
+                f"The pretrained weights of {name!r} are pooled by {meta_model.global_pool!r} and "
                 f"cannot be pooled by {options.global_pool!r}.",
                 "Leave --global-pool out.",
             )
-    return _reach(name, name, True, **kwargs)
+    return _create_or_download(name, name, True, **kwargs)
 
 
-def _reach(name: str, arch: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create_or_download(name: str, arch: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     try:
         with _fail_fast_offline():
             return _create(arch, pretrained, **kwargs)
@@ -303,21 +305,23 @@ def _reach(name: str, arch: str, pretrained: bool, **kwargs: Any) -> nn.Module:
             "models of Transformers are not taken. Look for the same model in `dfq models`."
         ) from error
     except (OSError, RuntimeError) as error:
-        if name.startswith(LOCAL):
+        if name.startswith(LOCAL_PREFIX):
             raise UnknownModelError(f"{name!r} is no folder that timm saved: {error}.") from error
         if "Error(s) in loading state_dict" in str(error):
-            raise _of_another_shape(name, error) from error
+            raise _shape_error(name, error) from error
         if isinstance(error, RuntimeError) and "client" not in str(error):
             raise
-        raise _unreachable(name, error) from error
+        raise _download_error(name, error) from error
     except ValueError as error:
         what = (
-            "folder that timm saved" if name.startswith(LOCAL) else "model of the Hugging Face hub"
+            "folder that timm saved"
+            if name.startswith(LOCAL_PREFIX)
+            else "model of the Hugging Face hub"
         )
         raise UnknownModelError(f"{name!r} is not a {what}: {error}") from error
 
 
-def _of_another_shape(name: str, error: Exception) -> WeightsError:
+def _shape_error(name: str, error: Exception) -> WeightsError:
     lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
     return WeightsError(
         f"The pretrained weights of {name!r} do not fit what was asked for "
@@ -326,7 +330,7 @@ def _of_another_shape(name: str, error: Exception) -> WeightsError:
     )
 
 
-def _unreachable(name: str, error: Exception) -> PretrainedError:
+def _download_error(name: str, error: Exception) -> PretrainedError:
     reason = textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
     return PretrainedError(
         f"The pretrained weights of {name!r} cannot be downloaded and are not in the local "
@@ -351,7 +355,7 @@ def _check_known(name: str) -> None:
     if not timm.is_model(arch):
         if "architecture" in read_config(Path(name)):
             raise UnknownModelError(
-                f"{name!r} is a folder that timm saved. Name it {LOCAL}{name} to load it."
+                f"{name!r} is a folder that timm saved. Name it {LOCAL_PREFIX}{name} to load it."
             )
         known = [*ALIASES, "demo", *timm.list_models("*vit*"), *timm.list_models("*eit*")]
         raise UnknownModelError(
@@ -370,7 +374,7 @@ def _check_known(name: str) -> None:
 
 @contextlib.contextmanager
 def _fail_fast_offline() -> Iterator[None]:
-    """Spare the hub's retries (a minute) where its name cannot even be resolved."""
+    """Skip the hub's retries, which take a minute, if its host name cannot be resolved."""
     constants = huggingface_hub.constants
     before = constants.HF_HUB_OFFLINE
     if not before and not urllib.request.getproxies():
@@ -385,7 +389,7 @@ def _fail_fast_offline() -> Iterator[None]:
 
 
 def _preprocessing(model: nn.Module) -> Preprocessing:
-    """What timm's data config of a model says."""
+    """Return the preprocessing of timm's data config of a model."""
     config = timm.data.resolve_model_data_config(model)
     return Preprocessing(
         mean=tuple(map(float, config["mean"])),

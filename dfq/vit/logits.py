@@ -1,4 +1,4 @@
-"""What a model's logits stand for."""
+"""Classes of a model's logits; a single logit means two classes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dfq.vit import Architecture
 
 
 def label_count(arch: Architecture) -> int:
-    """Classes that labels may name: two of a model with one logit, none of one without logits."""
+    """Return the number of classes: 2 for a single logit, 0 without a classifier."""
     return 2 if arch.num_classes == 1 else arch.num_classes
 
 
 def class_logits(logits: Tensor) -> Tensor:
-    """Logits ``[B, classes]`` of all classes.
+    """Return logits ``[B, classes]`` of all classes.
 
-    A single logit is that of class 1 of two, ``log(p / (1 - p))``; it becomes the two logits of
-    the same probabilities of which the first is 0.
+    A single logit, ``log(p / (1 - p))`` of class 1, becomes two logits of the same probabilities,
+    the first of which is 0.
     """
     return F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits

@@ -1,8 +1,8 @@
-"""The vision transformer that everything in dfq works on, with a token-sparse forward.
+"""dfq's own vision transformer, whose forward pass takes any subset of patches.
 
-A timm model is converted into this form once (:mod:`dfq.vit.convert`): one linear patch
-embedding, prefix tokens and position embeddings as tables, layer scale folded into the
-linear layer before it, every linear layer with a bias.
+timm models are converted to it (:mod:`dfq.vit.convert`): one linear patch embedding, prefix tokens
+and position embeddings as parameters, layer scale folded into the preceding linear layer, a bias in
+every linear layer.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from dfq.errors import DataError
 from dfq.sparse import patchify
 from dfq.vit.architecture import Activation, Architecture
-from dfq.vit.relations import Relations, bias_entries, bias_index, rotations
+from dfq.vit.position_encoding import (
+    PositionEncoding,
+    relative_bias_length,
+    relative_position_index,
+    rope_sin_cos,
+)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """The nonlinearity of the MLP."""
+    """Apply the nonlinearity of an MLP."""
     if activation == "silu":
         return F.silu(x)
     if activation == "quick_gelu":
@@ -43,37 +48,42 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(arch.embed_dim, 3 * arch.attention_dim)
         self.q_norm = _norm(arch.head_dim, arch, arch.qk_norm)
         self.k_norm = _norm(arch.head_dim, arch, arch.qk_norm)
-        self.product = Product()
+        self.product = DotProductAttention()
         self.norm = _norm(arch.attention_dim, arch, arch.attn_norm)
         self.proj = nn.Linear(arch.attention_dim, arch.embed_dim)
         self.relative_bias = None
         if arch.relative_bias:
-            table = torch.zeros(bias_entries(arch.grid), arch.num_heads)
+            table = torch.zeros(relative_bias_length(arch.grid), arch.num_heads)
             self.relative_bias = nn.Parameter(table)
 
-    def split(self, qkv: Tensor, at: Relations) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, T, 3*H*D]`` to queries, keys and values ``[B, H, T, D]``, rotated."""
+    def split(self, qkv: Tensor, encoding: PositionEncoding) -> tuple[Tensor, Tensor, Tensor]:
+        """Split ``[B, T, 3*H*D]`` into queries, keys and values ``[B, H, T, D]``, with norms and
+        rotary embedding applied."""
         b, t, _ = qkv.shape
         q, k, v = (
             qkv.reshape(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         )
-        return at.rotate(self.q_norm(q)), at.rotate(self.k_norm(k)), v
+        return encoding.apply_rope(self.q_norm(q)), encoding.apply_rope(self.k_norm(k)), v
 
-    def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
-        """``[B, T, embed_dim]``, or only the first ``rows`` tokens of it."""
-        q, k, v = self.split(self.qkv(x), at)
-        mixed = merge_heads(self.product(q[:, :, :rows], k, v, self.bias(at, rows)))
+    def forward(
+        self, x: Tensor, encoding: PositionEncoding, num_queries: int | None = None
+    ) -> Tensor:
+        """Return ``[B, T, embed_dim]``, or only its first ``num_queries`` tokens."""
+        q, k, v = self.split(self.qkv(x), encoding)
+        mixed = merge_heads(
+            self.product(q[:, :, :num_queries], k, v, self.bias(encoding, num_queries))
+        )
         y: Tensor = self.proj(self.norm(mixed))
         return y
 
-    def bias(self, at: Relations, rows: int | None = None) -> Tensor | None:
-        """What is added to the scores of the first ``rows`` tokens, if anything."""
-        bias = at.bias(self.relative_bias)
-        return None if bias is None else bias[:, :, :rows]
+    def bias(self, encoding: PositionEncoding, num_queries: int | None = None) -> Tensor | None:
+        """Return the bias of the scores of the first ``num_queries`` tokens, or None."""
+        bias = encoding.bias(self.relative_bias)
+        return None if bias is None else bias[:, :, :num_queries]
 
 
-class Product(nn.Module):
-    """The two matrix products of attention, as a place to watch them."""
+class DotProductAttention(nn.Module):
+    """Scaled dot-product attention as a module, so that hooks can observe its inputs."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         return attend(q, k, v, bias)
@@ -82,10 +92,10 @@ class Product(nn.Module):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention ``[B, H, T, D]``, its scores scaled by ``scale`` or ``D ** -0.5``.
+    """Scaled dot-product attention of ``[B, H, T, D]``; ``scale`` is ``D ** -0.5`` by default.
 
-    Fused, except in bfloat16 on a CPU: there PyTorch's fused kernel takes three times as
-    long forward and backward as the two matrix products written out (2.14, AVX-512).
+    Uses PyTorch's fused kernel except in bfloat16 on CPUs, where it takes three times as long as
+    two separate matrix products, forward and backward (PyTorch 2.14, AVX-512).
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -97,12 +107,12 @@ def attend(
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """``[B, H, T, D]`` to ``[B, T, H*D]``."""
+    """Concatenate heads: ``[B, H, T, D]`` to ``[B, T, H*D]``."""
     return x.transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a nonlinearity between them, gated or not."""
+    """MLP of two linear layers, optionally gated."""
 
     fc1: nn.Module
     norm: nn.Module
@@ -117,8 +127,8 @@ class Mlp(nn.Module):
         gated: bool = False,
         norm: nn.Module | None = None,
     ) -> None:
-        """``gated``: ``fc1`` gives ``hidden`` gates, then ``hidden`` values
-        (arXiv 2002.05202)."""
+        """With ``gated``, ``fc1`` outputs ``hidden`` gates, then ``hidden`` values (arXiv
+        2002.05202)."""
         super().__init__()
         self.activation, self.gated = activation, gated
         self.fc1 = nn.Linear(width, (2 if gated else 1) * hidden)
@@ -130,7 +140,7 @@ class Mlp(nn.Module):
         return y
 
     def activate(self, x: Tensor) -> Tensor:
-        """Output of ``fc1`` to input of ``fc2``."""
+        """Map the output of ``fc1`` to the input of ``fc2``."""
         if self.gated:
             gate, value = x.chunk(2, dim=-1)
             x = activate(gate, self.activation) * value
@@ -159,14 +169,16 @@ class Block(nn.Module):
             norm=_norm(arch.mlp_hidden, arch, arch.mlp_norm),
         )
 
-    def forward(self, x: Tensor, at: Relations, rows: int | None = None) -> Tensor:
-        """``[B, T, embed_dim]``, or only the first ``rows`` tokens of it."""
-        x = x[:, :rows] + cast(Tensor, self.attn(self.norm1(x), at, rows))
+    def forward(
+        self, x: Tensor, encoding: PositionEncoding, num_queries: int | None = None
+    ) -> Tensor:
+        """Return ``[B, T, embed_dim]``, or only its first ``num_queries`` tokens."""
+        x = x[:, :num_queries] + cast(Tensor, self.attn(self.norm1(x), encoding, num_queries))
         return x + cast(Tensor, self.mlp(self.norm2(x)))
 
 
 class AttentionPool(nn.Module):
-    """Attention of one learnt query over all tokens, then an MLP (arXiv 2106.04560)."""
+    """Attention pooling: one learned query over all tokens, then an MLP (arXiv 2106.04560)."""
 
     kv: nn.Module
     proj: nn.Module
@@ -182,22 +194,22 @@ class AttentionPool(nn.Module):
         self.mlp = Mlp(width, arch.pool_hidden, arch.pool_activation)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens ``[B, T, C]`` to the query, keys and values ``[B, H, 1 or T, D]``."""
+        """Return query, keys and values ``[B, H, 1 or T, D]`` of tokens ``[B, T, C]``."""
         heads, width = self.query.shape
         kv = self.kv(x).reshape(*x.shape[:2], 2, heads, width).permute(2, 0, 3, 1, 4)
         query = self.query.to(kv.dtype)[:, None].expand(len(x), -1, -1, -1)
         return query, kv[0], kv[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens ``[B, T, C]`` to ``[B, C]``."""
+        """Pool tokens ``[B, T, C]`` to ``[B, C]``."""
         y: Tensor = self.proj(merge_heads(attend(*self.split(x))))
         return (y + cast(Tensor, self.mlp(self.norm(y))))[:, 0]
 
 
 class ViT(nn.Module):
-    """A vision transformer that also runs on subsets of patches.
+    """Vision transformer that also runs on subsets of patches.
 
-    ``forward`` takes normalised images ``[B, C, H, W]``, ``forward_sparse`` patches
+    ``forward`` takes normalized images ``[B, C, H, W]``, ``forward_sparse`` patches
     ``[B, L, D]`` with positions ``[B, L]``; both return logits ``[B, num_classes]``
     (pooled features ``[B, embed_dim]`` where ``num_classes`` is 0).
     """
@@ -226,7 +238,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(arch.head_inputs, classes) if classes else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of normalised images ``[B, C, H, W]`` of the model's size.
+        """Return the logits of normalized images ``[B, C, H, W]`` of the model's size.
 
         Raises:
             DataError: the images are of another size or type.
@@ -241,31 +253,31 @@ class ViT(nn.Module):
         if not tensor or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
             got = f"{images.dtype} {list(images.shape)}" if tensor else type(images).__name__
             raise DataError(
-                f"The model takes normalised images, a floating-point tensor "
-                f"[B, {', '.join(map(str, wanted))}]; got {got}. Resize and normalise them as "
+                f"The model takes normalized images, a floating-point tensor "
+                f"[B, {', '.join(map(str, wanted))}]; got {got}. Resize and normalize them as "
                 "its preprocessing says."
             )
 
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits of the patches present; ``positions`` may be left out for all, in order.
+        """Return the logits of the given patches; without ``positions``, of all patches in order.
 
-        Where prefix tokens are what is pooled, the last block computes no others.
+        If only prefix tokens are pooled, the last block computes no others.
         """
-        at = self.relations(positions)
-        x = self.encode(self.embed(patches, positions), at, stop=-1)
-        return self.classify(self.block(-1)(x, at, self.arch.pooled_tokens))
+        encoding = self.position_encoding(positions)
+        x = self.encode(self.embed(patches, positions), encoding, stop=-1)
+        return self.classify(self.block(-1)(x, encoding, self.arch.pooled_tokens))
 
     def tokens(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
-        """All tokens after the last block, ``[B, prefix + L, embed_dim]``."""
-        return self.encode(self.embed(patches, positions), self.relations(positions))
+        """Return all tokens after the last block, ``[B, prefix + L, embed_dim]``."""
+        return self.encode(self.embed(patches, positions), self.position_encoding(positions))
 
     def classify(self, x: Tensor) -> Tensor:
-        """Tokens after the last block to logits."""
+        """Return the logits of the tokens after the last block."""
         logits: Tensor = self.head(self.pool(self.norm(x)))
         return logits
 
     def embed(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Patches ``[B, L, D]`` to tokens ``[B, prefix + L, embed_dim]``."""
+        """Embed patches ``[B, L, D]``: tokens ``[B, prefix + L, embed_dim]``."""
         pos_embed = self.pos_embed if positions is None else F.embedding(positions, self.pos_embed)
         x = self.patch_norm(self.patch_embed(patches))
         x = x + pos_embed
@@ -273,49 +285,53 @@ class ViT(nn.Module):
         tokens: Tensor = self.norm_pre(x)
         return tokens
 
-    def relations(self, positions: Tensor | None = None) -> Relations:
-        """What attention needs to know of patches at ``positions`` ``[B, L]``."""
+    def position_encoding(self, positions: Tensor | None = None) -> PositionEncoding:
+        """Return the position encoding of patches at ``positions`` ``[B, L]``."""
         if self.rope is not None:
-            sin, cos = rotations(self.rope, positions, self.arch.num_prefix_tokens)
-            return Relations(sin=sin, cos=cos)
+            sin, cos = rope_sin_cos(self.rope, positions, self.arch.num_prefix_tokens)
+            return PositionEncoding(sin=sin, cos=cos)
         if self.arch.relative_bias:
-            return Relations(index=bias_index(self.arch.grid, positions, self.prefix.device))
-        return Relations()
+            return PositionEncoding(
+                bias_index=relative_position_index(self.arch.grid, positions, self.prefix.device)
+            )
+        return PositionEncoding()
 
     def block(self, index: int) -> Block:
-        """One of the blocks."""
+        """Return a block by its index."""
         block = self.blocks[index]
         assert isinstance(block, Block)
         return block
 
-    def encode(self, x: Tensor, at: Relations, stop: int | None = None) -> Tensor:
+    def encode(self, x: Tensor, encoding: PositionEncoding, stop: int | None = None) -> Tensor:
         """Run the blocks before ``stop`` (all of them by default)."""
         for block in self.blocks[:stop]:
-            x = block(x, at)
+            x = block(x, encoding)
         return x
 
     @torch.no_grad()
     def importance(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """Attention that each patch gets, averaged over heads: float32 ``[B, L]``.
+        """Return the attention that each patch gets, averaged over heads: float32 ``[B, L]``.
 
-        In the last block, from the class token (arXiv 2509.23235, section 3) and the
-        distillation token; with attention pooling from the pooling query; where neither
-        pools, the mean over all patches.
+        The queries are the class token (arXiv 2509.23235, section 3) and the distillation token
+        of the last block; with attention pooling, the pooling query; with average pooling, all
+        patches.
         """
-        at, start = self.relations(positions), self.arch.num_prefix_tokens
+        encoding, start = self.position_encoding(positions), self.arch.num_prefix_tokens
         if isinstance(self.attn_pool, AttentionPool):
-            x = self.norm(self.encode(self.embed(patches, positions), at))
+            x = self.norm(self.encode(self.embed(patches, positions), encoding))
             pooled = x if self.arch.pool_includes_prefix else x[:, start:]
             q, k, _ = self.attn_pool.split(pooled)
-            return _attention(q, k, None)[:, :, -positions.shape[1] :].mean(1)
-        x = self.encode(self.embed(patches, positions), at, stop=-1)
-        block, rows = self.block(-1), self.arch.pooled_tokens
-        q, k, _ = block.attn.split(block.attn.qkv(block.norm1(x)), at)
-        shares = _attention(q[:, :, :rows], k, block.attn.bias(at, rows))
-        return shares[:, 0 if rows else start :, start:].mean(1)
+            return _attention_weights(q, k, None)[:, :, -positions.shape[1] :].mean(1)
+        x = self.encode(self.embed(patches, positions), encoding, stop=-1)
+        block, num_queries = self.block(-1), self.arch.pooled_tokens
+        q, k, _ = block.attn.split(block.attn.qkv(block.norm1(x)), encoding)
+        weights = _attention_weights(
+            q[:, :, :num_queries], k, block.attn.bias(encoding, num_queries)
+        )
+        return weights[:, 0 if num_queries else start :, start:].mean(1)
 
     def pool(self, x: Tensor) -> Tensor:
-        """Normed tokens ``[B, T, embed_dim]`` to the head's input ``[B, head_inputs]``."""
+        """Pool normed tokens ``[B, T, embed_dim]`` to the head's input ``[B, head_inputs]``."""
         if self.arch.pool == "token":
             x = x[:, 0]
         elif self.arch.pool == "distilled":
@@ -328,8 +344,8 @@ class ViT(nn.Module):
         return pooled
 
 
-def _attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax of scores, averaged over heads: ``[B, Tq, Tk]``."""
+def _attention_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the attention weights, averaged over heads: ``[B, Tq, Tk]``."""
     scores = (q.float() @ k.float().transpose(-2, -1)) * q.shape[-1] ** -0.5
     return (scores if bias is None else scores + bias.float()).softmax(-1).mean(1)
 

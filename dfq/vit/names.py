@@ -1,4 +1,4 @@
-"""Names of tensors in files: what training puts before them, and formats that are not timm's."""
+"""Tensor names in weights files: prefixes added by training, and formats other than timm's."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from dfq.errors import WeightsError
 State = dict[str, Tensor]
 
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Names that wrappers of a layer or a model put before those of its parts."""
+"""Prefixes that wrappers of layers or models add to names."""
 
 COUNTERS = ("n_averaged", "num_updates")
-"""Ends of the names that averaging keeps beside the weights."""
+"""Endings of names of counters that weight averaging stores beside the weights."""
 
 AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)")
-"""What the prefix of averaged weights has in it."""
+"""Pattern of the prefix of averaged weights."""
 
 TRUNK = "visual.trunk."
-"""Where open_clip keeps a timm model; its projection is in ``visual.head``."""
+"""Prefix of a timm model within open_clip, whose projection is ``visual.head``."""
 
 CLIP_PATCHES = "conv1.weight"
-"""Patch embedding of CLIP's own image towers, a name of convolutional networks too."""
+"""Patch embedding of CLIP's own image towers; convolutional networks use the name too."""
 
 CLIP_POSITIONS = "positional_embedding"
-"""What tells the two apart."""
+"""Present in CLIP's image towers, but not in convolutional networks."""
 
 PATCH_EMBEDDINGS = (
     "patch_embed.proj.weight",
     "patch_embed.projection.weight",
     "beit3.vision_embed.proj.weight",
 )
-"""Names of patch embeddings in the other formats that timm translates."""
+"""Names of patch embeddings in timm's format and others that timm converts."""
 
 Kinds = tuple[tuple[str, str, str], ...]
 
 FROM_TIMM = "Take the same model from timm (`dfq models`), or save its weights under timm's names"
 
-FOREIGN: Kinds = (
+OTHER_FORMATS: Kinds = (
     (
         r"embeddings\.patch_embeddings?\.|encoder\.layers?\.\d+\.(attention|layernorm|layer_norm)",
         "Transformers",
@@ -67,9 +67,9 @@ FOREIGN: Kinds = (
         "Give the weights of a vision transformer",
     ),
 )
-"""Formats of others: a pattern of their names, whose they are, and what to do."""
+"""Formats that are not supported: a pattern of names, the format, and advice."""
 
-IN_PARTS: Kinds = (
+UNMERGED: Kinds = (
     (
         r"lora_|ia3_|modules_to_save|\.base_layer\.|^base_model\.model\.|(^|\.)adapter",
         "an adapter beside the weights",
@@ -92,25 +92,25 @@ IN_PARTS: Kinds = (
         "Give the weights of the float model",
     ),
 )
-"""Weights whose values are not yet those of plain layers."""
+"""Weights that are stored in parts: a pattern of names, a description, and advice."""
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """Tensors by name, and what a caller should be told about them."""
+class RenamedState:
+    """State dict, with notes for the user about it."""
 
     state: State
     notes: tuple[str, ...] = ()
 
 
-def of_one_model(state: State, path: Path, *, headless: bool = False) -> Tensors:
-    """The tensors of the one ViT in a state dict, without what stands before their names.
+def extract_vit(state: State, path: Path, *, headless: bool = False) -> RenamedState:
+    """Extract the ViT's tensors from a state dict and remove the prefix of their names.
 
-    ``headless``: features alone are wanted, so heads beside the ViT may be left out.
+    ``headless``: no classifier is needed, so heads outside the ViT are ignored.
 
     Raises:
-        WeightsError: the names are of another format than timm's, of several models, or
-            of a model around the ViT.
+        WeightsError: the names are of another format than timm's, or of several models, or a
+            head lies outside the ViT.
     """
     state = {WRAPPERS.sub("", key): value for key, value in state.items()}
     prefix = _prefix(state, path)
@@ -119,38 +119,39 @@ def of_one_model(state: State, path: Path, *, headless: bool = False) -> Tensors
         for key, value in state.items()
         if key.startswith(prefix) and not key.endswith(COUNTERS)
     }
-    refuse_foreign(inside, path)
+    check_names(inside, path)
     if patch_embedding(inside) is None:
         raise WeightsError(
             f"{path.name!r} has no patch embedding under a name that timm knows; its names are "
-            f"{_some(state)}. Save the state dict of a timm model."
+            f"{_abbreviate(state)}. Save the state dict of a timm model."
         )
     beside = [key for key in state if not key.startswith(prefix) and not key.endswith(COUNTERS)]
     if headless:
-        return Tensors(inside)
+        return RenamedState(inside)
     if prefix.endswith(TRUNK):
         return _with_projection(inside, state, prefix.removesuffix("trunk."), path)
     if CLIP_PATCHES in inside:
-        notes = (_projected(path, inside["proj"].shape[-1]),) if "proj" in inside else ()
-        return Tensors(inside, notes)
+        notes = (_projection_note(path, inside["proj"].shape[-1]),) if "proj" in inside else ()
+        return RenamedState(inside, notes)
     if not beside:
-        return Tensors(inside)
+        return RenamedState(inside)
     if not any(key.startswith("head") for key in inside):
         raise WeightsError(
-            f"{path.name!r} has {_some(beside)} beside the model, whose names begin with "
+            f"{path.name!r} has {_abbreviate(beside)} beside the model, whose names begin with "
             f"{prefix!r}; timm's model has no place for them. Leave them out with --num-classes 0, "
             "or save the state dict of a timm model with its head."
         )
-    return Tensors(
-        inside, (f"{path.name!r}: of {prefix!r} alone; {_some(beside)} beside it are not used.",)
+    return RenamedState(
+        inside,
+        (f"{path.name!r}: of {prefix!r} alone; {_abbreviate(beside)} beside it are not used.",),
     )
 
 
-def _with_projection(inside: State, state: State, tower: str, path: Path) -> Tensors:
-    """open_clip's projection behind a timm model, as the head that it is."""
+def _with_projection(inside: State, state: State, tower: str, path: Path) -> RenamedState:
+    """Add open_clip's projection as the head of the timm model."""
     names = [key.removeprefix(f"{tower}head.") for key in state if key.startswith(f"{tower}head.")]
     if not names:
-        return Tensors(inside)
+        return RenamedState(inside)
     if not set(names) <= {"proj.weight", "proj.bias"}:
         raise WeightsError(
             f"{path.name!r} has a projection of other layers than one linear one "
@@ -159,20 +160,19 @@ def _with_projection(inside: State, state: State, tower: str, path: Path) -> Ten
     weight = state[f"{tower}head.proj.weight"]
     bias = state.get(f"{tower}head.proj.bias", weight.new_zeros(len(weight)))
     head = {"head.weight": weight, "head.bias": bias}
-    return Tensors({**inside, **head}, (_projected(path, len(weight)),))
+    return RenamedState({**inside, **head}, (_projection_note(path, len(weight)),))
 
 
-def _projected(path: Path, width: int) -> str:
+def _projection_note(path: Path, width: int) -> str:
     return (
         f"{path.name!r}: the image tower's projection to {width} values is loaded as the head; "
         "--num-classes 0 leaves it out."
     )
 
 
-def refuse_foreign(keys: Collection[str], path: Path) -> None:
-    """Raise :class:`WeightsError` if names are those of a format that is known to be another's,
-    or of weights in parts."""
-    for kinds, verb in ((IN_PARTS, "has"), (FOREIGN, "has the names of")):
+def check_names(keys: Collection[str], path: Path) -> None:
+    """Raise :class:`WeightsError` for names of an unsupported format or of weights in parts."""
+    for kinds, verb in ((UNMERGED, "has"), (OTHER_FORMATS, "has the names of")):
         for pattern, what, advice in kinds:
             found = next((key for key in keys if re.search(pattern, key)), None)
             if found is not None:
@@ -180,8 +180,8 @@ def refuse_foreign(keys: Collection[str], path: Path) -> None:
 
 
 def _prefix(state: State, path: Path) -> str:
-    """What stands before all names of the ViT, such as ``module.`` or ``teacher.backbone.``."""
-    found = sorted({p for key in state if (p := _before_patches(key, state)) is not None})
+    """Return the prefix of all names of the ViT, such as ``module.`` or ``teacher.backbone.``."""
+    found = sorted({p for key in state if (p := _prefix_of(key, state)) is not None})
     if len(found) > 1:
         averaged = [prefix for prefix in found if AVERAGED.search(prefix)]
         found = averaged if len(averaged) == 1 else found
@@ -193,8 +193,8 @@ def _prefix(state: State, path: Path) -> str:
     return found[0] if found else ""
 
 
-def _before_patches(key: str, state: State) -> str | None:
-    """What stands before the name of a patch embedding; None of other tensors."""
+def _prefix_of(key: str, state: State) -> str | None:
+    """Return the prefix of a patch embedding's name; None for other tensors."""
     for name in (*PATCH_EMBEDDINGS, CLIP_PATCHES):
         prefix = key.removesuffix(name)
         if prefix == key or (prefix and not prefix.endswith(".")):
@@ -205,11 +205,11 @@ def _before_patches(key: str, state: State) -> str | None:
 
 
 def patch_embedding(state: Collection[str]) -> str | None:
-    """The name of the patch embedding's weight, in whichever format; None without one."""
+    """Return the name of the patch embedding's weight in any known format, or None."""
     return next((key for key in (*PATCH_EMBEDDINGS, CLIP_PATCHES) if key in state), None)
 
 
-def _some(keys: Iterable[str]) -> str:
+def _abbreviate(keys: Iterable[str]) -> str:
     listed = sorted(keys)
     more = f" and {len(listed) - 3} others" if len(listed) > 3 else ""
     return f"{', '.join(map(repr, listed[:3]))}{more}"

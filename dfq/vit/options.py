@@ -1,4 +1,4 @@
-"""What a caller says of a model that is given by name, and what its weights say."""
+"""Options of a model given by name, and options inferred from its weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dfq.vit.translate import HEADS
 
 POOLS = ("token", "avg", "map")
 
-MOST_PATCHES = 1 << 16
-"""Of an image: attention scores of a single head then take 17 GB."""
+MAX_PATCHES = 1 << 16
+"""Largest number of patches; attention scores of a single head then take 17 GB."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What is named beside a model's name; None where it is left to timm and the weights."""
+    """Options given with a model's name; None means timm's default or the weights decide."""
 
     num_classes: int | None = None
     img_size: tuple[int, int] | None = None
@@ -34,18 +34,18 @@ class ModelOptions:
     global_pool: str | None = None
 
     def check_same(self, arch: Architecture, what: str) -> None:
-        """Raise :class:`SettingError` if a model that exists already is something else."""
+        """Raise :class:`SettingError` if an existing model differs from the options."""
         own = ModelOptions(arch.num_classes, arch.image_size, arch.in_channels, pool_of(arch))
         for option, value in dataclasses.asdict(self).items():
             has = getattr(own, option)
             if value not in (None, has):
                 raise SettingError(
-                    f"{option} is {_written(value)}, but {what} has {_written(has)}. It goes with "
-                    "a model's name; leave it out."
+                    f"{option} is {_format_value(value)}, but {what} has {_format_value(has)}. It "
+                    "goes with a model's name; leave it out."
                 )
 
     def check_size(self, arch: Architecture) -> None:
-        """Raise :class:`SettingError` unless the image holds from 1 to MOST_PATCHES patches."""
+        """Raise :class:`SettingError` unless the image has 1 to MAX_PATCHES patches."""
         if self.img_size is None:
             return
         height, width = arch.patch_size
@@ -53,25 +53,25 @@ class ModelOptions:
         if not rows or not columns:
             patch = height if height == width else f"{height} x {width}"
             raise SettingError(
-                f"--img-size {_written(self.img_size)} is less than a patch of {patch} pixels."
+                f"--img-size {_format_value(self.img_size)} is less than a patch of {patch} pixels."
             )
-        if rows * columns > MOST_PATCHES:
+        if rows * columns > MAX_PATCHES:
             raise SettingError(
-                f"--img-size {_written(self.img_size)} makes {rows * columns} patches of {height} "
-                f"x {width} pixels; the most are {MOST_PATCHES}."
+                f"--img-size {_format_value(self.img_size)} makes {rows * columns} patches of "
+                f"{height} x {width} pixels; the most are {MAX_PATCHES}."
             )
 
 
-def checked_options(
+def validate_options(
     num_classes: int | None,
     img_size: int | Sequence[int] | None,
     in_chans: int | None,
     global_pool: str | None,
 ) -> ModelOptions:
-    """The options, in bounds.
+    """Check the options' ranges and return them.
 
     Raises:
-        SettingError: one is out of its range.
+        SettingError: an option is out of range.
     """
     sides: tuple[int, ...] = ()
     if img_size is not None:
@@ -92,28 +92,29 @@ def checked_options(
 
 
 def pool_of(arch: Architecture) -> str:
-    """timm's ``global_pool`` of a model."""
+    """Return timm's ``global_pool`` of an architecture."""
     return "token" if arch.pool == "distilled" else arch.pool
 
 
 def size_flag(size: tuple[int, int]) -> str:
-    """An image size in pixels as ``--img-size`` takes it."""
+    """Format an image size in pixels for ``--img-size``."""
     height, width = size
     return str(height) if height == width else f"{height},{width}"
 
 
-def _written(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return size_flag(value) if isinstance(value, tuple) else repr(value)
 
 
-def told(outline: nn.Module, state: State, options: ModelOptions, path: Path) -> dict[str, Any]:
-    """Keywords of ``timm.create_model`` for translated weights: what was asked for, and where
-    it was left out what the weights show.
+def infer_keywords(
+    meta_model: nn.Module, state: State, options: ModelOptions, path: Path
+) -> dict[str, Any]:
+    """Infer the keywords of ``timm.create_model`` from weights under timm's names.
 
-    ``outline`` is the model without them.
+    Given options take precedence.  ``meta_model`` is the model without weights.
 
     Raises:
-        WeightsError: the weights are of another shape than was asked for, or do not show it.
+        WeightsError: the weights contradict an option, or are ambiguous.
     """
     keywords: dict[str, Any] = {}
     classes, head = options.num_classes, state.get("head.weight")
@@ -130,9 +131,9 @@ def told(outline: nn.Module, state: State, options: ModelOptions, path: Path) ->
             f"--in-chans out, or set it to {channels}."
         )
     channels = options.in_chans if channels is None else channels
-    if channels is not None and channels != cast(Any, outline).patch_embed.proj.in_channels:
+    if channels is not None and channels != cast(Any, meta_model).patch_embed.proj.in_channels:
         keywords["in_chans"] = channels
-    return {**keywords, **_pooling(outline, state, options.global_pool, path)}
+    return {**keywords, **_pooling(meta_model, state, options.global_pool, path)}
 
 
 def _channels(state: State) -> int | None:
@@ -141,7 +142,7 @@ def _channels(state: State) -> int | None:
 
 
 def _pooling(model: Any, state: State, asked: str | None, path: Path) -> dict[str, Any]:
-    """Keywords for the pooling that was asked for, or that the norms in a file show."""
+    """Return the keywords of the requested pooling, or of the one inferred from the norms."""
     norms = {part: f"{part}.weight" in state for part in ("norm", "fc_norm")}
     by_query = any(key.startswith("attn_pool.") for key in state)
     own_query = getattr(model, "attn_pool", None) is not None
@@ -164,7 +165,7 @@ def _pooling(model: Any, state: State, asked: str | None, path: Path) -> dict[st
 
 
 def pool_keywords(model: Any, pool: str, norms: dict[str, bool]) -> dict[str, Any]:
-    """Keywords of ``timm.create_model`` for a pooling, with the norms before and after it."""
+    """Return the keywords of ``timm.create_model`` for a pooling and the norms around it."""
     if pool == model.global_pool and norms == norms_of(model):
         return {}
     after = norms["fc_norm"] and not norms["norm"]
@@ -173,16 +174,16 @@ def pool_keywords(model: Any, pool: str, norms: dict[str, bool]) -> dict[str, An
     return {"global_pool": pool} | ({} if after == (pool == "avg") else {keyword: after})
 
 
-def pooled_as(arch: Architecture, keywords: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of ``timm.create_model`` that give a model of others the pooling of ``arch``."""
+def matching_pool_keywords(arch: Architecture, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords that give ``timm.create_model(**keywords)`` the pooling of ``arch``."""
     with torch.device("meta"):
-        outline = timm.create_model(**keywords)
+        meta_model = timm.create_model(**keywords)
     norms = {"norm": arch.final_norm, "fc_norm": arch.pooled_norm}
-    return pool_keywords(outline, pool_of(arch), norms)
+    return pool_keywords(meta_model, pool_of(arch), norms)
 
 
 def norms_of(model: nn.Module) -> dict[str, bool]:
-    """Which of the norms before and after pooling a model has."""
+    """Return whether a model has norms before (``norm``) and after (``fc_norm``) pooling."""
     return {
         part: isinstance(model.get_submodule(part), nn.LayerNorm) for part in ("norm", "fc_norm")
     }

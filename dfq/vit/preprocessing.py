@@ -1,4 +1,4 @@
-"""The normalisation that a user gives, and whether it can be that of a model's input."""
+"""Overrides of a model's preprocessing, and checks of its values."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from dfq.errors import CheckpointError, SettingError
 from dfq.vit.architecture import PIXEL_RANGE, Preprocessing
 
 LEVELS = 255
-"""Steps between the lowest and the highest of the 256 levels of an input value."""
+"""Number of steps between the lowest and the highest of the 256 input levels."""
 
 SLACK = 0.01
-"""Share of a step that mean and std may lie beyond their bounds, as decimals are rounded."""
+"""Tolerance of the bounds of mean and std, in steps, for rounded decimals."""
 
-FARTHEST = 1000.0
-"""Largest distance of the mean from the input range, in widths of it: float32 then still tells
-its 256 levels apart."""
+MAX_MEAN_DISTANCE = 1000.0
+"""Largest distance of the mean from the input range, in units of its width, at which float32 still
+distinguishes the 256 levels."""
 
 
-def overridden(
+def override_preprocessing(
     own: Preprocessing,
     channels: int,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     input_range: Sequence[float] | None,
 ) -> Preprocessing:
-    """A model's own preprocessing with what the caller gave in its place.
+    """Return a model's preprocessing with the caller's values in place of its own.
 
-    With another input range than the model's, a mean and a std that are left out are 0 and 1:
-    values are then given as the network takes them.
+    With another input range than the model's, mean and std default to 0 and 1: values are passed
+    to the network as they are.
 
     Raises:
-        SettingError: the result cannot be carried out, or is not of a model of so many channels.
+        SettingError: the result is invalid, or has another number of channels.
     """
     if input_range is not None and len(input_range) != 2:
         raise SettingError(
             f"input_range (--input-range) has {len(input_range)} values; give the lowest and the "
-            "highest value before normalisation, such as 0,255."
+            "highest value before normalization, such as 0,255."
         )
     span = (
         own.input_range if input_range is None else (float(input_range[0]), float(input_range[1]))
@@ -56,7 +56,7 @@ def overridden(
         if len(values) != channels:
             raise SettingError(
                 f"The model takes {channels} channels but --{name} has {len(values)} values "
-                f"({_listed(values)}).",
+                f"({_join(values)}).",
                 f"Give --{name} {channels} values.",
             )
     problem = preprocessing_problem(result)
@@ -66,7 +66,7 @@ def overridden(
 
 
 def check_preprocessing(preprocessing: Preprocessing, channels: int) -> None:
-    """Raise :class:`CheckpointError` unless it fits so many channels and can be carried out."""
+    """Raise :class:`CheckpointError` unless it is valid for the number of channels."""
     if {len(preprocessing.mean), len(preprocessing.std)} != {channels}:
         raise CheckpointError(f"preprocessing: mean and std must have {channels} values each.")
     problem = preprocessing_problem(preprocessing)
@@ -75,37 +75,37 @@ def check_preprocessing(preprocessing: Preprocessing, channels: int) -> None:
 
 
 def preprocessing_problem(preprocessing: Preprocessing) -> str | None:
-    """What is wrong with a description of the input, as one or more sentences; None if nothing.
+    """Return what is wrong with a preprocessing, in one or more sentences; None if it is valid.
 
-    Mean and std other than 0 and 1 must be those of values in the input range: the mean within
-    it, the std from one level to its whole width.
+    Unless mean and std are 0 and 1, the mean must lie in the input range, and the std be at least
+    one level and at most the width of the range.
     """
     mean, std = preprocessing.mean, preprocessing.std
     for name, values in (("mean", mean), ("std", std), ("input-range", preprocessing.input_range)):
         if not all(map(math.isfinite, values)):
-            return f"{name.replace('-', ' ')} (--{name}) must be finite, got {_listed(values)}."
+            return f"{name.replace('-', ' ')} (--{name}) must be finite, got {_join(values)}."
     low, high = preprocessing.input_range
     if low >= high or math.isinf(high - low):
         return (
             f"The input range (--input-range) is {low:g} to {high:g}; it is the lowest and the "
-            "highest value before normalisation."
+            "highest value before normalization."
         )
     if not 0.05 <= preprocessing.crop_pct <= 1:
         return f"crop_pct is {preprocessing.crop_pct}; it must be from 0.05 to 1."
-    return _problem_of_normalisation(preprocessing)
+    return _normalization_problem(preprocessing)
 
 
-def _problem_of_normalisation(preprocessing: Preprocessing) -> str | None:
+def _normalization_problem(preprocessing: Preprocessing) -> str | None:
     low, high = preprocessing.input_range
     if set(preprocessing.mean) == {0.0} and set(preprocessing.std) == {1.0}:
-        if max(map(abs, preprocessing.level_mean)) <= FARTHEST:
+        if max(map(abs, preprocessing.level_mean)) <= MAX_MEAN_DISTANCE:
             return None
         return f"The input range {low!r} to {high!r} is too narrow for float32 so far from 0."
-    names = _misfits(preprocessing)
+    names = _out_of_range(preprocessing)
     if not names:
         return None
     unit = ", in units of pixels / 255" if preprocessing.input_range == PIXEL_RANGE else ""
-    shown = (f"{name} (--{name}) is {_listed(getattr(preprocessing, name))}" for name in names)
+    shown = (f"{name} (--{name}) is {_join(getattr(preprocessing, name))}" for name in names)
     return (
         f"{' and '.join(shown)}. With an input range of {low:g} to {high:g} each mean is from "
         f"{low:g} to {high:g} and each std from {(high - low) / LEVELS:.4g} to {high - low:.4g}"
@@ -113,8 +113,8 @@ def _problem_of_normalisation(preprocessing: Preprocessing) -> str | None:
     )
 
 
-def _misfits(preprocessing: Preprocessing) -> list[str]:
-    """Which of mean and std are not of values in the input range."""
+def _out_of_range(preprocessing: Preprocessing) -> list[str]:
+    """Return which of mean and std are out of bounds for the input range."""
     slack = SLACK / LEVELS
     levels = (
         ("mean", preprocessing.level_mean, 0.0),
@@ -128,22 +128,22 @@ def _misfits(preprocessing: Preprocessing) -> list[str]:
 
 
 def _hint(preprocessing: Preprocessing) -> str:
-    """What to give instead of a mean and a std that are not of values in the input range."""
-    names = _misfits(preprocessing)
+    """Suggest values instead of a mean and std that are out of bounds."""
+    names = _out_of_range(preprocessing)
     mean, std = (
         tuple(v / 255 for v in values) if name in names else values
         for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std))
     )
     divided = dataclasses.replace(preprocessing, mean=mean, std=std)
-    if preprocessing.input_range == PIXEL_RANGE and not _misfits(divided):
+    if preprocessing.input_range == PIXEL_RANGE and not _out_of_range(divided):
         flags = (f"--{n} {','.join(f'{v:.4g}' for v in getattr(divided, n))}" for n in names)
         both = ", or --input-range 0,255" if len(names) == 2 else ""
         return f"If they are in units of 0 to 255, give {' '.join(flags)}{both}."
     return (
         "If the network's input is not made from pixels, give the lowest and the highest value "
-        "before normalisation with --input-range LOW,HIGH."
+        "before normalization with --input-range LOW,HIGH."
     )
 
 
-def _listed(values: tuple[float, ...]) -> str:
+def _join(values: tuple[float, ...]) -> str:
     return ", ".join(f"{v:g}" for v in values)

@@ -1,8 +1,8 @@
-"""timm models in directories of their own, with the arguments that build them.
+"""Directories with a timm model: its weights and the arguments that build it.
 
-``model.json`` has the format, its version, ``timm`` (keywords of ``timm.create_model``),
-``preprocessing`` and the SHA-256 of ``model.safetensors``, timm's state dict.  Of the keywords only
-those that give a shape are taken: a directory from elsewhere names no files and reaches no network.
+``model.json`` holds the format, its version, ``timm`` (keywords of ``timm.create_model``),
+``preprocessing`` and the SHA-256 of ``model.safetensors``, timm's state dict.  Only keywords that
+define a shape are accepted, so that loading a directory cannot open other files or the network.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from dfq.vit.preprocessing import check_preprocessing
 FORMAT, FORMAT_VERSION = "dfq-model", 2
 CONFIG, WEIGHTS, REPORT = "model.json", "model.safetensors", "report.json"
 
-HOMES = ("vision_transformer", "deit")
-"""Modules of timm that define models which are saved."""
+TIMM_MODULES = ("vision_transformer", "deit")
+"""Modules of timm whose models can be saved."""
 
-SHAPES: dict[str, tuple[float, float]] = {
+SHAPE_BOUNDS: dict[str, tuple[float, float]] = {
     "in_chans": (1, 1024),
     "num_classes": (0, 1 << 20),
     "embed_dim": (1, 1 << 14),
@@ -46,10 +46,10 @@ SHAPES: dict[str, tuple[float, float]] = {
     "num_heads": (1, 1 << 10),
     "mlp_ratio": (0.01, 64),
 }
-"""Keywords that give a shape, beside the model's name and sizes in pixels, and their bounds."""
+"""Accepted keywords besides the model's name and sizes in pixels, with their bounds."""
 
 SIZES = ("img_size", "patch_size")
-MOST_PIXELS = 1 << 14
+MAX_SIDE = 1 << 14
 
 
 def check_output(path: Path) -> None:
@@ -69,7 +69,7 @@ def save_model(
     preprocessing: Preprocessing,
     report: dict[str, Any],
 ) -> None:
-    """Write a timm model's directory in one step; an older one there is replaced."""
+    """Write a timm model's directory atomically; an older one is replaced."""
     check_output(path)
     check_arguments(arguments)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -88,32 +88,32 @@ def save_model(
 
 
 def check_arguments(arguments: Any) -> None:
-    """Raise ValueError unless they are a model's name and shape, within bounds."""
+    """Raise ValueError unless the arguments are a model's name and shape within bounds."""
     if not isinstance(arguments, dict):
         raise ValueError("timm is no object")
     name = arguments.get("model_name")
-    if not isinstance(name, str) or not is_model_in_modules(name, HOMES):
+    if not isinstance(name, str) or not is_model_in_modules(name, TIMM_MODULES):
         raise ValueError(f"model_name is {name!r:.80}, no vision transformer of timm's")
     for key, value in arguments.items():
-        if key in SHAPES:
-            low, high = SHAPES[key]
+        if key in SHAPE_BOUNDS:
+            low, high = SHAPE_BOUNDS[key]
             kinds = (int, float) if key == "mlp_ratio" else (int,)
-            good = type(value) in kinds and low <= value <= high
+            valid = type(value) in kinds and low <= value <= high
         elif key == "global_pool":
-            good = value in POOLS
+            valid = value in POOLS
         elif key == "fc_norm":
-            good = type(value) is bool
+            valid = type(value) is bool
         elif key in SIZES:
             sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-            good = all(type(side) is int and 1 <= side <= MOST_PIXELS for side in sides)
+            valid = all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
         else:
-            good = key == "model_name"
-        if not good:
+            valid = key == "model_name"
+        if not valid:
             raise ValueError(f"timm has {key!r:.80}: {value!r:.80}, which gives no shape")
 
 
 def building_arguments(path: Path) -> dict[str, Any]:
-    """The keywords of ``timm.create_model`` that build a saved model.
+    """Return the keywords of ``timm.create_model`` that build a saved model.
 
     Raises:
         WeightsError: the directory is damaged.
@@ -122,7 +122,7 @@ def building_arguments(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], Preprocessing, str]:
-    """Keywords, preprocessing, and the SHA-256 of the weights."""
+    """Return keywords, preprocessing, and the SHA-256 of the weights."""
     try:
         config = read_json(path / CONFIG)
         version = config.get("format_version")
@@ -138,7 +138,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Preprocessing, str]:
 
 
 def read_saved(path: Path) -> tuple[nn.Module, str, Preprocessing]:
-    """The timm module, timm's name of it, and its preprocessing.
+    """Read the timm module, timm's name of it, and its preprocessing.
 
     Raises:
         WeightsError: the directory is damaged.

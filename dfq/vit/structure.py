@@ -1,8 +1,7 @@
-"""Whether every part of a timm model is what it is called, and computes nothing else.
+"""Check that every submodule of a timm model has a known class and is unmodified.
 
-dfq copies the weights of parts whose arithmetic it knows.  A part that something has been wrapped
-around or hooked onto has the weights of the original and another output, so parts are compared by
-their exact class.
+dfq copies the weights of submodules whose arithmetic it knows.  A wrapped or hooked submodule has
+the same weights but another output, so classes are compared exactly.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ _VIT: dict[str, Kinds] = {
     "attn_pool": ATTENTION_POOL,
 }
 
-PARTS: dict[type[nn.Module], dict[str, Kinds]] = {
+SUBMODULES: dict[type[nn.Module], dict[str, Kinds]] = {
     vision_transformer.VisionTransformer: _VIT,
     deit.VisionTransformerDistilled: {**_VIT, "head_dist": HEAD},
     beit.Beit: {
@@ -111,7 +110,7 @@ PARTS: dict[type[nn.Module], dict[str, Kinds]] = {
         "mlp": (layers.Mlp,),
     },
 }
-"""What timm builds its vision transformers of: the parts of each class, and their classes."""
+"""Submodules of timm's vision transformers by class, with the classes each may have."""
 
 WRAPPERS = (
     nn.DataParallel,
@@ -120,7 +119,7 @@ WRAPPERS = (
     ModelEmaV2,
     ModelEmaV3,
 )
-"""Modules that compute what their ``module`` computes."""
+"""Wrappers that compute the same as their ``module``."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -132,8 +131,8 @@ SUPPORTED = (
 _MERGE = "Merge what was added into the weights first (peft: model.merge_and_unload())"
 
 
-def refusal(name: str, why: str, advice: str = "") -> UnsupportedModelError:
-    """The error for a model that dfq does not know."""
+def unsupported(name: str, why: str, advice: str = "") -> UnsupportedModelError:
+    """Return the error for an unsupported model."""
     advice = f"{advice}. " if advice else ""
     return UnsupportedModelError(
         f"{name!r} cannot be quantized: {why}. {advice}Supported: {SUPPORTED}."
@@ -141,7 +140,7 @@ def refusal(name: str, why: str, advice: str = "") -> UnsupportedModelError:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within wrappers for training, averaging and compilation.
+    """Return the model within wrappers for training, averaging and compilation.
 
     Raises:
         UnsupportedModelError: a wrapper has hooks.
@@ -160,8 +159,8 @@ def _wrapped(model: Any) -> nn.Module | None:
 
 
 def check_kind(model: nn.Module, name: str) -> None:
-    """Raise :class:`UnsupportedModelError` unless it is a timm model of :data:`PARTS`."""
-    if type(model) in PARTS and hasattr(model, "patch_embed"):
+    """Raise :class:`UnsupportedModelError` unless the model's class is in :data:`SUBMODULES`."""
+    if type(model) in SUBMODULES and hasattr(model, "patch_embed"):
         return
     kind = type(model)
     within = [path for path, m in model.named_modules() if path and hasattr(m, "patch_embed")]
@@ -172,28 +171,28 @@ def check_kind(model: nn.Module, name: str) -> None:
         advice = "A scripted model has no layers to copy; give the module that was scripted"
     elif "FullyShardedDataParallel" in kind.__name__ or kind.__name__.startswith("FSDP"):
         advice = "Gather its weights into the module that was sharded first"
-    raise refusal(name, f"it is a {kind.__name__} ({kind.__module__})", advice)
+    raise unsupported(name, f"it is a {kind.__name__} ({kind.__module__})", advice)
 
 
 def check_parts(model: nn.Module, name: str) -> None:
-    """Compare the class of every part with what timm builds, down to single layers.
+    """Check the class of every submodule, down to single layers.
 
     Raises:
-        UnsupportedModelError: a part is of another class, has a forward hook or an
-            overridden method.
+        UnsupportedModelError: a submodule has another class, a forward hook or an overridden
+            method.
     """
     for path, part, kinds in _parts("", model):
         if type(part) not in kinds:
-            raise refusal(name, *_of_another_class(path, part, kinds))
+            raise unsupported(name, *_wrong_class(path, part, kinds))
         if isinstance(part, nn.Module):
-            _check_untouched(name, path, part)
+            _check_unmodified(name, path, part)
 
 
 def _parts(path: str, module: nn.Module) -> Iterator[tuple[str, Any, Kinds]]:
-    """Every part below a module, with its path and the classes that it may be of."""
+    """Yield every submodule with its path and the classes that it may have."""
     if not path:
         yield "forward", module, (type(module),)
-    for slot, kinds in PARTS.get(type(module), {}).items():
+    for slot, kinds in SUBMODULES.get(type(module), {}).items():
         part, place = getattr(module, slot, None), f"{path}.{slot}".lstrip(".")
         yield place, part, kinds
         if slot == "blocks" and isinstance(part, nn.Sequential | nn.ModuleList):
@@ -213,16 +212,16 @@ BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     beit.Beit: beit.Block,
     eva.Eva: eva.EvaBlock,
 }
-"""Each class of models that is known, with the one kind of blocks that it may have."""
+"""Class of the blocks by class of the model."""
 
 
 def classifier(head: nn.Module) -> nn.Linear | None:
-    """The one linear layer of a head, which dropout may precede; None where there is none."""
+    """Return the only linear layer of a head, or None."""
     linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
     return linear[0] if len(linear) == 1 else None
 
 
-def _of_another_class(path: str, part: Any, kinds: Kinds) -> tuple[str, str]:
+def _wrong_class(path: str, part: Any, kinds: Kinds) -> tuple[str, str]:
     kind = type(part)
     known = sorted({k.__name__ for k in kinds if k not in (NoneType, nn.Identity)})
     wanted = f", not {' or '.join(known)}" if known else ""
@@ -246,19 +245,19 @@ def _of_another_class(path: str, part: Any, kinds: Kinds) -> tuple[str, str]:
     return why, ""
 
 
-def _check_untouched(name: str, path: str, module: nn.Module) -> None:
-    """Raise if something else than the class's own methods has a part in the forward pass."""
+def _check_unmodified(name: str, path: str, module: nn.Module) -> None:
+    """Raise if hooks or replaced methods change the forward pass of a module."""
     _check_hooks(name, path, module)
     for attribute in vars(module):
         if callable(getattr(type(module), attribute, None)):
-            raise refusal(
+            raise unsupported(
                 name,
                 f"{attribute!r} of its {path} has been replaced on the module itself",
                 f"Restore the class's own first: del module.{attribute}",
             )
     own = getattr(type(module).forward, "__module__", "")
     if not own.startswith(("timm.", "torch.")):
-        raise refusal(
+        raise unsupported(
             name, f"the forward of {type(module).__name__} (its {path}) has been replaced by {own}"
         )
 
@@ -266,10 +265,12 @@ def _check_untouched(name: str, path: str, module: nn.Module) -> None:
 def _check_hooks(name: str, path: str, module: nn.Module) -> None:
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for hook in hooks.values():
-            raise refusal(name, f"its {path} has a forward hook, {_called(hook)}", _unhook(hook))
+            raise unsupported(
+                name, f"its {path} has a forward hook, {_hook_name(hook)}", _unhook(hook)
+            )
 
 
-def _called(hook: Any) -> str:
+def _hook_name(hook: Any) -> str:
     hook = hook.func if isinstance(hook, partial) else hook
     return str(getattr(hook, "__qualname__", type(hook).__name__))
 
@@ -290,11 +291,11 @@ def _unhook(hook: Any) -> str:
 
 
 def check_tensors(model: nn.Module, name: str) -> None:
-    """Raise unless all weights are there, as plain tensors of floating-point numbers.
+    """Check that all weights are loaded and are plain floating-point tensors.
 
     Raises:
-        WeightsError: weights are on the meta device, or of a type that is no plain number.
-        UnsupportedModelError: weights are of another class of tensors.
+        WeightsError: weights are on the meta device, or of an unsupported dtype or layout.
+        UnsupportedModelError: weights are of a tensor subclass.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     absent = [key for key, tensor in tensors.items() if tensor.is_meta]
@@ -306,7 +307,7 @@ def check_tensors(model: nn.Module, name: str) -> None:
     for key, tensor in tensors.items():
         if type(tensor) not in (nn.Parameter, Tensor, nn.Buffer):
             kind = type(tensor)
-            raise refusal(
+            raise unsupported(
                 name,
                 f"its {key!r} is a {kind.__module__}.{kind.__qualname__}, no plain tensor",
                 "Give the float model, with its weights gathered and as they were trained",
@@ -321,10 +322,9 @@ def check_tensors(model: nn.Module, name: str) -> None:
 
 
 def float_copy(model: nn.Module, name: str) -> nn.Module:
-    """The same model in eval mode, in float32 on the CPU, to compute with and to read from.
+    """Return a float32 copy of a model on the CPU, in eval mode.
 
-    Float32 weights on the CPU are shared with the model, others exist a second time.  The
-    model itself is not touched.
+    Float32 weights on the CPU are shared with the model, which is not modified.
 
     Raises:
         UnsupportedModelError: the model cannot be copied.
@@ -335,7 +335,7 @@ def float_copy(model: nn.Module, name: str) -> nn.Module:
         known[id(parameter)] = nn.Parameter(values, requires_grad=False)
     for buffer in model.buffers():
         known[id(buffer)] = _to_float32(buffer.detach().cpu())
-    with explained(lambda e: refusal(name, f"it cannot be copied ({first_line(e)})")):
+    with explained(lambda e: unsupported(name, f"it cannot be copied ({first_line(e)})")):
         plain = copy.deepcopy(model, known)
     for module in plain.modules():
         if "grad_checkpointing" in vars(module):

@@ -1,4 +1,4 @@
-"""timm's parameters into those of :class:`dfq.vit.ViT`."""
+"""Copying of a timm model's parameters to :class:`dfq.vit.ViT`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def transfer(model: Any, vit: ViT) -> None:
     for index, theirs in enumerate(model.blocks):
         _copy_block(vit.block(index), theirs, getattr(model, "rel_pos_bias", None))
     if vit.rope is not None:
-        vit.rope.copy_(_rotations(model))
+        vit.rope.copy_(_rope_table(model))
     if vit.arch.pool == "map":
         _copy_pool(vit.attn_pool, model.attn_pool)
     _copy_head(model, vit)
@@ -76,7 +76,7 @@ def _copy_attention(ours: Any, theirs: Any) -> None:
 
 
 def _qkv(attn: Any) -> tuple[Tensor, Tensor]:
-    """Weight ``[3*H*D, C]`` and bias ``[3*H*D]`` of the three projections."""
+    """Return weight ``[3*H*D, C]`` and bias ``[3*H*D]`` of the three projections."""
     if attn.qkv is None:
         parts = [attn.q_proj, attn.k_proj, attn.v_proj]
         biases = [_bias_or_zeros(p.weight, p.bias) for p in parts]
@@ -92,10 +92,10 @@ def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rotation_order(attn: Any) -> Tensor:
-    """The order of a head's features in which feature ``i`` pairs with ``i + D / 2``.
+    """Return the order of a head's features in which feature ``i`` pairs with ``i + D / 2``.
 
-    timm pairs neighbours instead, unless ``rotate_half``; products of queries and keys do
-    not depend on the order.
+    timm pairs adjacent features unless ``rotate_half``.  Products of queries and keys do not
+    depend on the order.
     """
     order = torch.arange(attn.proj.in_features // attn.num_heads)
     if getattr(attn, "rotate_half", True):
@@ -103,8 +103,8 @@ def _rotation_order(attn: Any) -> Tensor:
     return torch.cat([order[0::2], order[1::2]])
 
 
-def _rotations(model: Any) -> Tensor:
-    """Sines, then cosines of each patch, ``[N, 2 * head_dim]``."""
+def _rope_table(model: Any) -> Tensor:
+    """Return sines, then cosines of each patch, ``[N, 2 * head_dim]``."""
     rope, grid = model.rope, list(model.patch_embed.grid_size)
     cached = getattr(rope, "feat_shape", None) is not None
     table = rope.get_embed() if cached else rope.get_embed(shape=grid)
@@ -164,7 +164,7 @@ def _copy_bias(ours: Any, bias: Tensor | None) -> None:
 
 
 def _gamma(block: Any, module: str, parameter: str) -> Tensor | None:
-    """Layer scale, which timm keeps in a module or in a parameter of the block."""
+    """Return the layer scale, which timm keeps in a submodule or a parameter of the block."""
     gamma = getattr(getattr(block, module, None), "gamma", None)
     return gamma if gamma is not None else getattr(block, parameter, None)
 

@@ -1,4 +1,4 @@
-"""A file's tensors under timm's names for a model, values as they are."""
+"""Renaming of a file's tensors to timm's names for a model; values are not changed."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from torch import nn
 
 from dfq.errors import WeightsError
 from dfq.failures import explained, first_line
-from dfq.vit.names import CLIP_PATCHES, State, Tensors, of_one_model, patch_embedding
+from dfq.vit.names import CLIP_PATCHES, RenamedState, State, extract_vit, patch_embedding
 
 HEADS = ("head.", "head_dist.")
-PRETRAINING = ("mask_token", "decoder_", "lm_head.")
-"""Beginnings of names that masked pretraining leaves behind and no forward pass reads."""
+PRETRAINING_PREFIXES = ("mask_token", "decoder_", "lm_head.")
+"""Prefixes of tensors that only masked pretraining uses."""
 
 DINOV2_NAMES = re.compile(r"register_tokens$|blocks\.\d+\.mlp\.w12\.")
 
 
 def translate(
     model: nn.Module, state: State, *, name: str, path: Path, headless: bool = False
-) -> Tensors:
-    """A state dict under timm's names for a model of that class.
+) -> RenamedState:
+    """Rename a state dict to timm's names for a model.
 
-    ``model`` may lie on the meta device; ``headless``: heads, and what is beside the ViT, are
-    left out.
+    ``model`` may be on the meta device.  ``headless``: omit heads, and ignore tensors outside the
+    ViT.
 
     Raises:
         WeightsError: the names are of another format, or the patches of another size.
     """
-    found = of_one_model(state, path, headless=headless)
-    _check_patches(model, found.state, name, path)
+    extracted = extract_vit(state, path, headless=headless)
+    _check_patches(model, extracted.state, name, path)
     if not headless:
-        _check_last_layers(found.state, path)
-    renamed = _by_timm(model, found.state, name, path)
-    renamed = {k: v for k, v in renamed.items() if not k.startswith(PRETRAINING)}
+        _check_last_layers(extracted.state, path)
+    converted = _rename_with_timm(model, extracted.state, name, path)
+    converted = {k: v for k, v in converted.items() if not k.startswith(PRETRAINING_PREFIXES)}
     if headless:
-        return Tensors({k: v for k, v in renamed.items() if not k.startswith(HEADS)})
-    return replace(found, state=_with_plain_heads(renamed, path))
+        return RenamedState({k: v for k, v in converted.items() if not k.startswith(HEADS)})
+    return replace(extracted, state=_with_plain_heads(converted, path))
 
 
-class _WithoutSizes:
-    """A model as timm's filters see it, without positions: they resample nothing then."""
+class _WithoutPositions:
+    """Proxy of a model without a position embedding, so that timm's filters do not resample it."""
 
     pos_embed = None
 
@@ -60,11 +60,8 @@ class _WithoutSizes:
         return getattr(self._model, name)
 
 
-def _by_timm(model: nn.Module, state: State, name: str, path: Path) -> State:
-    """timm's own translation of the formats in which weights of such models circulate.
-
-    Some print or warn on the way.
-    """
+def _rename_with_timm(model: nn.Module, state: State, name: str, path: Path) -> State:
+    """Rename by timm's own checkpoint filters, some of which print or warn."""
     if isinstance(model, beit.Beit):  # timm only resamples them
         return {k: v for k, v in state.items() if "relative_position_index" not in k}
     given = dict(state)
@@ -81,11 +78,11 @@ def _by_timm(model: nn.Module, state: State, name: str, path: Path) -> State:
         contextlib.redirect_stdout(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
-        return cast(State, rename(given, cast(Any, _WithoutSizes(model))))
+        return cast(State, rename(given, cast(Any, _WithoutPositions(model))))
 
 
 def _check_patches(model: Any, state: State, name: str, path: Path) -> None:
-    """Raise unless a file's patches are of the model's size; timm would resample them."""
+    """Raise unless a file's patches have the model's size; timm would resample them."""
     key = patch_embedding(state)
     weight = state[key] if key is not None else None
     if weight is None or not 2 <= weight.ndim <= 4:
@@ -107,7 +104,7 @@ def _check_patches(model: Any, state: State, name: str, path: Path) -> None:
 
 
 def _check_last_layers(state: State, path: Path) -> None:
-    """Raise for layers between features and head, which timm's filters drop."""
+    """Raise if there are layers between features and head, which timm's filters drop."""
     key = next((key for key in state if "pre_logits" in key), None)
     if key is not None and any(other.startswith(HEADS) for other in state):
         raise WeightsError(
@@ -120,8 +117,8 @@ _ONE_LAYER = re.compile(r"(\w+\.)?(weight|bias)")
 
 
 def _with_plain_heads(state: State, path: Path) -> State:
-    """Heads of dropout and one linear layer under the name of the linear layer alone."""
-    found = dict(state)
+    """Rename the linear layer of a head with dropout to the name of a plain linear head."""
+    renamed = dict(state)
     for head in HEADS:
         names = [key.removeprefix(head) for key in state if key.startswith(head)]
         parents = {name.rpartition(".")[0] for name in names}
@@ -131,8 +128,8 @@ def _with_plain_heads(state: State, path: Path) -> State:
                 f"({', '.join(sorted(names)[:4])}). Load it without its head: --num-classes 0."
             )
         for name in names:
-            found[head + name.rpartition(".")[2]] = found.pop(head + name)
-        if f"{head}weight" in found:  # one without a bias adds nothing
-            weight = found[f"{head}weight"]
-            found.setdefault(f"{head}bias", weight.new_zeros(weight.shape[:1]))
-    return found
+            renamed[head + name.rpartition(".")[2]] = renamed.pop(head + name)
+        if f"{head}weight" in renamed:  # one without a bias adds nothing
+            weight = renamed[f"{head}weight"]
+            renamed.setdefault(f"{head}bias", weight.new_zeros(weight.shape[:1]))
+    return renamed

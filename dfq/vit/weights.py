@@ -1,4 +1,4 @@
-"""Weights files: safetensors, JAX's archives, and torch files, of which no code is run."""
+"""Reading of weights files: safetensors, JAX's archives, and torch files without running code."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from dfq.errors import WeightsError
 from dfq.failures import explained, first_line
 from dfq.files import utf8_path
 from dfq.vit.convert import check_finite
-from dfq.vit.formats import folder_given, names_in_zip, refuse_other_formats
+from dfq.vit.formats import folder_error, names_in_zip, refuse_other_formats
 from dfq.vit.jax_weights import read_jax
 
-ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")
-"""Where training checkpoints keep weights, in the order in which timm looks for them."""
+STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")
+"""Keys of the state dict within training checkpoints, in timm's order of preference."""
 
-NARROWEST = 16
-"""Bits of the narrowest floating-point numbers that are taken."""
+MIN_FLOAT_BITS = 16
+"""Smallest number of bits of supported floating-point types."""
 
 SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.(safetensors|bin)$")
-"""The end of the name of one file of several."""
+"""Ending of the name of one of several shards."""
 
 NAMES = (
     "model.safetensors",
@@ -38,26 +38,26 @@ NAMES = (
     "pytorch_model.pth",
     "model.pth",
 )
-"""Names of weights in a model folder, in the order in which they are looked for."""
+"""Names of weights files in a model folder, in order of preference."""
 
 SUFFIXES = ("*.safetensors", "*.pth", "*.bin")
 
 
-class Ignored:
-    """In the place of an object beside the weights: made of anything, it keeps nothing."""
+class Placeholder:
+    """Substitute for an object stored beside the weights; accepts any arguments, keeps nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def __new__(cls, *_: Any, **__: Any) -> Ignored:
+    def __new__(cls, *_: Any, **__: Any) -> Placeholder:
         return super().__new__(cls)
 
     def __setstate__(self, _: Any) -> None:
         pass
 
 
-class IgnoredDict:
-    """The same of a subclass of dict; what is made is an ``OrderedDict``."""
+class PlaceholderDict:
+    """Substitute for a subclass of dict; constructing it gives an empty ``OrderedDict``."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return OrderedDict()
@@ -96,8 +96,8 @@ IGNORED = (
     "types.SimpleNamespace",
     "uuid.UUID",
 )
-"""Classes and functions whose objects training scripts leave beside weights.  :class:`Ignored`
-is read in their place: nothing of theirs is imported or called."""
+"""Classes and functions that training scripts pickle beside weights.  :class:`Placeholder` is
+constructed instead; none of them is imported or called."""
 
 IGNORED_DICTS = (
     "collections.defaultdict",
@@ -110,9 +110,9 @@ IGNORED_DICTS = (
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict; training checkpoints are unwrapped, averaged weights first.
+    """Read a state dict; from a training checkpoint, averaged weights if there are any.
 
-    The index of sharded weights (``*.index.json``) stands for all their files.
+    For sharded weights, ``path`` is their index (``*.index.json``).
 
     Raises:
         WeightsError: the file is missing, damaged, of another format, or holds no state dict.
@@ -122,7 +122,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content: Any = _read_shards(path)
     else:
         content = _read_file(path)
-    content = _entry(content)
+    content = _unwrap(content)
     if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
         keys = f" (it has {sorted(map(str, content))[:6]})" if isinstance(content, dict) else ""
         raise WeightsError(f"{str(path)!r} holds no model weights{keys}; expected a state dict.")
@@ -135,7 +135,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _check_readable(path: Path) -> None:
     if path.is_dir():
-        raise folder_given(path)
+        raise folder_error(path)
     if not path.is_file():
         raise WeightsError(f"Weights file {str(path)!r} does not exist or is not a file.")
     if path.stat().st_size == 0:
@@ -159,7 +159,7 @@ def _read_file(path: Path) -> Any:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files that the index of sharded weights names."""
+    """Read the tensors of all files that an index of sharded weights names."""
     try:
         names = json.loads(index.read_bytes())["weight_map"]
         shards = sorted(set(names.values()))
@@ -187,18 +187,20 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return state
 
 
-def _entry(content: Any) -> Any:
-    """The state dict within a training checkpoint."""
+def _unwrap(content: Any) -> Any:
+    """Return the state dict within a training checkpoint."""
     while isinstance(content, dict):
-        inner = next((content[e] for e in ENTRIES if isinstance(content.get(e), dict)), None)
+        inner = next(
+            (content[e] for e in STATE_DICT_KEYS if isinstance(content.get(e), dict)), None
+        )
         if inner is None:
-            return _flat(content)
+            return _flatten(content)
         content = inner
     return content
 
 
-def _flat(content: dict[Any, Any]) -> dict[Any, Any]:
-    """Tensors of dictionaries in a dictionary, under names with dots."""
+def _flatten(content: dict[Any, Any]) -> dict[Any, Any]:
+    """Flatten a dict of dicts of tensors to names with dots."""
     if any(isinstance(value, Tensor) for value in content.values()):
         return content
     inner = {k: v for k, v in content.items() if isinstance(v, dict)}
@@ -219,7 +221,7 @@ def _check_tensor(key: str, value: Tensor, path: Path) -> None:
         raise WeightsError(f"{where} is empty or no plain tensor of numbers ({value.layout}).")
     if value.is_complex():
         raise WeightsError(f"{where} is {value.dtype}; weights are real numbers.")
-    if value.is_floating_point() and 8 * value.element_size() < NARROWEST:
+    if value.is_floating_point() and 8 * value.element_size() < MIN_FLOAT_BITS:
         raise WeightsError(
             f"{where} is {value.dtype}, whose values need scales to be read. Save the weights as "
             "float16, bfloat16 or float32."
@@ -249,8 +251,8 @@ def _read_torch(path: Path) -> Any:
             "download is complete."
         )
 
-    allowed: list[Any] = [(Ignored, name) for name in IGNORED]
-    allowed += [(IgnoredDict, name) for name in IGNORED_DICTS]
+    allowed: list[Any] = [(Placeholder, name) for name in IGNORED]
+    allowed += [(PlaceholderDict, name) for name in IGNORED_DICTS]
     trusted = torch.serialization.safe_globals(allowed)
     with explained(explain), trusted, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -262,8 +264,8 @@ def _blocked(error: Exception) -> str:
     return f" ({rest.split()[0]:.100})" if found and rest.split() else ""
 
 
-def weights_in(folder: Path) -> Path:
-    """The file of weights in a model folder, by timm's names and then by its suffix.
+def find_weights(folder: Path) -> Path:
+    """Return the weights file in a model folder, by timm's names and then by suffix.
 
     Raises:
         WeightsError: there is none.

@@ -39,7 +39,7 @@ def whole(vit: ViT, patches: Tensor, positions: Tensor) -> Tensor:
 
 def last_row_only(vit: ViT, patches: Tensor, positions: Tensor) -> Tensor:
     """The same logits; the last block computes what the class token needs."""
-    x = vit.encode(vit.embed(patches, positions), vit.relations(positions), stop=-1)
+    x = vit.encode(vit.embed(patches, positions), vit.position_encoding(positions), stop=-1)
     block, inner = vit.block(-1), vit.arch.attention_dim
     qkv: Any = block.attn.qkv
     normed = block.norm1(x)

@@ -66,7 +66,7 @@ def test_a_kernel_is_used_only_where_it_gives_what_the_loop_gives(
 ) -> None:
     failure = rounding.triton_failure.__wrapped__
     monkeypatch.setattr(rounding, "has_triton", lambda _: True)
-    monkeypatch.setattr(rounding, "COLUMNS", 8)
+    monkeypatch.setattr(rounding, "BLOCK_COLUMNS", 8)
     assert failure(torch.device(DEVICE)) is None
     right = gptq_kernel.round_columns
 

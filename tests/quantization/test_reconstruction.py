@@ -79,7 +79,7 @@ def test_the_integer_block_is_as_good_as_what_was_learnt(
     def error() -> float:
         tokens = [t for t in _embed(equal, quantized, images) if t.held_out]
         for batch in tokens:
-            batch.targets = equal.block(0)(batch.targets, batch.at, None)
+            batch.targets = equal.block(0)(batch.targets, batch.encoding, None)
         return _error(quantized.block(0), tokens, None)
 
     before = error()
@@ -115,7 +115,7 @@ def test_the_simulation_is_the_block(loaded: LoadedModel) -> None:
     target = quantized.set_backend("reference").blocks[0]
     assert isinstance(target, Block)
     x = torch.randn(2, 17, 64, generator=torch.Generator().manual_seed(0))
-    at = loaded.vit.relations()
+    at = loaded.vit.position_encoding()
     fake_quantized = fake_quantize_block(loaded.vit.block(0), target)(x, at)
     found = target(x.clone(), at)
     assert float((fake_quantized - found).norm() / (found - x).norm()) < 0.02
@@ -125,7 +125,7 @@ def test_gradients_reach_scales_biases_and_norms(loaded: LoadedModel) -> None:
     _, quantized = quantize(loaded, images_of(loaded))
     fake_quantized = fake_quantize_block(loaded.vit.block(0), quantized.block(0))
     x = torch.randn(2, 17, 64, generator=torch.Generator().manual_seed(0))
-    fake_quantized(x, loaded.vit.relations()).square().sum().backward()
+    fake_quantized(x, loaded.vit.position_encoding()).square().sum().backward()
     gradients = {n: p.grad for n, p in fake_quantized.named_parameters() if p.requires_grad}
     layers = sum(isinstance(m, IntegerLinear) for m in quantized.block(0).modules())
     assert len(gradients) == 2 * layers + 4
