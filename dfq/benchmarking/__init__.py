@@ -1,1 +1,1 @@
-"""Speed of a checkpoint beside the same model on other runtimes."""
+"""Benchmark of a checkpoint against other runtimes."""

@@ -1,4 +1,4 @@
-"""A process that has loaded nothing classifies its first image."""
+"""Cold starts: time and memory from the start of a process to its first prediction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 from dfq import demo
 from dfq.checkpoint import CheckpointInfo
 from dfq.errors import RunError
-from dfq.results.values import Absent, ColdStart
+from dfq.results.values import ColdStart, SkippedRuntime
 from dfq.vit.describe import describe
 from dfq.vit.options import matching_pool_keywords
 
@@ -62,34 +62,36 @@ def cold_starts(
     threads: int,
     directory: Path,
     advance: Callable[[int], None],
-) -> tuple[list[ColdStart], list[Absent]]:
-    """Time and memory of ``dfq.load`` and, where the checkpoint names a model of timm's, of
-    that model built and filled from a safetensors file; files lie in the disk's cache."""
+) -> tuple[list[ColdStart], list[SkippedRuntime]]:
+    """Measure cold starts of ``dfq.load`` and of the same model in timm, if timm has it.
+
+    timm's model is loaded from a safetensors file.  Files are in the operating system's cache.
+    """
     shape = [1, info.arch.in_channels, *info.arch.image_size]
     asked: dict[str, Any] = {"shape": shape, "threads": threads}
     programs = {"dfq": (DFQ, {**asked, "path": str(checkpoint.resolve())})}
-    absent = []
+    skipped = []
     try:
         arguments, weights = _timm_weights(info, directory)
         programs["timm-fp32"] = (TIMM, {**asked, "model": arguments, "path": str(weights)})
     except (RuntimeError, TypeError, AssertionError, ValueError, OSError) as error:
         reason = f"timm does not build it by its name ({str(error).splitlines()[0]:.80})"
-        absent.append(Absent("timm-fp32", reason))
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in programs}
+        skipped.append(SkippedRuntime("timm-fp32", reason))
+    runs: dict[str, list[tuple[float, int]]] = {name: [] for name in programs}
     for _ in range(REPEATS):
         for name, (code, given) in programs.items():
-            found[name].append(_measure(START + PEAK + code + CLASSIFY, given))
+            runs[name].append(_measure(START + PEAK + code + CLASSIFY, given))
             advance(1)
-    return [_middle(name, runs) for name, runs in found.items()], absent
+    return [_median(name, measured) for name, measured in runs.items()], skipped
 
 
-def _middle(name: str, runs: list[tuple[float, int]]) -> ColdStart:
+def _median(name: str, runs: list[tuple[float, int]]) -> ColdStart:
     seconds, peaks = zip(*runs, strict=True)
     return ColdStart(name, statistics.median(seconds), int(statistics.median(peaks)))
 
 
 def _timm_weights(info: CheckpointInfo, directory: Path) -> tuple[dict[str, Any], Path]:
-    """Arguments of timm for the checkpoint's model, and a file of its weights' size."""
+    """Return timm's arguments for the checkpoint's model, and a file with random weights of it."""
     arch, name = info.arch, str(info.source.get("timm_name"))
     arguments: dict[str, Any] = {
         "model_name": name,
@@ -109,7 +111,7 @@ def _timm_weights(info: CheckpointInfo, directory: Path) -> tuple[dict[str, Any]
 
 
 def _measure(code: str, asked: dict[str, Any]) -> tuple[float, int]:
-    """Seconds from the process's start to its first prediction, and its peak in bytes."""
+    """Run a process; return seconds until its first prediction, and its peak memory in bytes."""
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     threads = str(asked["threads"])

@@ -1,4 +1,4 @@
-"""``dfq.benchmark``: the checkpoint's speed beside other runtimes'."""
+"""``dfq.benchmark``: speed of a checkpoint compared with other runtimes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
 from dfq.benchmarking import cold as cold_processes
 from dfq.benchmarking.quiet import quiet
-from dfq.benchmarking.runtimes import RUNTIMES, Contestants, Predict
+from dfq.benchmarking.runtimes import RUNTIMES, BenchmarkInputs, Predict
 from dfq.benchmarking.timing import interleaved, row_of, turns_of
 from dfq.checkpoint import CheckpointInfo
 from dfq.device import thread_count
@@ -28,12 +28,12 @@ from dfq.failures import first_line
 from dfq.installation import install_command
 from dfq.progress import Progress, Silent, warn
 from dfq.quantization.scheme import Scheme
-from dfq.results.values import Absent, BenchmarkResult, BenchmarkRow, ColdStart
+from dfq.results.values import BenchmarkResult, BenchmarkRow, ColdStart, SkippedRuntime
 from dfq.slow import slow_integers
 
 BATCHES = (1, 16)
 SECONDS = 5.0
-LONGEST, LARGEST, MOST_THREADS = 3600.0, 4096, 1024
+MAX_SECONDS, MAX_BATCH, MAX_THREADS = 3600.0, 4096, 1024
 
 
 @checked
@@ -47,52 +47,51 @@ def benchmark(
     cold: bool = False,
     progress: Progress | None = None,
 ) -> BenchmarkResult:
-    """Measure a checkpoint's speed on the CPU beside the same model on other runtimes.
+    """Measure a checkpoint's speed on the CPU, compared with the same model on other runtimes.
 
-    ``dfq`` is the checkpoint as loaded, ``dfq-compiled`` what ``compile`` makes of it, which
-    takes a minute and so is measured only where it is named.  ``torch-fp32`` and
-    ``torch-bf16`` are its dequantized weights in PyTorch with fused attention where that is
-    faster.
+    ``dfq`` is the checkpoint as loaded; ``dfq-compiled`` is compiled by ``torch.compile``, which
+    takes a minute, so it is measured only if it is named.  ``torch-fp32`` and ``torch-bf16`` run
+    the dequantized weights in PyTorch, with fused attention where that is faster.
     ``onnxruntime-int8`` and ``openvino-int8`` are that float model quantized by the runtime's
     own tools on random images (their speed is comparable, their accuracy is not);
-    ``onnxruntime-dfq`` and ``openvino-dfq`` run what :func:`dfq.export` writes.  All have the
+    ``onnxruntime-dfq`` and ``openvino-dfq`` run what :func:`dfq.export` writes.  All get the
     same random images and number of threads and take turns in one process.
 
     Args:
-        batch: numbers of images at once, each measured.
-        seconds: how long each runtime is timed for each batch.
-        threads: of every runtime; torch's by default.
+        batch: batch sizes to measure.
+        seconds: duration of the measurement of each runtime and batch size.
+        threads: threads of every runtime; PyTorch's number by default.
         runtimes: some of them; all but ``dfq-compiled`` by default.  Those that are not
             installed or cannot run the model are listed as absent.
-        cold: also measure processes that have loaded nothing, with timm's model beside.
+        cold: also measure cold starts of dfq and of timm's model.
 
     Raises:
         DfqError: one of its subclasses says what is wrong.
     """
     names, batches = _names(runtimes), _batches(batch)
-    _within("seconds", seconds, 0, LONGEST)
+    _check_range("seconds", seconds, 0, MAX_SECONDS)
     threads = torch.get_num_threads() if threads is None else threads
-    _within("threads", threads, 0, MOST_THREADS)
+    _check_range("threads", threads, 0, MAX_THREADS)
     info = checkpoints.read_info(checkpoint)
     progress = progress or Silent()
     with tempfile.TemporaryDirectory(prefix="dfq-") as temporary, thread_count(threads):
         model = checkpoints.load(checkpoint)
         warn(progress, slow_integers(torch.device("cpu"), model.max_weight()))
-        given = Contestants(model, threads, Path(temporary))
-        ready, absent = _build(names, given, progress)
-        rows = [row for n in batches for row in _measure(ready, given, n, seconds, progress)]
+        inputs = BenchmarkInputs(model, threads, Path(temporary))
+        ready, skipped = _build(names, inputs, progress)
+        rows = [row for n in batches for row in _measure(ready, inputs, n, seconds, progress)]
         starts: list[ColdStart] | None = None
         if cold:
-            starts, missing = _cold(Path(checkpoint), info, given, progress)
-            absent += missing
+            starts, missing = _cold(Path(checkpoint), info, inputs, progress)
+            skipped += missing
     return BenchmarkResult(
         checkpoint=str(checkpoint),
         model=info.model,
         scheme=Scheme(info.recipe.quantization).name,
         attention=info.recipe.quantization.attention,
-        backend=given.model.backend,
+        backend=inputs.model.backend,
         rows=rows,
-        absent=absent,
+        absent=skipped,
         cold=starts,
         threads=threads,
         seconds=seconds,
@@ -104,14 +103,16 @@ def benchmark(
 
 
 def _cold(
-    checkpoint: Path, info: CheckpointInfo, given: Contestants, progress: Progress
-) -> tuple[list[ColdStart], list[Absent]]:
+    checkpoint: Path, info: CheckpointInfo, inputs: BenchmarkInputs, progress: Progress
+) -> tuple[list[ColdStart], list[SkippedRuntime]]:
     with progress.task("cold starts", 2 * cold_processes.REPEATS) as advance:
-        return cold_processes.cold_starts(checkpoint, info, given.threads, given.directory, advance)
+        return cold_processes.cold_starts(
+            checkpoint, info, inputs.threads, inputs.directory, advance
+        )
 
 
 def _names(runtimes: Sequence[str] | None) -> list[str]:
-    usual = [name for name, runtime in RUNTIMES.items() if not runtime.asked]
+    usual = [name for name, runtime in RUNTIMES.items() if not runtime.opt_in]
     names = usual if runtimes is None else list(dict.fromkeys(runtimes))
     for name in names:
         if name not in RUNTIMES:
@@ -126,59 +127,65 @@ def _names(runtimes: Sequence[str] | None) -> list[str]:
 
 def _batches(batch: Sequence[int]) -> list[int]:
     for count in batch:
-        if type(count) is not int or not 1 <= count <= LARGEST:
-            raise SettingError(f"batch has {count!r}; it takes whole numbers from 1 to {LARGEST}.")
+        if type(count) is not int or not 1 <= count <= MAX_BATCH:
+            raise SettingError(
+                f"batch has {count!r}; it takes whole numbers from 1 to {MAX_BATCH}."
+            )
     if not batch:
         raise SettingError("batch is empty; give numbers of images, such as 1 and 16.")
     return list(dict.fromkeys(batch))
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
+def _check_range(name: str, value: float, low: float, high: float) -> None:
     if isinstance(value, bool) or not low < value <= high:
         raise SettingError(f"{name} is {value!r}; it is above {low:g} and at most {high:g}.")
 
 
 def _build(
-    names: list[str], given: Contestants, progress: Progress
-) -> tuple[dict[str, Predict], list[Absent]]:
-    """The runtimes that are here, and why the others are not."""
+    names: list[str], inputs: BenchmarkInputs, progress: Progress
+) -> tuple[dict[str, Predict], list[SkippedRuntime]]:
+    """Build the runtimes; return those that run, and those that do not with the reason."""
     ready: dict[str, Predict] = {}
-    absent: list[Absent] = []
+    skipped: list[SkippedRuntime] = []
     with progress.task("build", len(names)) as advance:
         for name in names:
             runtime = RUNTIMES[name]
             missing = [package for package in runtime.packages if not installed(package)]
             if missing:
                 reason = f"{', '.join(missing)} not installed: {install_command(runtime.extra)}"
-                absent.append(Absent(name, reason))
+                skipped.append(SkippedRuntime(name, reason))
             else:
-                _build_one(name, given, ready, absent)
+                _build_one(name, inputs, ready, skipped)
             advance(1)
-    return ready, absent
+    return ready, skipped
 
 
 def _build_one(
-    name: str, given: Contestants, ready: dict[str, Predict], absent: list[Absent]
+    name: str, inputs: BenchmarkInputs, ready: dict[str, Predict], skipped: list[SkippedRuntime]
 ) -> None:
-    """Other people's tools may fail in any way; that is a fact about them, not an end."""
+    """Build one runtime; any failure of another tool is recorded, not raised."""
     own = not RUNTIMES[name].packages
     try:
         with quiet():
-            predict = RUNTIMES[name].build(given)
-            predict(given.images(1))
+            predict = RUNTIMES[name].build(inputs)
+            predict(inputs.images(1))
         ready[name] = predict
     except DfqError as error:
-        absent.append(Absent(name, str(error)))
-    except Exception as error:  # whatever they raise; there is no list
+        skipped.append(SkippedRuntime(name, str(error)))
+    except Exception as error:  # other tools document no list of errors
         if own:
             raise
-        absent.append(Absent(name, f"it failed: {first_line(error)}"))
+        skipped.append(SkippedRuntime(name, f"it failed: {first_line(error)}"))
 
 
 def _measure(
-    ready: dict[str, Predict], given: Contestants, batch: int, seconds: float, progress: Progress
+    ready: dict[str, Predict],
+    inputs: BenchmarkInputs,
+    batch: int,
+    seconds: float,
+    progress: Progress,
 ) -> list[BenchmarkRow]:
-    images = given.images(batch)
+    images = inputs.images(batch)
     runs: dict[str, Callable[[], Any]] = {n: partial(p, images) for n, p in ready.items()}
     with progress.task(f"batch {batch}", turns_of(seconds) * max(1, len(runs))) as advance:
         times = interleaved(runs, seconds, advance)

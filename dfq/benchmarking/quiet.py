@@ -1,4 +1,4 @@
-"""Other tools' chatter, kept off the caller's terminal."""
+"""Suppression of other tools' output."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Iterator
 
 NO_TELEMETRY = {"NNCF_CI": "1"}
-"""Without it NNCF reports its use to its makers."""
+"""Environment variables that disable NNCF's telemetry."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No log lines, progress bars, warnings or telemetry of what runs inside."""
+    """Suppress logging, progress bars, warnings and telemetry inside the block."""
     kept = {name: os.environ.get(name) for name in NO_TELEMETRY}
     disabled = logging.root.manager.disable
     os.environ.update(NO_TELEMETRY)

@@ -1,4 +1,4 @@
-"""The runtimes that are compared, each as a function of images."""
+"""Runtimes of the benchmark, each built as a function of images."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Run = Callable[[], Any]
 """One inference of a fixed batch."""
 
 CALIBRATION_IMAGES = 8
-"""Random images on which other tools' quantization is calibrated; only its speed counts."""
+"""Number of random calibration images for other tools, of which only the speed is measured."""
 
 TRIALS = 3
 
 
 @dataclass(frozen=True)
-class Contestants:
-    """What every runtime is built from.
+class BenchmarkInputs:
+    """The forms of a checkpoint from which runtimes are built.
 
-    ``directory`` is for files that a tool needs; ``threads`` what each may use.
+    ``threads``: threads of each runtime.  ``directory``: place for temporary files.
     """
 
     model: QuantizedViT
@@ -61,7 +61,7 @@ class Contestants:
         return onnx_bytes(self.model, QuantizedProducts(self.model))
 
     def images(self, count: int, seed: int = 0) -> Tensor:
-        """Random pixels, normalized: float32 ``[count, C, H, W]``."""
+        """Return normalized random pixels, float32 ``[count, C, H, W]``."""
         arch, prepared = self.model.arch, self.model.preprocessing
         generator = torch.Generator().manual_seed(seed)
         shape = (count, arch.in_channels, *arch.image_size)
@@ -69,21 +69,21 @@ class Contestants:
 
 
 Predict = Callable[[Tensor], Any]
-"""A runtime that is ready: normalized images to logits."""
+"""Function of a built runtime: normalized images to logits."""
 
 
-def _dfq(given: Contestants) -> Predict:
-    return given.model
+def _dfq(inputs: BenchmarkInputs) -> Predict:
+    return inputs.model
 
 
-def _dfq_compiled(given: Contestants) -> Predict:
-    model = copy.deepcopy(given.model)
+def _dfq_compiled(inputs: BenchmarkInputs) -> Predict:
+    model = copy.deepcopy(inputs.model)
     model.compile()
     return model
 
 
-def _torch_fp32(given: Contestants) -> Predict:
-    return _inference(given.float_model)
+def _torch_fp32(inputs: BenchmarkInputs) -> Predict:
+    return _inference(inputs.float_model)
 
 
 def _inference(vit: ViT) -> Predict:
@@ -95,27 +95,27 @@ def _inference(vit: ViT) -> Predict:
     return predict
 
 
-class _Fused(torch.nn.Module):
-    """PyTorch's fused attention."""
+class _FusedAttention(torch.nn.Module):
+    """Attention by PyTorch's fused kernel."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(q.dtype)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
 
 
-def _torch_bf16(given: Contestants) -> Predict:
-    """The faster of attention written out and fused, which depends on the processor."""
+def _torch_bf16(inputs: BenchmarkInputs) -> Predict:
+    """Use fused or separate attention kernels, whichever is faster on this processor."""
     forms = []
     for fused in (False, True):
-        vit = dequantized(given.model).bfloat16()
+        vit = dequantized(inputs.model).bfloat16()
         for index in range(vit.arch.depth if fused else 0):
-            vit.block(index).attn.product = _Fused()
-        forms.append(_rounded(_inference(vit)))
-    images = given.images(1)
+            vit.block(index).attn.product = _FusedAttention()
+        forms.append(_in_bfloat16(_inference(vit)))
+    images = inputs.images(1)
     return min(forms, key=lambda form: _fastest(lambda: form(images)))
 
 
-def _rounded(predict: Predict) -> Predict:
+def _in_bfloat16(predict: Predict) -> Predict:
     return lambda images: predict(images.bfloat16())
 
 
@@ -129,38 +129,40 @@ def _fastest(run: Run) -> float:
     return min(times)
 
 
-def _session(given: Contestants, model: bytes | str) -> Predict:
+def _session(inputs: BenchmarkInputs, model: bytes | str) -> Predict:
     ort = require("onnxruntime", "onnx")
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = given.threads, 1
+    options.intra_op_num_threads, options.inter_op_num_threads = inputs.threads, 1
     options.log_severity_level = 3
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images.numpy()})
 
 
-def _onnxruntime_dfq(given: Contestants) -> Predict:
-    return _session(given, given.quantized_onnx)
+def _onnxruntime_dfq(inputs: BenchmarkInputs) -> Predict:
+    return _session(inputs, inputs.quantized_onnx)
 
 
-def _onnxruntime_int8(given: Contestants) -> Predict:
-    """ONNX Runtime's static quantization of all operators that it knows, weights per channel."""
+def _onnxruntime_int8(inputs: BenchmarkInputs) -> Predict:
+    """Quantize with ONNX Runtime's static quantization, weights per channel."""
     tools = require("onnxruntime.quantization", "onnx")
-    before, after = given.directory / "float.onnx", given.directory / "int8.onnx"
-    before.write_bytes(given.float_onnx)
+    before, after = inputs.directory / "float.onnx", inputs.directory / "int8.onnx"
+    before.write_bytes(inputs.float_onnx)
     tools.quantize_static(
         before,
         after,
-        _Reader([image[None].numpy() for image in given.images(CALIBRATION_IMAGES, seed=1)]),
+        _CalibrationReader(
+            [image[None].numpy() for image in inputs.images(CALIBRATION_IMAGES, seed=1)]
+        ),
         quant_format=tools.QuantFormat.QDQ,
         per_channel=True,
         activation_type=tools.QuantType.QUInt8,
         weight_type=tools.QuantType.QInt8,
     )
-    return _session(given, str(after))
+    return _session(inputs, str(after))
 
 
-class _Reader:
-    """What ONNX Runtime calibrates on."""
+class _CalibrationReader:
+    """Calibration data reader for ONNX Runtime."""
 
     def __init__(self, images: list[NDArray[np.float32]]) -> None:
         self._left = iter(images)
@@ -170,48 +172,52 @@ class _Reader:
         return None if image is None else {"images": image}
 
 
-def _compiled(given: Contestants, model: Any) -> Predict:
+def _compiled(inputs: BenchmarkInputs, model: Any) -> Predict:
     from dfq.exporting.openvino_model import compile_model
 
-    compiled = compile_model(require("openvino", "openvino"), model, given.threads)
+    compiled = compile_model(require("openvino", "openvino"), model, inputs.threads)
     return lambda images: compiled(images.numpy())
 
 
-def _openvino_dfq(given: Contestants) -> Predict:
+def _openvino_dfq(inputs: BenchmarkInputs) -> Predict:
     from dfq.exporting.openvino_model import read_model
 
-    return _compiled(given, read_model(require("openvino", "openvino"), given.quantized_onnx))
+    return _compiled(inputs, read_model(require("openvino", "openvino"), inputs.quantized_onnx))
 
 
-def _openvino_int8(given: Contestants) -> Predict:
-    """NNCF's post-training quantization with its settings for transformers."""
+def _openvino_int8(inputs: BenchmarkInputs) -> Predict:
+    """Quantize with NNCF's post-training quantization for transformers."""
     from dfq.exporting.openvino_model import read_model
 
     nncf = require("nncf", "benchmark")
-    model = read_model(require("openvino", "openvino"), given.float_onnx)
-    images = [image[None].numpy() for image in given.images(CALIBRATION_IMAGES, seed=1)]
+    model = read_model(require("openvino", "openvino"), inputs.float_onnx)
+    images = [image[None].numpy() for image in inputs.images(CALIBRATION_IMAGES, seed=1)]
     quantized = nncf.quantize(
         model,
         nncf.Dataset(images),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=CALIBRATION_IMAGES,
     )
-    return _compiled(given, quantized)
+    return _compiled(inputs, quantized)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """``packages`` have to be installed, which ``extra`` does; only if ``asked`` for by name."""
+    """A runtime of the benchmark.
 
-    build: Callable[[Contestants], Predict]
+    ``packages``: packages that it needs, installed by ``extra``.  ``opt_in``: measured only if it
+    is named.
+    """
+
+    build: Callable[[BenchmarkInputs], Predict]
     packages: tuple[str, ...] = ()
     extra: str = ""
-    asked: bool = False
+    opt_in: bool = False
 
 
 RUNTIMES: dict[str, Runtime] = {
     "dfq": Runtime(_dfq),
-    "dfq-compiled": Runtime(_dfq_compiled, asked=True),
+    "dfq-compiled": Runtime(_dfq_compiled, opt_in=True),
     "torch-fp32": Runtime(_torch_fp32),
     "torch-bf16": Runtime(_torch_bf16),
     "onnxruntime-int8": Runtime(_onnxruntime_int8, ("onnx", "onnxruntime"), "onnx"),
@@ -219,4 +225,4 @@ RUNTIMES: dict[str, Runtime] = {
     "openvino-int8": Runtime(_openvino_int8, ("onnx", "openvino", "nncf"), "benchmark"),
     "openvino-dfq": Runtime(_openvino_dfq, ("onnx", "openvino"), "openvino"),
 }
-"""In the order in which they are shown."""
+"""Runtimes in the order in which they are shown."""

@@ -1,4 +1,4 @@
-"""Latencies of several runtimes, measured in turns."""
+"""Interleaved measurement of the latencies of several runtimes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from dfq.results.values import BenchmarkRow
 
 TURN = 0.25
-"""Seconds that a runtime is timed before the next has its turn."""
+"""Seconds of a turn of a runtime."""
 
 WARM_UP = 3
 
@@ -20,10 +20,10 @@ Run = Callable[[], object]
 def interleaved(
     runs: Mapping[str, Run], seconds: float, advance: Callable[[int], None]
 ) -> dict[str, list[float]]:
-    """Seconds of every call; each runtime is timed for ``seconds``, and at least twice.
+    """Return the seconds of every call; each runtime is timed for ``seconds``, at least twice.
 
-    They take turns, so that what disturbs the machine for a while disturbs all.  The first
-    call of a turn is not counted: threads of the one before may still be spinning.
+    Runtimes take turns, so that temporary load of the machine affects all of them.  The first call
+    of a turn is not counted, because threads of the previous runtime may still be spinning.
     """
     for run in runs.values():
         for _ in range(WARM_UP):
@@ -48,12 +48,12 @@ def _turn(run: Run, seconds: float) -> list[float]:
 
 
 def turns_of(seconds: float) -> int:
-    """How many turns each runtime has."""
+    """Return the number of turns of each runtime."""
     return max(2, round(seconds / TURN))
 
 
 def row_of(runtime: str, batch: int, times: list[float]) -> BenchmarkRow:
-    """Throughput over all calls, and quantiles of their latency."""
+    """Return the throughput over all calls, and quantiles of their latency."""
     median, high = np.percentile(times, [50, 95])
     return BenchmarkRow(
         runtime=runtime,

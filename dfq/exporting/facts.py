@@ -1,4 +1,4 @@
-"""What an exported file says of itself."""
+"""Metadata of exported files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dfq.quantization.scheme import Scheme
 
 
 def facts(info: CheckpointInfo, weights: str) -> dict[str, str]:
-    """Facts about a file made from a checkpoint, as strings; lists are JSON.
+    """Return the metadata of a file exported from a checkpoint, as strings; lists are JSON.
 
-    ``mean`` and ``std`` are per channel of values in ``input_range``, [0.0, 1.0] for pixels / 255;
-    ``weights`` is the type in the file.
+    ``mean`` and ``std`` are per channel, of values in ``input_range`` ([0.0, 1.0] for pixels /
+    255); ``weights`` is the type of the weights in the file.
     """
     arch, prepared, settings = info.arch, info.preprocessing, info.recipe.quantization
     wider = "int4, widened to int8" if settings.bits == 4 and weights == "int8" else weights

@@ -28,7 +28,7 @@ SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 
 @dataclass(frozen=True)
 class _Job:
-    """What to write, and where."""
+    """Arguments of a format's writer."""
 
     model: QuantizedViT
     facts: dict[str, str]
@@ -75,7 +75,7 @@ def export(
     _check_place(path, format)
     model = checkpoints.load(checkpoint)
     job = _Job(model, facts(info, chosen), chosen, path)
-    found = _WRITERS[format](job)
+    products, integer_products = _WRITERS[format](job)
     files = [path, path.with_suffix(".bin")] if format == "openvino" else [path]
     return ExportResult(
         checkpoint=str(checkpoint),
@@ -86,16 +86,16 @@ def export(
         weights=chosen,
         path=str(path),
         bytes=sum(file.stat().st_size for file in files),
-        products=found[0],
-        integer_products=found[1],
-        warnings=[] if format == "torch" else _saturating(model),
+        products=products,
+        integer_products=integer_products,
+        warnings=[] if format == "torch" else _saturation_warnings(model),
     )
 
 
-def _saturating(model: QuantizedViT) -> list[str]:
-    """What of the file ONNX Runtime and OpenVINO compute wrongly on x86 without VNNI.
+def _saturation_warnings(model: QuantizedViT) -> list[str]:
+    """Return warnings about products that saturate on x86 processors without VNNI.
 
-    They add pairs of products of 8-bit integers in 16 bits there, as oneDNN does.
+    There, ONNX Runtime, OpenVINO and oneDNN add pairs of 8-bit products in 16 bits.
     """
     where = "saturate in ONNX Runtime and OpenVINO on x86 processors without VNNI"
     warnings = []
@@ -125,7 +125,7 @@ def _weights(weights: str | None, format: str, bits: int) -> str:
 
 
 def _check_place(path: Path, format: str) -> None:
-    """Raise unless the file is free, or an export of the same format."""
+    """Raise unless the path is free, or holds an export of the same format."""
     check_writable(path.parent)
     try:
         beside = path.with_suffix(".bin") if format == "openvino" else path
@@ -156,7 +156,7 @@ def _require_onnx(format: str) -> None:
 
 
 Counts = tuple[int | None, int | None]
-"""How many products there are to run on integers, and how many did; None if not known."""
+"""Number of quantized products, and how many of them run on integers; None if unknown."""
 
 
 def _onnx(job: _Job, format: str = "onnx") -> tuple[bytes, list[str]]:
@@ -181,14 +181,14 @@ def _write_openvino(job: _Job) -> Counts:
 
     try:
         with tempfile.TemporaryDirectory(prefix=".dfq-", dir=job.path.parent) as directory:
-            made = Path(directory) / job.path.name
-            save_ir(content, job.facts, made)
-            count = len(integers_in(compile_model(openvino, made), products))
-            pair = {made.with_suffix(s): job.path.with_suffix(s) for s in (".bin", ".xml")}
+            temporary = Path(directory) / job.path.name
+            save_ir(content, job.facts, temporary)
+            count = len(integers_in(compile_model(openvino, temporary), products))
+            pair = {temporary.with_suffix(s): job.path.with_suffix(s) for s in (".bin", ".xml")}
             replace_files(pair)
     except OSError as error:
         raise explain(error, job.path) from error
-    except RuntimeError as error:  # OpenVINO's own of files it cannot write
+    except RuntimeError as error:  # raised by OpenVINO if it cannot write a file
         if "basic_ios" not in str(error):
             raise
         raise OutputError(f"OpenVINO cannot write {str(job.path)!r}: {error}") from error

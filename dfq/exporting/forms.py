@@ -1,7 +1,4 @@
-"""A quantized model as the plain ViT that it was made from.
-
-Its layers are replaced one for one, everything between them is that of :class:`dfq.vit.ViT`.
-"""
+"""Conversion of a quantized model back to a plain :class:`dfq.vit.ViT`, layer by layer."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ from dfq.vit import ViT
 
 
 def integer_layers(model: QuantizedViT) -> dict[str, IntegerLinear]:
-    """Every linear layer by its name, in the order of the forward pass."""
+    """Return all linear layers by name, in the order of the forward pass."""
     return {n: cast(IntegerLinear, model.get_submodule(n)) for n in layers(model.arch)}
 
 
 def with_layers(
     model: QuantizedViT, make: Callable[[IntegerLinear], nn.Module], device: str = "cpu"
 ) -> ViT:
-    """A float32 ViT with ``make`` of each linear layer in the layer's place."""
+    """Return a float32 ViT in which ``make(layer)`` replaces each linear layer."""
     with torch.device("meta"):
         vit = ViT(model.arch)
     for name, layer in integer_layers(model).items():
@@ -37,7 +34,7 @@ def with_layers(
 
 
 def dequantized_linear(layer: IntegerLinear) -> nn.Linear:
-    """The float layer ``[out, in]`` whose weights the integers stand for."""
+    """Return the float layer with dequantized weights ``[out, in]``."""
     weight, bias = layer.dequantized(), layer.bias.clone()
     if isinstance(layer, IntegerPatchEmbed):
         bias = bias + weight @ layer.mean
@@ -48,5 +45,5 @@ def dequantized_linear(layer: IntegerLinear) -> nn.Linear:
 
 
 def dequantized(model: QuantizedViT) -> ViT:
-    """The float model of the dequantized weights; its activations are not rounded."""
+    """Return the float model with dequantized weights; activations are not quantized."""
     return with_layers(model, dequantized_linear)

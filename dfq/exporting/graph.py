@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 class Graph:
-    """Nodes and constants in the order in which they were added.
+    """ONNX graph under construction, in the order in which nodes are added.
 
-    Nodes are named by the part of the model that they belong to and by their operator,
-    ``blocks.0.attn.qkv/MatMul``; values are called as the node that gives them.
+    Nodes are named by their part of the model and their operator, as in
+    ``blocks.0.attn.qkv/MatMul``; values have the name of the node that outputs them.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class Graph:
 
     @property
     def size(self) -> int:
-        """Bytes of all constants."""
+        """Size of all constants in bytes."""
         return sum(len(c.raw_data) for c in self.constants.values())
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Names of what is added inside begin with ``name``."""
+        """Prefix the names of everything added inside the block with ``name``."""
         self._scope.append(name)
         try:
             yield
@@ -80,6 +80,6 @@ class Graph:
         return self.op("Reshape", x, self.constant("shape", list(shape)))
 
     def rename(self, value: str, name: str) -> None:
-        """Call the last node's value otherwise."""
+        """Rename the output of the last node."""
         assert list(self.nodes[-1].output) == [value]
         self.nodes[-1].output[0] = name

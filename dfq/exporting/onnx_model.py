@@ -1,4 +1,4 @@
-"""Models as ONNX: read by ONNX Runtime, OpenVINO and others."""
+"""Export to ONNX."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from dfq.exporting.transformer import IMAGES, Products, Transformer
 from dfq.vit import ViT
 
 OPSET, IR_VERSION = 21, 10
-"""The first operator set with blocks of 4-bit weights; it also has Gelu and
-LayerNormalization whole."""
+"""First operator set with blockwise 4-bit weights; it also has Gelu and LayerNormalization."""
 
 PRODUCER = "dfq"
 
 LIMIT = 2**31 - 2**20
-"""Bytes of the largest file, less what names take; protobuf ends at 2 GiB."""
+"""Largest size of all constants in bytes; protobuf is limited to 2 GiB."""
 
 
 def onnx_bytes(vit: ViT, products: Products, facts: dict[str, str] | None = None) -> bytes:
-    """A checked ONNX file: ``images`` float32 ``[N, C, H, W]``, normalized, to ``logits``
+    """Return a checked ONNX file: ``images`` float32 ``[N, C, H, W]``, normalized, to ``logits``
     ``[N, num_classes]``, or ``features`` ``[N, embed_dim]`` without a classifier.
 
     Raises:

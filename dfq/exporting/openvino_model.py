@@ -1,4 +1,4 @@
-"""Models as OpenVINO's intermediate representation, read from our ONNX."""
+"""Export to OpenVINO IR, by way of ONNX."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MULTIPLYING = ("FullyConnected", "MatMul", "Subgraph")
 WANTED = ("layerType", "runtimePrecision", "originalLayersNames")
 FACTS = "dfq"
 TAIL = 1 << 16
-"""The facts of an .xml are at its end."""
+"""Bytes at the end of an .xml that hold the metadata."""
 
 
 def read_model(openvino: Any, content: bytes) -> Any:
-    """An OpenVINO model from ONNX."""
+    """Read an ONNX model with OpenVINO."""
     import numpy as np
 
     no_weights = openvino.Tensor(np.zeros(0, np.uint8))
@@ -28,8 +28,10 @@ def read_model(openvino: Any, content: bytes) -> Any:
 
 
 def compile_model(openvino: Any, model: Any, threads: int | None = None) -> Any:
-    """The model (or the path of an .xml) ready to run on the processor, from OpenVINO's
-    defaults: floating point may be bfloat16 where the processor multiplies it."""
+    """Compile a model (or the path of an .xml) for the CPU with OpenVINO's defaults.
+
+    Floating-point operations may use bfloat16 where it is native.
+    """
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if not multiplies_bfloat16(torch.device("cpu")):
         options["INFERENCE_PRECISION_HINT"] = "f32"
@@ -52,17 +54,17 @@ def save_ir(content: bytes, facts: dict[str, str], path: Path) -> None:
 
 
 def integers_in(compiled: Any, products: Sequence[str]) -> list[str]:
-    """Those of the named products that the compiled model runs on 8-bit integers."""
-    found: set[str] = set()
+    """Return those of the named products that a compiled model runs on 8-bit integers."""
+    integer_nodes: set[str] = set()
     for node in compiled.get_runtime_model().get_ops():
         info = {k: node.get_rt_info()[k].astype(str) for k in WANTED}
         if info["layerType"] in MULTIPLYING and info["runtimePrecision"] in INTEGERS:
-            found.update(info["originalLayersNames"].split(","))
+            integer_nodes.update(info["originalLayersNames"].split(","))
     parts = (f"{product}/Dequantization" for product in products)
     return [
         product
         for product, part in zip(products, parts, strict=True)
-        if any(name == product or name.startswith(part) for name in found)
+        if any(name == product or name.startswith(part) for name in integer_nodes)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The matrix products of a graph: in floating point, or between quantizers."""
+"""Matrix products of an ONNX graph, in floating point or with quantized inputs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dfq.quantization.scheme import ATTENTION_INPUTS
 from dfq.runtime.qtype import INT8, QParams
 from dfq.vit import ViT
 
-SHARES = QParams(1 / 255)
-"""Probabilities divided by the largest of their row, which is 1."""
+SOFTMAX_QPARAMS = QParams(1 / 255)
+"""Qparams of softmax probabilities divided by the largest of their row."""
 
 
 class FloatProducts:
-    """Of a float model."""
+    """Writer of a float model's matrix products."""
 
     def __init__(self, vit: ViT) -> None:
         self.vit = vit
@@ -54,9 +54,9 @@ def write_attention(
     v: str,
     bias: str | None,
     scale: float,
-    sites: list[QParams] | None = None,
+    qparams: list[QParams] | None = None,
 ) -> str:
-    """Both products of attention, in floating point or between the quantizers of q, k and v.
+    """Write both products of attention, in floating point or with the qparams of q, k and v.
 
     As :func:`dfq.runtime.reference.attention`, each row of the quantized softmax has 255 as its
     largest integer and is divided by its sum after the second product.  The exponentials are
@@ -65,24 +65,24 @@ def write_attention(
     """
     with graph.part("scores"):
         q = graph.op("Mul", q, graph.scalar("scale", scale))
-        if sites:
-            scaled = QParams(sites[0].scale * scale, 0, INT8)
-            q, k = rounded(graph, q, scaled, "q"), rounded(graph, k, sites[1], "k")
+        if qparams:
+            scaled = QParams(qparams[0].scale * scale, 0, INT8)
+            q, k = fake_quantize(graph, q, scaled, "q"), fake_quantize(graph, k, qparams[1], "k")
         scores = graph.op("MatMul", q, k)
-    shares = softmax_of(graph, scores, bias)
-    if not sites:
+    probabilities = softmax_of(graph, scores, bias)
+    if not qparams:
         with graph.part("values"):
-            return graph.op("MatMul", shares, v)
+            return graph.op("MatMul", probabilities, v)
     last = graph.constant("last", [-1])
-    shares = graph.op("Div", shares, graph.op("ReduceMax", shares, last))
-    shares = rounded(graph, shares, SHARES, "shares")
+    probabilities = graph.op("Div", probabilities, graph.op("ReduceMax", probabilities, last))
+    probabilities = fake_quantize(graph, probabilities, SOFTMAX_QPARAMS, "shares")
     with graph.part("values"):
-        mixed = graph.op("MatMul", shares, rounded(graph, v, sites[2], "v"))
-    return graph.op("Div", mixed, graph.op("ReduceSum", shares, last))
+        mixed = graph.op("MatMul", probabilities, fake_quantize(graph, v, qparams[2], "v"))
+    return graph.op("Div", mixed, graph.op("ReduceSum", probabilities, last))
 
 
-def rounded(graph: Graph, x: str, qparams: QParams, name: str = "input") -> str:
-    """The values that quantized ``x`` stands for."""
+def fake_quantize(graph: Graph, x: str, qparams: QParams, name: str = "input") -> str:
+    """Write QuantizeLinear and DequantizeLinear of ``x``."""
     kind = np.int8 if qparams.qtype.signed else np.uint8
     constants = (
         graph.scalar(f"{name}_scale", qparams.scale),
@@ -100,10 +100,10 @@ def _ends(qparams: QParams) -> tuple[tuple[str, float], ...]:
 
 
 class QuantizedProducts(FloatProducts):
-    """Of a quantized model, each input between QuantizeLinear and DequantizeLinear.
+    """Writer of a quantized model's matrix products, with QuantizeLinear and DequantizeLinear.
 
-    Weights are int8 ``[in, out]`` with one scale a column; 4-bit ones are widened, or stay
-    4-bit with ``weights="int4"``.
+    Weights are int8 ``[in, out]`` with one scale per output; 4-bit weights are widened to int8, or
+    stay 4-bit with ``weights="int4"``.
     """
 
     def __init__(self, model: QuantizedViT, weights: WeightType = "int8") -> None:
@@ -113,7 +113,7 @@ class QuantizedProducts(FloatProducts):
         self.integer_attention = model.scheme.integer_attention
 
     def images(self, graph: Graph, x: str) -> str:
-        """Pixels / 255 on the 256 levels that the patch embedding reads."""
+        """Write the conversion of normalized images to pixels / 255, rounded to 256 levels."""
         layer = self.layers["patch_embed"]
         assert isinstance(layer, IntegerPatchEmbed)
         grid = self.vit.arch.grid
@@ -122,12 +122,12 @@ class QuantizedProducts(FloatProducts):
         std, mean = (c[::step].reshape(by_channel) for c in (layer.std, layer.mean))
         x = graph.op("Mul", x, graph.constant("std", std))
         x = graph.op("Add", x, graph.constant("mean", mean))
-        return rounded(graph, x, layer.input_qparams)
+        return fake_quantize(graph, x, layer.input_qparams)
 
     def linear(self, graph: Graph, name: str, x: str) -> str:
         layer = self.layers[name]
         if not isinstance(layer, IntegerPatchEmbed):
-            x = rounded(graph, x, layer.input_qparams)
+            x = fake_quantize(graph, x, layer.input_qparams)
         y = graph.op("MatMul", x, write_weight(graph, layer, self.weights))
         return graph.op("Add", y, graph.constant("bias", layer.bias))
 
@@ -136,12 +136,12 @@ class QuantizedProducts(FloatProducts):
     ) -> str:
         if not self.integer_attention:
             return super().attention(graph, name, q, k, v, bias, scale)
-        sites = [self.qparams[f"{name}.{site}"] for site in ATTENTION_INPUTS]
-        return write_attention(graph, q, k, v, bias, scale, sites)
+        qparams = [self.qparams[f"{name}.{suffix}"] for suffix in ATTENTION_INPUTS]
+        return write_attention(graph, q, k, v, bias, scale, qparams)
 
 
 def integer_products(model: QuantizedViT) -> list[str]:
-    """Names of the products that have quantizers on both sides."""
+    """Return the names of the matrix products with two quantized inputs."""
     names = list(integer_layers(model))
     if model.scheme.integer_attention:
         blocks = range(model.arch.depth)

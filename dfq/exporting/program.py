@@ -1,4 +1,4 @@
-"""The reference arithmetic as a program of plain torch operators (``torch.export``)."""
+"""Export of the reference arithmetic as a ``torch.export`` program."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FACTS = "dfq.json"
 
 
 class ReferenceLinear(nn.Module):
-    """An integer layer on :mod:`dfq.runtime.reference`, between floats.
+    """Integer layer on :mod:`dfq.runtime.reference` with float input and output.
 
-    Weights stay as they are in the checkpoint.
+    Weights are stored as in the checkpoint.
     """
 
     weight: Tensor
@@ -56,7 +56,7 @@ class ReferenceLinear(nn.Module):
 
 
 class ReferenceProduct(nn.Module):
-    """The two products of attention on 8-bit integers."""
+    """Attention on 8-bit integers by :mod:`dfq.runtime.reference`."""
 
     def __init__(self, scales: Tensor) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class ReferenceProduct(nn.Module):
 
 
 def reference_form(model: QuantizedViT) -> ViT:
-    """The quantized model in plain torch; what is not integer is float32."""
+    """Return the quantized model in plain torch operators, integer or float32."""
     vit = with_layers(model, ReferenceLinear)
     if model.scheme.integer_attention:
         for index, product in enumerate(model.attention_products()):
@@ -80,7 +80,7 @@ def reference_form(model: QuantizedViT) -> ViT:
 
 @torch.no_grad()
 def program_bytes(model: QuantizedViT, facts: dict[str, str]) -> bytes:
-    """A ``.pt2`` file: normalized images float32 ``[N, C, H, W]``, N from 1 on, to logits.
+    """Return a ``.pt2`` file: normalized images float32 ``[N, C, H, W]``, N >= 1, to logits.
 
     ``torch.export.load`` reads it without dfq.
     """

@@ -1,4 +1,4 @@
-"""A vision transformer as an ONNX graph: all patches, in order."""
+"""Vision transformer as an ONNX graph, on all patches in order."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ IMAGES = "images"
 
 
 class Products(Protocol):
-    """How matrix products are written, by :func:`dfq.quantization.scheme.layers`' names."""
+    """Writer of matrix products; names are those of :func:`dfq.quantization.scheme.layers`."""
 
     def images(self, graph: Graph, x: str, /) -> str:
-        """Normalized images to what the patch embedding multiplies, still as images."""
+        """Write the conversion of normalized images to the patch embedding's input."""
 
     def linear(self, graph: Graph, name: str, x: str) -> str:
-        """``[..., in]`` to ``[..., out]``."""
+        """Write a linear layer, ``[..., in]`` to ``[..., out]``."""
 
     def attention(
         self, graph: Graph, name: str, q: str, k: str, v: str, bias: str | None, scale: float, /
     ) -> str:
-        """``q`` ``[B, H, R, D]``, ``k`` ``[B, H, D, T]``, ``v`` ``[B, H, T, D]`` to
-        ``[B, H, R, D]``; ``scale`` is that of the scores."""
+        """Write attention of ``q`` ``[B, H, R, D]``, ``k`` ``[B, H, D, T]`` and ``v``
+        ``[B, H, T, D]``; returns ``[B, H, R, D]``.  ``scale`` multiplies the scores."""
 
 
 def softmax_of(graph: Graph, scores: str, bias: str | None) -> str:
-    """Probabilities over the last dimension."""
+    """Write the softmax over the last dimension."""
     scores = scores if bias is None else graph.op("Add", scores, bias)
     return graph.op("Softmax", scores, axis=-1)
 
 
 class Transformer:
-    """Writes one model into one graph."""
+    """Writer of a model into a graph."""
 
     def __init__(self, graph: Graph, vit: ViT, products: Products) -> None:
         self.graph, self.vit, self.products = graph, vit, products
@@ -49,7 +49,7 @@ class Transformer:
         self.shared: dict[str, str] = {}
 
     def write(self, output: str) -> None:
-        """The whole model, from ``images`` to ``output``."""
+        """Write the whole model, from ``images`` to ``output``."""
         x = self.embed(IMAGES)
         for index in range(self.arch.depth):
             last = index == self.arch.depth - 1
@@ -68,7 +68,7 @@ class Transformer:
             return self.products.linear(self.graph, name, x)
 
     def norm(self, norm: nn.Module, part: str, x: str) -> str:
-        """Layer normalization of the last dimension, or nothing."""
+        """Write a layer norm over the last dimension; other modules are the identity."""
         if not isinstance(norm, nn.LayerNorm):
             return x
         with self.graph.part(part):
@@ -114,7 +114,7 @@ class Transformer:
         return graph.op("Add", x, y)
 
     def first(self, x: str, num_queries: int | None, axis: int = 1) -> str:
-        """The first ``num_queries`` along an axis."""
+        """Write a slice of the first ``num_queries`` along an axis."""
         return x if num_queries is None else self.slice(x, 0, num_queries, axis)
 
     def slice(self, x: str, start: int, end: int, axis: int) -> str:
@@ -127,8 +127,8 @@ class Transformer:
         with graph.part("attn"):
             parts = graph.nodes_of("Split", qkv, outputs=3, axis=-1, num_outputs=3)
             q, k, v = (graph.shaped(p, 0, self.tokens, heads, width) for p in parts)
-            q = self.first(self.turned(attn.q_norm, "q_norm", q), num_queries, axis=2)
-            k = self.turned(attn.k_norm, "k_norm", k, transposed=True)
+            q = self.first(self.normed_and_rotated(attn.q_norm, "q_norm", q), num_queries, axis=2)
+            k = self.normed_and_rotated(attn.k_norm, "k_norm", k, transposed=True)
             v = graph.op("Transpose", v, perm=[0, 2, 1, 3])
             bias = self.bias(attn.relative_bias, num_queries)
             x = self.products.attention(graph, name, q, k, v, bias, width**-0.5)
@@ -137,9 +137,11 @@ class Transformer:
             x = self.norm(attn.norm, "norm", x)
         return self.linear(f"{name}.attn.proj", x, "attn.proj")
 
-    def turned(self, norm: nn.Module, part: str, x: str, *, transposed: bool = False) -> str:
-        """Queries or keys ``[B, T, H, D]``, normed and rotated, to ``[B, H, T, D]``, or to
-        ``[B, H, D, T]``."""
+    def normed_and_rotated(
+        self, norm: nn.Module, part: str, x: str, *, transposed: bool = False
+    ) -> str:
+        """Write norm and rotary embedding of queries or keys ``[B, T, H, D]``; returns
+        ``[B, H, T, D]``, or ``[B, H, D, T]`` if ``transposed``."""
         if isinstance(norm, nn.LayerNorm) or self.encoding.sin is not None:
             x = self.rotate(self.norm(norm, part, self.graph.op("Transpose", x, perm=[0, 2, 1, 3])))
             return self.graph.op("Transpose", x, perm=[0, 1, 3, 2]) if transposed else x
@@ -152,25 +154,27 @@ class Transformer:
         if sin is None or cos is None:
             return x
         first, second = sin.chunk(2, dim=-1)
-        sines = self.once("sin", torch.cat([-first, second], dim=-1))
+        sines = self.shared_constant("sin", torch.cat([-first, second], dim=-1))
         halves = graph.nodes_of("Split", x, outputs=2, axis=-1, num_outputs=2)
         swapped = graph.op("Concat", *reversed(halves), axis=-1)
-        kept = graph.op("Mul", x, self.once("cos", cos))
+        kept = graph.op("Mul", x, self.shared_constant("cos", cos))
         return graph.op("Add", kept, graph.op("Mul", swapped, sines))
 
-    def once(self, name: str, value: Tensor) -> str:
-        """A constant that several parts share."""
+    def shared_constant(self, name: str, value: Tensor) -> str:
+        """Return a constant that several parts share; it is written once."""
         if name not in self.shared:
             self.shared[name] = self.graph.constant(name, value)
         return self.shared[name]
 
     def bias(self, table: Tensor | None, num_queries: int | None) -> str | None:
-        """Biases of the scores ``[H, R, T]``."""
+        """Write the biases of the scores, ``[H, R, T]``."""
         if table is None or self.encoding.bias_index is None:
             return None
         index = self.encoding.bias_index[0, :num_queries]
         table_name = self.graph.constant("relative_bias", table.T)
-        return self.graph.op("Gather", table_name, self.once(f"index_{num_queries}", index), axis=1)
+        return self.graph.op(
+            "Gather", table_name, self.shared_constant(f"index_{num_queries}", index), axis=1
+        )
 
     def mlp(self, mlp: Mlp, name: str, x: str) -> str:
         graph, part = self.graph, name.partition(".mlp")[1][1:]
@@ -194,9 +198,9 @@ class Transformer:
         return graph.op("Mul", x, graph.op("Sigmoid", inner))
 
     def pool(self, x: str) -> str:
-        """Normed tokens to ``[B, 1, head_inputs]``, before the last norm.
+        """Pool normed tokens to ``[B, 1, head_inputs]``, before the last norm.
 
-        The classifier keeps three dimensions: of two, ONNX Runtime makes a float Gemm.
+        Three dimensions are kept, because ONNX Runtime turns a 2-D product into a float Gemm.
         """
         graph, arch = self.graph, self.arch
         with graph.part("pool"):
@@ -216,7 +220,7 @@ class Transformer:
         return self.graph.op("ReduceMean", x, self.graph.constant("axes", [1]), keepdims=1)
 
     def query(self, pool: AttentionPool, x: str) -> str:
-        """Attention of one learned query; its products are in floating point."""
+        """Write attention pooling; its attention is in floating point."""
         graph, name, (heads, width) = self.graph, "attn_pool", pool.query.shape
         kv = self.linear(f"{name}.kv", x)
         with graph.part(name):

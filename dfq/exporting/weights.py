@@ -1,4 +1,4 @@
-"""Integer weights as constants of a graph."""
+"""Integer weights as constants of an ONNX graph."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dfq.runtime.weights import expand_group_scale
 WeightType = Literal["int8", "int4"]
 
 SMALLEST_BLOCK = 16
-"""Fewest 4-bit weights that share a scale; with fewer the file hardly shrinks."""
+"""Smallest block of 4-bit weights with one scale; smaller blocks hardly save space."""
 
 
 def write_weight(graph: Graph, layer: IntegerLinear, kind: WeightType) -> str:
-    """The dequantized weight ``[in, out]``."""
+    """Write a weight ``[in, out]`` and its DequantizeLinear."""
     block = four_bit_block(layer) if kind == "int4" else None
     if block is not None:
         return _four_bits(graph, layer, block)
@@ -33,9 +33,9 @@ def write_weight(graph: Graph, layer: IntegerLinear, kind: WeightType) -> str:
 
 
 def four_bit_block(layer: IntegerLinear) -> int | None:
-    """How many inputs share a scale in a file; None if the weights have to be widened.
+    """Return the block size of a 4-bit weight in a file; None if it must be widened to int8.
 
-    OpenVINO takes blocks that divide the inputs, ONNX Runtime from 16 on.
+    OpenVINO requires blocks that divide the inputs, ONNX Runtime blocks of at least 16.
     """
     if layer.bits != 4:
         return None
@@ -46,7 +46,7 @@ def four_bit_block(layer: IntegerLinear) -> int | None:
 
 
 def _four_bits(graph: Graph, layer: IntegerLinear, block: int) -> str:
-    """4-bit weights with a float scale for each block of inputs of each column."""
+    """Write 4-bit weights with a float scale per block of inputs and output."""
     integers = layer.stored.unpacked().T
     content = pack_bits(integers.reshape(1, -1), 4).numpy().tobytes()
     shape = (layer.in_features, layer.out_features)

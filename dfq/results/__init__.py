@@ -1,1 +1,1 @@
-"""What the public functions return, with its intervals, gates and tables."""
+"""Results of the public functions, with intervals, gates and tables."""

@@ -1,4 +1,4 @@
-"""Bounds that measured shares must keep, and reasons to distrust what was measured."""
+"""Gates (bounds on measured results), and warnings about measured results."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dfq.results.values import (
     QuantizeResult,
 )
 
-POOR = 0.9
-"""A 95 % interval of agreement wholly below it is worth a warning.
+LOW_AGREEMENT = 0.9
+"""Agreement gets a warning if its whole 95 % interval is below this value.
 
 Of 32 images of fractal noise at most 24 then agree; of models that agree with the float model
 on at least 98 % of real images 27 to 32 did (docs/quantization.md).
 """
 
-FAR = 0.5
-"""An error of this share of the spread, on images that dfq made, is worth a warning.
+MAX_ERROR = 0.5
+"""``error_over_spread`` above this value, on images that dfq made, gets a warning.
 
 It was 0.05 to 0.2 on fractal noise for the models above, and 1.2 and more where agreement on
 real images falls to 97 % and below, though the classes of all 32 images may still agree.
@@ -41,7 +41,7 @@ def check_shares(**bounds: float | None) -> None:
 
 
 def decides(bound: float, images: int) -> bool:
-    """Whether so many images can show a share of at least ``bound``."""
+    """Whether a number of images can show a share of at least ``bound``."""
     needed = images_to_decide(bound)
     return needed is not None and images >= needed
 
@@ -80,7 +80,7 @@ def check_bounds(
     min_agreement: float | None,
     min_accuracy: float | None,
 ) -> list[GateCheck]:
-    """The bounds that were set, each compared with the lower end of its 95 % interval."""
+    """Compare each bound that was set with the lower end of its 95 % interval."""
     checks = []
     if min_agreement is not None:
         value = None if agreement is None else agreement.agreement
@@ -117,36 +117,38 @@ def _explain(check: GateCheck) -> str:
 
 
 def doubts(*measured: AgreementOn | None) -> list[str]:
-    """Reasons to distrust a quantized model, or the agreement that was measured of it."""
+    """Return warnings about a quantized model's agreement, or about its measurement."""
     known = [on for on in measured if on is not None]
-    found = [text for on in known for text in (*unmeasured(on), *_poor(on), *_far(on))]
+    warnings = [
+        text for on in known for text in (*unmeasured(on), *_low_agreement(on), *_large_error(on))
+    ]
     intervals = [on.interval for on in known if on.interval is not None]
     if len(intervals) > 1 and max(i[0] for i in intervals) > min(i[1] for i in intervals):
         shares = " and ".join(f"{on.agreement:.4f} on {_images(on)}" for on in known)
-        found.append(
+        warnings.append(
             f"Agreement with the float model is {shares}: further apart than chance explains."
             f"{_ADVICE}"
         )
-    return found
+    return warnings
 
 
 def unmeasured(on: AgreementOn) -> list[str]:
-    """What kept agreement from being measured on some images, or all."""
-    found = []
+    """Return warnings about images on which agreement could not be measured."""
+    warnings = []
     if on.not_finite:
-        found.append(
+        warnings.append(
             f"Outputs are not finite on {on.not_finite} of {_images(on)}; they do not agree there."
         )
     if on.agreement is None:
-        found.append(
+        warnings.append(
             f"The float model's outputs do not differ between {_images(on)}; any model would agree "
             "with them, so agreement was not measured."
         )
-    return found
+    return warnings
 
 
-def _poor(on: AgreementOn) -> list[str]:
-    if on.interval is None or on.interval[1] >= POOR:
+def _low_agreement(on: AgreementOn) -> list[str]:
+    if on.interval is None or on.interval[1] >= LOW_AGREEMENT:
         return []
     low, high = on.interval
     advice = _ADVICE if on.data in MADE else ""
@@ -156,9 +158,9 @@ def _poor(on: AgreementOn) -> list[str]:
     ]
 
 
-def _far(on: AgreementOn) -> list[str]:
+def _large_error(on: AgreementOn) -> list[str]:
     error = on.error_over_spread
-    if on.data not in MADE or error is None or error <= FAR:
+    if on.data not in MADE or error is None or error <= MAX_ERROR:
         return []
     return [
         f"On {_images(on)} the outputs are off by {error:.2g} of what the float model's differ by "

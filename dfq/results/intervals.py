@@ -1,4 +1,4 @@
-"""Intervals of confidence for shares and means."""
+"""Confidence intervals of shares and means."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ CONFIDENCE = 0.95
 TAIL = (1 - CONFIDENCE) / 2
 
 _HALVINGS = 60
-"""Of an interval of length 1; a double holds no more."""
+"""Bisection steps of an interval of length 1, up to the precision of a double."""
 
 _STEPS = 100_000
-"""Most terms of a continued fraction; it takes about the square root of the count."""
+"""Largest number of terms of a continued fraction; about the square root of the count is needed."""
 
 _TINY = 1e-300
-"""In place of 0 in Lentz's method."""
+"""Substitute for 0 in Lentz's method."""
 
 
 def share_interval(count: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share of which ``count`` of ``total`` were seen.
+    """Return the 95 % interval of a share from ``count`` of ``total`` observations.
 
     Exact for binomial counts: C. J. Clopper and E. S. Pearson, Biometrika 26, 404 (1934).
     """
@@ -40,7 +40,7 @@ def share_interval(count: int, total: int) -> tuple[float, float]:
 
 
 def images_to_decide(bound: float) -> int | None:
-    """How many images show a share of at least ``bound`` if all of them count; None if no
+    """Return how many images, all of them correct, show a share of at least ``bound``; None if no
     number does."""
     if bound >= 1:
         return None
@@ -55,12 +55,14 @@ def images_to_decide(bound: float) -> int | None:
 def mean_interval(
     mean: float, deviation: float, count: int, limits: tuple[float, float]
 ) -> tuple[float, float]:
-    """The 95 % interval of a mean of ``count`` values with that standard deviation (the
-    sample's, over ``count - 1``), by the normal distribution and within ``limits``."""
+    """Return the 95 % interval of a mean by the normal distribution, clipped to ``limits``.
+
+    ``deviation``: sample standard deviation, with divisor ``count - 1``.
+    """
     if count < 2:
         return limits
-    reach = NormalDist().inv_cdf(1 - TAIL) * deviation / math.sqrt(count)
-    return max(limits[0], mean - reach), min(limits[1], mean + reach)
+    half_width = NormalDist().inv_cdf(1 - TAIL) * deviation / math.sqrt(count)
+    return max(limits[0], mean - half_width), min(limits[1], mean + half_width)
 
 
 def _root(is_below: Callable[[float], bool]) -> float:
@@ -93,7 +95,7 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
 
 
 def _numerator(a: float, b: float, x: float, step: int) -> float:
-    """Of the continued fraction that begins ``1 + 1 / (1 + ...``."""
+    """Return a numerator of the continued fraction ``1 + 1 / (1 + ...``."""
     m = step // 2
     if step == 0:
         return 1.0

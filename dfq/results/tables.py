@@ -1,4 +1,4 @@
-"""What the verbs return, as tables for people."""
+"""Tables of results, as the command line prints them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ MADE = {
     "inverted": "inverted images of another seed",
     "fractal noise": "images of fractal noise",
 }
-"""What ``AgreementOn.data`` calls images that dfq makes, and what they are."""
+"""Descriptions of images made by dfq, by ``AgreementOn.data``."""
 
-LOUDEST = 1000
-"""No ratio in decibels is larger; a report that says so is not ours."""
+MAX_DECIBELS = 1000
+"""Largest SQNR in decibels; a report with larger values was not written by dfq."""
 
-RATIOS = ("weights", "activations", "both")
-"""What is quantized in the three ratios of a layer."""
+SQNR_FIELDS = ("weights", "activations", "both")
+"""Names of a layer's three SQNRs."""
 
-MARKED = 3
-"""How many of the noisiest layers are shown in red."""
+HIGHLIGHTED = 3
+"""Number of layers with the lowest SQNR that are shown in red."""
 
 
 def _two_columns() -> Table:
@@ -34,7 +34,7 @@ def _two_columns() -> Table:
 
 
 def entries_table(entries: list[Any], title: str | None = None) -> Table:
-    """Cached datasets, one a row."""
+    """Table of cached datasets, one per row."""
     table = Table(title=title)
     for column in ("name", "model", "method", "images", "size", "state"):
         table.add_column(column, overflow="fold")
@@ -46,7 +46,7 @@ def entries_table(entries: list[Any], title: str | None = None) -> Table:
 
 
 def field_table(values: dict[str, Any]) -> Table:
-    """Fields and their values, without those that are empty."""
+    """Table of fields and their values; empty fields are left out."""
     table = _two_columns()
     for key, value in values.items():
         if value is not None and value != () and value != {}:
@@ -55,10 +55,10 @@ def field_table(values: dict[str, Any]) -> Table:
 
 
 def layers_of(facts: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """The measured layers of a checkpoint's report.
+    """Return the measured layers of a checkpoint's report.
 
     Raises:
-        UsageError: it has none.
+        UsageError: the report has none.
     """
     report = facts.get("report")
     layers = report.get("layers") if isinstance(report, dict) else None
@@ -73,26 +73,29 @@ def layers_of(facts: dict[str, Any], path: Path) -> list[dict[str, Any]]:
 def _is_layer(row: Any) -> bool:
     return (
         isinstance(row, dict)
-        and all(type(row.get(key)) in (int, float) and abs(row[key]) <= LOUDEST for key in RATIOS)
+        and all(
+            type(row.get(key)) in (int, float) and abs(row[key]) <= MAX_DECIBELS
+            for key in SQNR_FIELDS
+        )
         and isinstance(row.get("name"), str)
     )
 
 
 def layers_table(values: dict[str, Any]) -> Table:
-    """Signal-to-quantization-noise ratios in decibels, the worst layers marked."""
+    """Table of SQNRs in decibels, with the worst layers marked."""
     table = Table(title="signal to quantization noise, dB")
     table.add_column("layer")
-    for column in RATIOS:
+    for column in SQNR_FIELDS:
         table.add_column(column, justify="right")
-    worst = sorted(row["both"] for row in values["layers"])[:MARKED]
+    worst = sorted(row["both"] for row in values["layers"])[:HIGHLIGHTED]
     for row in values["layers"]:
         style = "bold red" if row["both"] in worst else None
-        table.add_row(escape(row["name"]), *(f"{row[k]:.1f}" for k in RATIOS), style=style)
+        table.add_row(escape(row["name"]), *(f"{row[k]:.1f}" for k in SQNR_FIELDS), style=style)
     return table
 
 
 def facts_table(values: dict[str, Any]) -> Table:
-    """Facts of a dataset or a checkpoint, of its report what was measured and the verdict."""
+    """Table of a dataset or checkpoint, with results and gates of its report."""
     table = field_table({k: v for k, v in values.items() if k != "report"})
     try:
         report = values["report"]
@@ -119,7 +122,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def quantize_table(r: dict[str, Any]) -> Table:
-    """What ``quantize`` did and measured."""
+    """Table of a :class:`~dfq.results.values.QuantizeResult`."""
     table = _two_columns()
     source, size = r["calibration"], r["bytes"]
     origin = "from the cache" if source["cached"] else "made now"
@@ -140,7 +143,7 @@ def quantize_table(r: dict[str, Any]) -> Table:
 
 
 def evaluate_table(r: dict[str, Any]) -> Table:
-    """What ``evaluate`` measured."""
+    """Table of an :class:`~dfq.results.values.EvaluateResult`."""
     table = _two_columns()
     table.add_row("checkpoint", escape(r["checkpoint"]))
     table.add_row("model", f"{escape(r['model'])}, {r['scheme']}")
@@ -153,7 +156,7 @@ def evaluate_table(r: dict[str, Any]) -> Table:
 
 
 def accuracy_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
-    """Accuracies of both models, and how the classes are numbered."""
+    """Rows of both models' accuracies, and of the order of classes."""
     rows = []
     for name, key in (("top-1", "accuracy"), ("top-5", "accuracy_top5")):
         accuracy = r[key]
@@ -191,7 +194,7 @@ _METRICS = {
 
 
 def agreement_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
-    """Agreement on each kind of images that it was measured on."""
+    """Rows of agreement, for each kind of images."""
     measured = [r.get("agreement_on"), r.get("agreement_outside")]
     return [row for on in measured if on for row in _agreement_rows(on)]
 
@@ -220,7 +223,7 @@ def _interval(interval: list[float] | None, counts: str = "") -> str:
 
 
 def verdict_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
-    """Bounds and whether they were kept, and warnings."""
+    """Rows of gates and warnings."""
     rows = []
     for check in r.get("gate", ()):
         passed = "kept" if check["passed"] else "[bold red]not kept[/]"
@@ -229,7 +232,7 @@ def verdict_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def distill_table(r: dict[str, Any]) -> Table:
-    """What ``distill`` did and measured."""
+    """Table of a :class:`~dfq.results.values.DistillResult`."""
     table = _two_columns()
     table.add_row("teacher", escape(r["teacher"]))
     table.add_row("student", f"{escape(r['student'])}, {r['parameters'] / 1e6:.2f} M parameters")
@@ -253,7 +256,7 @@ def distill_table(r: dict[str, Any]) -> Table:
 
 
 def benchmark_table(r: dict[str, Any]) -> Table:
-    """Rows with their speed as a multiple of torch-fp32's at the same batch."""
+    """Table of speeds, also relative to torch-fp32 at the same batch size."""
     threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
     notes = [f"{a['runtime']} absent: {a['reason']}" for a in r["absent"]]
     notes += [

@@ -1,4 +1,4 @@
-"""What the pipeline's functions return; the fields are those of the command line's JSON."""
+"""Results of the public functions; their fields are those of the command line's JSON."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from dfq.results.tables import (
 )
 
 WIDTH = 100
-"""Characters of a line of a result's ``repr``."""
+"""Width of a result's ``repr`` in characters."""
 
 Share = float
-"""From 0 to 1; the name ``float`` is taken by fields."""
+"""A number from 0 to 1; an alias because some classes have a field ``float``."""
 
 
 Metric = Literal["top1", "threshold", "cosine"]
@@ -36,7 +36,7 @@ models without a classifier: the mean cosine of the pooled features.
 
 
 class Result:
-    """A result that is shown as the command line's table, in notebooks too."""
+    """Base of results, displayed as the command line's table, also in notebooks."""
 
     _tables: ClassVar[dict[type, Callable[[dict[str, Any]], Table]]] = {}
 
@@ -44,7 +44,7 @@ class Result:
         cls._tables[cls] = table
 
     def table(self) -> Table:
-        """The table of the command line."""
+        """Return the table that the command line prints."""
         return self._tables[type(self)](to_json(self))
 
     def __repr__(self) -> str:
@@ -61,9 +61,9 @@ class Result:
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """Where the calibration set came from.
+    """Source of the calibration set.
 
-    ``cached`` if dfq made it in an earlier run; None for images that the caller gave.
+    ``cached``: True if it was made by an earlier run; None for images given by the caller.
     """
 
     method: str
@@ -74,7 +74,7 @@ class CalibrationSource:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall-clock time of each stage."""
+    """Wall-clock time of each stage in seconds."""
 
     load: float
     invert: float
@@ -86,7 +86,10 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Bytes:
-    """``float`` is 4 times the parameters, ``quantized`` the size of model.safetensors."""
+    """Sizes of the models in bytes.
+
+    ``float``: 4 bytes per parameter.  ``quantized``: size of model.safetensors.
+    """
 
     float: int
     quantized: int
@@ -96,7 +99,7 @@ class Bytes:
 class FloatQuantized:
     """A share from 0 to 1 for the float and the quantized model.
 
-    Of the quantized model's, ``correct`` of ``images`` and the 95 % ``interval`` (low, high).
+    For the quantized model: ``correct`` of ``images``, and the 95 % ``interval`` (low, high).
     """
 
     float: Share | None
@@ -116,12 +119,12 @@ class AgreementOn:
     ``metric``: ``top1``, the share of images with the same top-1 class; ``threshold``, of models
     with one logit, the share of images whose logits are on the same side of ``threshold``;
     ``cosine``, of models without a classifier, the mean cosine of the pooled features.
-    ``agreeing`` are the images of a share, ``interval`` is the 95 % interval (low, high).
+    ``agreeing``: number of images that agree; ``interval``: 95 % interval (low, high).
 
     ``kl`` is the mean Kullback-Leibler divergence from the float model in nats, None for
-    ``cosine``; ``error_over_spread`` the root mean square of the outputs' difference over the
-    standard deviation of the float outputs.  On ``not_finite`` images an output was not finite.
-    Agreement and error are None where the float outputs do not differ between images.
+    ``cosine``; ``error_over_spread``: root mean square of the outputs' difference, divided by the
+    standard deviation of the float outputs.  ``not_finite``: number of images with a NaN or
+    infinite output.  Agreement and error are None if the float outputs are the same for all images.
     """
 
     data: str
@@ -138,9 +141,9 @@ class AgreementOn:
 
 @dataclass(frozen=True)
 class GateCheck:
-    """A bound that the caller set for ``what``, ``agreement`` or ``accuracy``.
+    """Check of a bound that the caller set for ``what``: ``agreement`` or ``accuracy``.
 
-    It is ``passed`` if the lower end of the 95 % ``interval`` of the ``value`` is not below it.
+    ``passed``: the lower end of the value's 95 % ``interval`` is not below the bound.
     """
 
     what: str
@@ -152,10 +155,10 @@ class GateCheck:
 
 @dataclass(frozen=True)
 class LayerSqnr:
-    """Signal-to-quantization-noise ratios of a layer's output in decibels.
+    """Signal-to-quantization-noise ratios (SQNR) of a layer's output in decibels.
 
-    ``weights``: only the weights are quantized; ``activations``: only the input is; ``both``:
-    what runs.  The input is the float model's, so a layer does not answer for those before it.
+    ``weights``: only the weights are quantized; ``activations``: only the input; ``both``: both.
+    The input is the float model's, so errors of earlier layers do not count.
     """
 
     name: str
@@ -166,8 +169,8 @@ class LayerSqnr:
 
 @dataclass(frozen=True)
 class BlockLoss:
-    """Error of a block on held-out images, relative to its output's square, before and after
-    its reconstruction."""
+    """Squared error of a block on held-out images, relative to its output's energy, before and
+    after reconstruction."""
 
     name: str
     before: float
@@ -285,9 +288,9 @@ class DistillResult(Result, table=distill_table):
 class ExportResult(Result, table=field_table):
     """Result of :func:`dfq.export`.
 
-    ``products``: matrix products with quantized inputs in the file; ``integer_products``: how
-    many of them OpenVINO runs on 8-bit integers here.  None where it was not looked at.
-    ``warnings``: where the file computes something else.
+    ``products``: number of matrix products with quantized inputs; ``integer_products``: how many
+    of them OpenVINO runs on 8-bit integers here.  None if not measured.  ``warnings``: processors
+    on which the file gives other results.
     """
 
     checkpoint: str
@@ -305,7 +308,7 @@ class ExportResult(Result, table=field_table):
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """Speed of one runtime: latency of a batch in milliseconds, images over all calls."""
+    """Speed of one runtime: latency of a batch in milliseconds, throughput over all calls."""
 
     runtime: str
     batch: int
@@ -315,8 +318,8 @@ class BenchmarkRow:
 
 
 @dataclass(frozen=True)
-class Absent:
-    """A runtime that was not measured, and why."""
+class SkippedRuntime:
+    """Runtime that was not measured, with the reason."""
 
     runtime: str
     reason: str
@@ -324,7 +327,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class ColdStart:
-    """From the start of a process to its first prediction, and its highest memory."""
+    """Cold start: seconds from the start of a process to its first prediction, and peak memory."""
 
     runtime: str
     seconds: float
@@ -333,8 +336,8 @@ class ColdStart:
 
 @dataclass(frozen=True, repr=False)
 class BenchmarkResult(Result, table=benchmark_table):
-    """Result of :func:`dfq.benchmark`; ``seconds`` is how long each row was timed, ``cold``
-    is None where it was not asked for."""
+    """Result of :func:`dfq.benchmark`; ``seconds``: duration of each row's measurement;
+    ``absent``: runtimes that were not measured; ``cold``: None unless requested."""
 
     checkpoint: str
     model: str
@@ -342,7 +345,7 @@ class BenchmarkResult(Result, table=benchmark_table):
     attention: str
     backend: str
     rows: list[BenchmarkRow]
-    absent: list[Absent]
+    absent: list[SkippedRuntime]
     cold: list[ColdStart] | None
     threads: int
     seconds: float
@@ -353,5 +356,5 @@ class BenchmarkResult(Result, table=benchmark_table):
 
 
 def to_json(result: Any) -> dict[str, Any]:
-    """A result as nested dicts of JSON types."""
+    """Convert a result to nested dicts of JSON types."""
     return dataclasses.asdict(result)

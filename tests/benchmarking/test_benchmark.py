@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import dfq
 from dfq.benchmarking import cold, compare, timing
 from dfq.benchmarking.quiet import quiet
-from dfq.benchmarking.runtimes import RUNTIMES, Contestants, Runtime
+from dfq.benchmarking.runtimes import RUNTIMES, BenchmarkInputs, Runtime
 from dfq.benchmarking.timing import interleaved, row_of
 from dfq.cli.app import app
 from dfq.errors import SettingError
@@ -50,7 +50,7 @@ def result(checkpoint: Path) -> dfq.BenchmarkResult:
 
 
 def test_every_runtime_is_measured_or_named(result: dfq.BenchmarkResult) -> None:
-    measured = [name for name, runtime in RUNTIMES.items() if not runtime.asked and here(name)]
+    measured = [name for name, runtime in RUNTIMES.items() if not runtime.opt_in and here(name)]
     assert [(r.runtime, r.batch) for r in result.rows] == [(n, b) for b in (1, 3) for n in measured]
     assert {a.runtime for a in result.absent} >= set(RUNTIMES) - set(measured) - {"dfq-compiled"}
     assert set(OWN) <= set(measured)
@@ -101,13 +101,13 @@ def test_threads_of_the_caller_are_left_alone(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("family", MEMBERS[::5])
-@pytest.mark.parametrize("name", [n for n, runtime in RUNTIMES.items() if not runtime.asked])
+@pytest.mark.parametrize("name", [n for n, runtime in RUNTIMES.items() if not runtime.opt_in])
 @torch.no_grad()
 def test_every_runtime_runs_the_model(name: str, family: Family, tmp_path: Path) -> None:
     if not here(name):
         pytest.skip(f"{RUNTIMES[name].extra} is not installed")
     model = quantized(family, bits=8, attention="float")
-    given = Contestants(model, 1, tmp_path)
+    given = BenchmarkInputs(model, 1, tmp_path)
     images = given.images(4)
     with quiet():
         found = RUNTIMES[name].build(given)(images)
@@ -117,7 +117,7 @@ def test_every_runtime_runs_the_model(name: str, family: Family, tmp_path: Path)
 
 def test_images_are_random_pixels(tmp_path: Path) -> None:
     model = quantized(MEMBERS[0].values[0], bits=8, attention="float")
-    pixels = (Contestants(model, 1, tmp_path).images(4) * 0.25 + 0.4) * 255
+    pixels = (BenchmarkInputs(model, 1, tmp_path).images(4) * 0.25 + 0.4) * 255
     torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=1e-3)
     assert 0 <= float(pixels.min().round()) < 3
     assert 252 < float(pixels.max().round()) <= 255
@@ -139,7 +139,7 @@ def test_an_absent_package_is_named_with_its_extra(
 
 
 def test_a_tool_that_fails_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Contestants) -> Any:
+    def fail(_: BenchmarkInputs) -> Any:
         raise RuntimeError("no kernel\nfor this")
 
     monkeypatch.setitem(RUNTIMES, "openvino-dfq", Runtime(fail, ("torch",)))

@@ -75,7 +75,7 @@ def test_a_kernel_is_used_only_where_it_gives_what_the_loop_gives(
         return integers + 1, errors
 
     monkeypatch.setattr(gptq_kernel, "round_columns", other)
-    assert "others than the loop's" in str(failure(torch.device(DEVICE)))
+    assert "differ from the loop's" in str(failure(torch.device(DEVICE)))
 
     def broken(*_: Any) -> None:
         raise RuntimeError("no compiler")
