@@ -1,4 +1,4 @@
-"""Arguments of the public functions, compared with their annotations."""
+"""Type checks of the public functions' arguments."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LONGEST = 255
-"""Bytes of a file's name."""
+"""Largest length of a file name in bytes."""
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, which then refuses arguments of other types than its annotations name, and
-    runs in a fresh state of the process (:func:`dfq.process_state.fresh_state`).
+    """Decorate a public function to check its arguments against their annotations.
+
+    The function then runs inside :func:`dfq.process_state.fresh_state`.
 
     Raises:
-        SettingError: an argument has another type, or is text that names nothing.
+        SettingError: an argument has another type, or is invalid as a name or path.
     """
     signature = inspect.signature(function)
 
@@ -57,7 +58,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def check_text(name: str, value: Any) -> None:
-    """Raise :class:`SettingError` for text or a path that can name no model and no file."""
+    """Raise :class:`SettingError` for text that is invalid as a name or path."""
     if not isinstance(value, str | Path):
         return
     if value == "":
@@ -73,7 +74,7 @@ def check_text(name: str, value: Any) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type, without conversion."""
+    """Whether a value has an annotated type, without conversion."""
     try:
         _adapter(hint).validate_python(value)
     except ValidationError:

@@ -1,4 +1,4 @@
-"""The machine and the libraries that results are recorded with."""
+"""Description of the machine and the libraries, recorded with results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dfq.device import cpu_has
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Return the versions of dfq, Python and the libraries that affect results."""
     return {
         "dfq": __version__,
         "python": platform.python_version(),
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """What the processor calls itself."""
+    """Return the name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -38,7 +38,7 @@ def processor() -> str:
 
 
 def instructions() -> tuple[str, ...]:
-    """Those of the processor that integer and bfloat16 kernels use."""
+    """Return the processor's instruction sets that integer and bfloat16 kernels use."""
     return tuple(
         name for name in ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile") if cpu_has(name)
     )

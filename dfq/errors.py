@@ -1,4 +1,4 @@
-"""Every mistake that a caller can make, one class a cause.
+"""Exceptions raised by dfq, one class per cause.
 
 ::
 
@@ -32,7 +32,7 @@ from typing import Any
 class DfqError(Exception):
     """Base of all errors that dfq raises on purpose.
 
-    ``advice`` is the end of a message that a caller may want to say in its own words.
+    The message is ``facts`` followed by ``advice``; a caller may replace the advice.
     """
 
     exit_code = 1
@@ -43,13 +43,13 @@ class DfqError(Exception):
 
 
 class UsageError(DfqError):
-    """The request cannot be carried out as it was made."""
+    """The caller's request is invalid."""
 
     exit_code = 2
 
 
 class SettingError(UsageError):
-    """A setting is out of its range or names an unknown choice."""
+    """A setting is out of range, or names an unknown choice."""
 
 
 class RecipeError(UsageError):
@@ -93,7 +93,7 @@ class CheckpointError(UsageError):
 
 
 class OutputError(UsageError):
-    """An output place cannot be written or holds something else."""
+    """An output path cannot be written, or holds other files."""
 
 
 class ExtraError(UsageError):
@@ -101,7 +101,7 @@ class ExtraError(UsageError):
 
 
 class RunError(DfqError):
-    """Work that was begun could not be finished."""
+    """A valid request failed while it ran."""
 
 
 class WorkerError(RunError):
@@ -111,7 +111,7 @@ class WorkerError(RunError):
 class GateError(RunError):
     """A measured result is below the bound that the caller set.
 
-    ``result`` is what was measured, as the function would have returned it.
+    ``result`` is the result that the function would have returned.
     """
 
     def __init__(self, message: str, result: Any = None) -> None:
@@ -120,6 +120,6 @@ class GateError(RunError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 4) -> str:
-    """The known names closest to ``name``, as the tail of an error message."""
+    """Suggest the known names closest to ``name``, as the end of an error message."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -1,4 +1,4 @@
-"""Errors that other people's code may raise, as dfq's own."""
+"""Conversion of exceptions from other libraries to dfq's errors."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from contextlib import contextmanager
 from dfq.errors import DfqError
 
 LONGEST = 200
-"""Characters of a reason that a message quotes."""
+"""Largest number of characters that a message quotes of another error."""
 
 
 @contextmanager
 def explained(explain: Callable[[Exception], DfqError]) -> Iterator[None]:
-    """Turn whatever the block raises into what ``explain`` makes of it.
+    """Convert any exception of the block by ``explain``.
 
-    For code that is given what a user brought, damaged bytes or a model of any make, and has no
-    list of what it raises.  Full memory, and dfq's own errors, are left as they are.
+    For library code that may raise anything on a user's input, such as damaged files.
+    Out-of-memory errors and dfq's own errors are not converted.
     """
     try:
         yield
     except DfqError:
         raise
-    except Exception as error:  # whatever that code raises; there is no list
+    except Exception as error:  # the libraries document no list of errors
         if is_out_of_memory(error):
             raise
         raise explain(error) from error
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, shortened, or what it is where it says nothing."""
+    """Return the first line of an error's message, shortened, or the name of its type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip()[:LONGEST]
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is full, of this machine or of a device."""
+    """Whether an error means that the machine or a device is out of memory."""
     return isinstance(error, MemoryError | _torch_error()) or "can't allocate memory" in str(error)
 
 
 def _torch_error() -> type[RuntimeError]:
-    """PyTorch's error of full memory, if PyTorch has been loaded at all."""
+    """Return PyTorch's out-of-memory error, or a substitute if PyTorch is not loaded."""
     torch = sys.modules.get("torch")
-    found: type[RuntimeError] = getattr(torch, "OutOfMemoryError", NotImplementedError)
-    return found
+    error: type[RuntimeError] = getattr(torch, "OutOfMemoryError", NotImplementedError)
+    return error

@@ -1,4 +1,4 @@
-"""Writing files and directories so that they appear whole or not at all."""
+"""Atomic writing of files and directories."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 from dfq.errors import OutputError
 
 _WRITER = re.compile(r"\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>[0-9]+)\.[^.]*\.tmp$")
-"""Who is writing, in the name of an unfinished file."""
+"""Host and process of the writer, in the name of a temporary file."""
 
 
 def explain(error: OSError, path: Path) -> OutputError:
-    """An :class:`OutputError` that says what to do about a failed write."""
+    """Convert an OSError of a failed write to an :class:`OutputError` with advice."""
     if error.errno == errno.ENOSPC:
         return OutputError(
             f"No space left on the device while writing {str(path)!r}. Free some, or choose "
@@ -33,10 +33,10 @@ def explain(error: OSError, path: Path) -> OutputError:
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Remove unfinished files whose writers are gone; those of other machines stay."""
+    """Remove temporary files of processes that no longer run; those of other hosts are kept."""
     for path in directory.glob(".*.tmp"):
-        found = _WRITER.search(path.name)
-        if found is None or (found["host"] == _host() and not _runs(int(found["pid"]))):
+        writer = _WRITER.search(path.name)
+        if writer is None or (writer["host"] == _host() and not _runs(int(writer["pid"]))):
             path.unlink(missing_ok=True)
 
 
@@ -55,10 +55,10 @@ def _runs(pid: int) -> bool:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside the place, flush to disk, then rename.
+    """Write a file atomically: write a temporary file, flush it to disk, then rename it.
 
     Raises:
-        OutputError: the place cannot be written or the disk is full.
+        OutputError: the path cannot be written, or the disk is full.
     """
     try:
         writer = f"{_host()}-{os.getpid()}"
@@ -81,13 +81,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def replace_files(moves: dict[Path, Path]) -> None:
-    """Rename finished files to their places, all of them or none.
+    """Rename files to their destinations, all of them or none.
 
-    The caller has checked that what is there may be replaced; the files lie on the
-    places' file system.
+    ``moves`` maps each file to its destination on the same file system; existing destinations are
+    replaced.
 
     Raises:
-        OSError: a file could not be moved; what was there is there again.
+        OSError: a file could not be moved; the destinations have been restored.
     """
     kept: dict[Path, Path] = {}
     done: list[Path] = []
@@ -107,16 +107,17 @@ def replace_files(moves: dict[Path, Path]) -> None:
 
 
 def safe_name(name: str) -> str:
-    """A name as part of a file's: letters, digits and ``._-``; all else becomes ``-``."""
+    """Make a name safe for file names: other characters than letters, digits, ``._-`` become
+    ``-``."""
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds: finite numbers alone, text that can be printed as UTF-8.
+    """Read a JSON file of finite numbers and valid UTF-8 text.
 
     Raises:
-        ValueError: it is no such JSON, or no regular file.
-        OSError: it cannot be read.
+        ValueError: the content is not such JSON, or the path is not a regular file.
+        OSError: the file cannot be read.
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
@@ -137,7 +138,7 @@ def _finite(text: str) -> float:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON with sorted keys, whole or not at all.
+    """Write indented JSON with sorted keys atomically.
 
     Bytes of file names that are no UTF-8 are written as escapes, such as ``\\udcff``.
     """
@@ -165,10 +166,10 @@ def utf8_path(path: Path) -> Iterator[Path]:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents; it may exist.
+    """Create a directory and its parents if they do not exist.
 
     Raises:
-        OutputError: it cannot be created.
+        OutputError: the directory cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -179,7 +180,7 @@ def make_directory(path: Path) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Raise :class:`OutputError` if no file can be made in ``directory``, which is created."""
+    """Create ``directory``; raise :class:`OutputError` if no file can be written in it."""
     make_directory(directory)
     try:
         with tempfile.TemporaryFile(dir=directory):
@@ -189,7 +190,7 @@ def check_writable(directory: Path) -> None:
 
 
 def check_link(path: Path) -> None:
-    """Raise :class:`OutputError` if ``path`` is a link to what does not exist."""
+    """Raise :class:`OutputError` if ``path`` is a broken link."""
     if path.is_symlink() and not path.exists():
         raise OutputError(
             f"{str(path)!r} is a link to {os.readlink(path)!r}, which does not exist. Make that "
@@ -200,10 +201,11 @@ def check_link(path: Path) -> None:
 def check_replaceable(
     path: Path, config: str, format_name: str, what: str, own: Collection[str] | None = None
 ) -> None:
-    """Raise :class:`OutputError` unless ``path`` is free, empty or a directory of that format.
+    """Raise :class:`OutputError` unless ``path`` is free, empty or a directory of a format.
 
-    Its file ``config`` is JSON with a field ``format``; ``what`` names the format to people.
-    ``own`` are the names of all files of that format: a directory with others stays.
+    The directory's file ``config`` is JSON with the field ``format``.  ``what``: description of the
+    format for messages.  ``own``: names of all files of the format; a directory with other files is
+    not replaced.
     """
     try:
         check_link(path)
@@ -232,7 +234,7 @@ def check_replaceable(
 
 
 def has_format(config: Path, format_name: str) -> bool:
-    """Whether a file is JSON whose field ``format`` is that."""
+    """Whether a file is JSON whose field ``format`` is ``format_name``."""
     try:
         content = read_json(config)
     except (OSError, ValueError):
@@ -242,11 +244,10 @@ def has_format(config: Path, format_name: str) -> bool:
 
 @contextlib.contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
-    """A new directory that takes the place of ``path`` when the block ends well.
+    """Yield a new directory that replaces ``path`` if the block succeeds.
 
-    Until then ``path`` is untouched; if the block fails the new directory is removed.
-    The caller has checked that ``path`` may be replaced.  Of a link, what it leads to is
-    replaced.
+    If the block fails, ``path`` is unchanged and the new directory is removed.  The caller checks
+    that ``path`` may be replaced.  If ``path`` is a link, its target is replaced.
     """
     path = path.resolve() if path.is_symlink() else path
     make_directory(path.parent)

@@ -1,4 +1,4 @@
-"""The state of the caller's process: a fresh one's while dfq works, afterwards as it was."""
+"""Isolation from global settings of the process, such as default dtype or warning filters."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from typing import Any
 
 @contextmanager
 def fresh_state() -> Iterator[None]:
-    """Run as in a process in which nothing has been set.
+    """Run the block with the default global settings of a new process, then restore the caller's.
 
-    Every public function runs inside, and one that another calls costs nothing more.  Set are
-    torch's default type and device, gradient and inference mode, autocast, torch function modes,
-    anomaly detection, what chooses or rounds float32 products, and numpy's handling of
-    floating-point errors; warnings are shown and not raised; deterministic algorithms stay
-    chosen, and only warn where there is none.  Global random numbers are put back.
+    Every public function runs inside; nested calls have no effect.  Reset are torch's default dtype
+    and device, gradient and inference mode, autocast, torch function modes, anomaly detection, the
+    kernels and precision of float32 products, and numpy's handling of floating-point errors.
+    Warnings are shown instead of raised.  Deterministic algorithms stay enabled, but only warn
+    where there is none.  Global random states are restored.
 
-    What torch, numpy or Python keep for the whole process changes for other threads too, until
-    the last thread inside has left.
+    Settings of the whole process change for other threads too, until the last thread has left.
     """
     if getattr(_thread, "inside", None) is not None:
         yield
@@ -38,7 +37,7 @@ def fresh_state() -> Iterator[None]:
 
 @contextmanager
 def callers_state() -> Iterator[None]:
-    """The caller's own state again, inside of :func:`fresh_state`, to run the caller's code."""
+    """Restore the caller's settings inside :func:`fresh_state`, to run code of the caller."""
     if getattr(_thread, "inside", None) is None:
         yield
         return
@@ -67,7 +66,7 @@ def _leave() -> None:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What the whole process shares; ``wanted`` maps its value to the one that dfq works with."""
+    """Global setting; ``wanted`` maps the caller's value to the one that dfq needs."""
 
     read: Callable[[], Any]
     write: Callable[[Any], Any]
@@ -75,7 +74,8 @@ class _Setting:
 
 
 class _Process:
-    """What the whole process shares: set by the first who enters, put back by the last to leave."""
+    """Global settings, changed by the first thread that enters and restored by the last to
+    leave."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -104,8 +104,8 @@ class _Process:
             for setting, value in self._before.items():
                 if setting.read() != value:
                     setting.write(value)
-            for put_back in self._random:
-                put_back()
+            for restore in self._random:
+                restore()
             self._before, self._random = {}, []
 
 
@@ -162,7 +162,7 @@ def _torch_settings() -> tuple[_Setting, ...]:
 
 
 def _product_precision(of: Any) -> _Setting:
-    """Of float32 products on processors or GPUs, which may follow a backend's or torch's own."""
+    """Return the setting of the precision of float32 products on CPUs or GPUs."""
 
     def write(precision: str) -> None:
         of.fp32_precision = "none"
@@ -173,26 +173,26 @@ def _product_precision(of: Any) -> _Setting:
 
 
 def _random_states() -> list[Callable[[], Any]]:
-    """Functions that put the global random numbers of the libraries that are loaded back."""
+    """Return functions that restore the global random states of all loaded libraries."""
 
-    def kept(read: Callable[[], Any], write: Callable[[Any], Any]) -> Callable[[], Any]:
+    def restoring(read: Callable[[], Any], write: Callable[[Any], Any]) -> Callable[[], Any]:
         state = read()
         return lambda: write(state)
 
-    found = [kept(random.getstate, random.setstate)]
+    restorers = [restoring(random.getstate, random.setstate)]
     numpy, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
     if numpy is not None:
-        found.append(kept(numpy.get_state, numpy.set_state))
+        restorers.append(restoring(numpy.get_state, numpy.set_state))
     if torch is not None:
         generator = torch.default_generator
-        found.append(kept(generator.get_state, generator.set_state))
+        restorers.append(restoring(generator.get_state, generator.set_state))
         if torch.cuda.is_initialized():
-            found.append(kept(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
-    return found
+            restorers.append(restoring(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    return restorers
 
 
 def _enter_thread(stack: ExitStack) -> None:
-    """Give this thread the state of a fresh one until the stack is closed."""
+    """Reset the settings of this thread until the stack is closed."""
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy is not None:
         usual = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
@@ -206,7 +206,7 @@ def _enter_thread(stack: ExitStack) -> None:
 
 @contextmanager
 def _no_function_modes() -> Iterator[None]:
-    """Without the torch function modes of this thread, of which a default device is one."""
+    """Disable the torch function modes of this thread, such as a default device."""
     import torch
     from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 

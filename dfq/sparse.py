@@ -1,4 +1,4 @@
-"""Sparse images: some patches of an image and where they lie.
+"""Sparse images: a subset of an image's patches, with their positions.
 
 Letters used for shapes throughout dfq: ``B`` images, ``N`` patches of the full grid,
 ``L`` or ``K`` patches that are present, ``C`` channels, ``P`` patch side (height and
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """How an image is cut into patches.
+    """Grid of patches of an image.
 
     ``image_size`` and ``patch_size`` are (height, width) in pixels.
     """
@@ -42,21 +42,21 @@ class Grid:
 
     @property
     def patch_values(self) -> int:
-        """Values of a patch ``D``."""
+        """Number of values of a patch, ``D``."""
         return self.channels * self.patch_size[0] * self.patch_size[1]
 
 
 @dataclass(frozen=True)
 class SparseImages:
-    """A batch of images of which only some patches are kept.
+    """Batch of images of which only some patches are present.
 
     Attributes:
-        patches: uint8 ``[B, K, D]``, levels of the input range (of pixels their values 0..255),
+        patches: uint8 ``[B, K, D]``, levels of the input range (pixel values 0..255 for pixels),
             each patch in (C, P, P) order.
         positions: int64 ``[B, K]``, distinct within an image, in ``[0, N)``.
-        labels: int64 ``[B]``, the class each image was made for; -1 where there is none.
-        stage: int64 ``[B]``, the stage at which each image left its trajectory, from 0.
-        trajectory: int64 ``[B]``, which optimization trajectory each image comes from.
+        labels: int64 ``[B]``, the class each image was made for; -1 without a class.
+        stage: int64 ``[B]``, the stage of the trajectory at which each image was extracted, from 0.
+        trajectory: int64 ``[B]``, index of the optimization trajectory of each image.
     """
 
     patches: Tensor
@@ -89,7 +89,7 @@ class SparseImages:
 
 
 def join(batches: Sequence[SparseImages]) -> SparseImages:
-    """One batch of all images, which have one number of patches."""
+    """Concatenate batches whose images have equal numbers of patches."""
     names = [f.name for f in fields(SparseImages)]
     return SparseImages(*(torch.cat([getattr(b, name) for b in batches]) for name in names))
 
@@ -97,8 +97,7 @@ def join(batches: Sequence[SparseImages]) -> SparseImages:
 def patchify(images: Tensor, grid: Grid) -> Tensor:
     """Cut images ``[B, C, H, W]`` into patches ``[B, N, D]``, row by row.
 
-    Pixels right of or below the last whole patch are left out, as a strided
-    convolution does.
+    Pixels beyond the last complete patch are dropped, as by a strided convolution.
     """
     (ph, pw), c = grid.patch_size, grid.channels
     images = images[:, :, : grid.rows * ph, : grid.columns * pw]
@@ -107,9 +106,9 @@ def patchify(images: Tensor, grid: Grid) -> Tensor:
 
 
 def unpatchify(patches: Tensor, positions: Tensor, grid: Grid, fill: float = 0) -> Tensor:
-    """Lay patches ``[B, L, D]`` at ``positions`` ``[B, L]`` into images ``[B, C, H, W]``.
+    """Place patches ``[B, L, D]`` at ``positions`` ``[B, L]`` in images ``[B, C, H, W]``.
 
-    Pixels of absent patches are ``fill``.
+    Pixels of missing patches are ``fill``.
     """
     (ph, pw), c, b = grid.patch_size, grid.channels, patches.shape[0]
     canvas = patches.new_full((b, grid.patches, grid.patch_values), fill)
@@ -121,14 +120,14 @@ def unpatchify(patches: Tensor, positions: Tensor, grid: Grid, fill: float = 0) 
 def channel_values(
     values: tuple[float, ...], grid: Grid, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Spread one value per channel over the values of a patch: float32 ``[D]``."""
+    """Repeat one value per channel for all values of a patch: float32 ``[D]``."""
     height, width = grid.patch_size
     by_channel = torch.tensor(values, dtype=torch.float32, device=device)
     return by_channel.repeat_interleave(height * width)
 
 
 class Normalization(Protocol):
-    """How levels become the network's input: ``(level / 255 - level_mean) / level_std``."""
+    """Normalization of levels: ``(level / 255 - level_mean) / level_std``."""
 
     @property
     def level_mean(self) -> tuple[float, ...]: ...
@@ -137,21 +136,23 @@ class Normalization(Protocol):
     def level_std(self) -> tuple[float, ...]: ...
 
 
-def pixels_to_input(pixels: Tensor, by: Normalization, grid: Grid) -> Tensor:
-    """Patches of levels uint8 ``[..., D]`` to the network's normalized float32 input."""
-    mean = channel_values(by.level_mean, grid).to(pixels.device)
-    std = channel_values(by.level_std, grid).to(pixels.device)
+def pixels_to_input(pixels: Tensor, normalization: Normalization, grid: Grid) -> Tensor:
+    """Normalize patches of levels, uint8 ``[..., D]``, to the network's float32 input."""
+    mean = channel_values(normalization.level_mean, grid).to(pixels.device)
+    std = channel_values(normalization.level_std, grid).to(pixels.device)
     return (pixels.float() / 255 - mean) / std
 
 
-def input_to_pixels(patches: Tensor, by: Normalization, grid: Grid) -> Tensor:
-    """Normalized patches ``[..., D]`` to levels uint8, rounded and clipped to 0..255."""
-    mean = channel_values(by.level_mean, grid).to(patches.device)
-    std = channel_values(by.level_std, grid).to(patches.device)
+def input_to_pixels(patches: Tensor, normalization: Normalization, grid: Grid) -> Tensor:
+    """Convert normalized patches ``[..., D]`` to uint8 levels, rounded and clamped to 0..255."""
+    mean = channel_values(normalization.level_mean, grid).to(patches.device)
+    std = channel_values(normalization.level_std, grid).to(patches.device)
     return ((patches.float() * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def images_to_input(images: Tensor, by: Normalization) -> Tensor:
-    """Images of levels ``[..., C, H, W]`` to the network's normalized float32 input."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (by.level_mean, by.level_std))
+def images_to_input(images: Tensor, normalization: Normalization) -> Tensor:
+    """Normalize images of levels ``[..., C, H, W]`` to the network's float32 input."""
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (normalization.level_mean, normalization.level_std)
+    )
     return (images.float() / 255 - mean.to(images.device)) / std.to(images.device)

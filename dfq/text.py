@@ -1,4 +1,4 @@
-"""Text of others, made safe to print."""
+"""Escaping of untrusted text, such as file names, for terminals and rich."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rich.markup import escape as escape_markup
 
 
 def printable(text: str) -> str:
-    """The text with what is not printable written as Python writes it, such as ``\\x1b``.
+    """Replace unprintable characters by Python escapes such as ``\\x1b``; newlines are kept.
 
-    Names in files may hold what a terminal obeys.  Characters that stdout's encoding lacks are
-    written so too, here and not by the stream, so that tables know how wide they are.
+    Untrusted text may contain terminal control sequences.  Characters that stdout's encoding
+    lacks are escaped here and not by the stream, so that tables know their widths.
     """
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -19,5 +19,5 @@ def printable(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """The same, and safe from rich's markup."""
+    """Escape unprintable characters and rich's markup."""
     return escape_markup(printable(text))

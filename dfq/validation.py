@@ -1,4 +1,4 @@
-"""Settings checked by pydantic, with errors that say what arrived and what is allowed."""
+"""Settings classes checked by pydantic, with dfq's own error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic_core import core_schema
 from dfq.errors import SettingError, nearest
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""No conversion: ``"1"`` and ``True`` are no numbers, ``1.0`` is no whole number."""
+"""No conversion: ``"1"`` and ``True`` are not numbers, ``1.0`` is not an integer."""
 
 T = TypeVar("T")
 
@@ -45,10 +45,10 @@ class OneOf:
 
 @dataclasses.dataclass(frozen=True)
 class SettingInfo:
-    """A field of a settings class.
+    """Description of a field of a settings class.
 
-    ``kind`` is its type without bounds: a class, a ``Literal`` or ``tuple[int, ...]``;
-    ``low`` and ``high`` are the inclusive bounds of a number or of a tuple's numbers.
+    ``kind``: type without bounds: a class, a ``Literal`` or ``tuple[int, ...]``.  ``low`` and
+    ``high``: inclusive bounds of a number, or of the numbers of a tuple.
     """
 
     name: str
@@ -61,7 +61,7 @@ class SettingInfo:
 
     @property
     def allowed(self) -> str:
-        """The values that it takes, in words."""
+        """Allowed values, in words."""
         if get_origin(self.kind) is Literal:
             return ", ".join(map(str, get_args(self.kind)))
         if self.kind is bool:
@@ -72,7 +72,7 @@ class SettingInfo:
         return f"{number.get(self.kind, 'numbers')} from {self.low} to {self.high}"
 
     def refuse(self, value: Any) -> SettingError:
-        """The error for a value that is not allowed."""
+        """Return the error for a value that is not allowed."""
         close = ""
         if isinstance(value, str) and get_origin(self.kind) is Literal:
             close = nearest(value, map(str, get_args(self.kind)))
@@ -81,13 +81,13 @@ class SettingInfo:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def settings(cls: type[T]) -> type[T]:
-    """Make a class a frozen dataclass whose fields pydantic checks on construction.
+    """Decorate a class as a frozen dataclass whose fields pydantic checks on construction.
 
-    Bounds and descriptions are those of ``pydantic.Field`` in the annotations.  An instance is an
-    ordinary dataclass: ``dataclasses.replace`` checks again.
+    Bounds and descriptions are given by ``pydantic.Field`` in the annotations.  Instances are
+    dataclasses; ``dataclasses.replace`` checks again.
 
     Raises:
-        SettingError: on construction, for a value of another type or out of its bounds.
+        SettingError: on construction, for a value of another type or out of bounds.
     """
     made: Any = pydantic_dataclass(frozen=True, config=STRICT)(cls)
     construct = made.__init__
@@ -154,13 +154,13 @@ def _refusal(
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that does not exist, with the known ones and the nearest."""
+    """Return the message for an unknown name, with the known and the closest ones."""
     known = list(known)
     return f"Unknown {what} {name!r}; known: {', '.join(known)}.{nearest(name, known)}"
 
 
 def describe(kind: type[Any]) -> dict[str, SettingInfo]:
-    """The fields of a settings class by name, in their order."""
+    """Describe the fields of a settings class, by name and in order."""
     fields: dict[str, FieldInfo] = kind.__pydantic_fields__
     return {name: _describe(name, field) for name, field in fields.items()}
 
@@ -196,8 +196,8 @@ def _describe(name: str, field: FieldInfo) -> SettingInfo:
 
 
 def _unwrap(kind: Any) -> tuple[Any, list[Any]]:
-    """A type without ``Annotated``, and what that says of it."""
+    """Split an ``Annotated`` type into the type and its constraints."""
     if get_origin(kind) is not Annotated:
         return kind, []
-    inner, *said = get_args(kind)
-    return inner, [part for each in said for part in getattr(each, "metadata", [each])]
+    inner, *annotations = get_args(kind)
+    return inner, [part for each in annotations for part in getattr(each, "metadata", [each])]

@@ -79,7 +79,7 @@ def copy_model(_: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> No
 
 
 def run_model(_: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr("dfq.vit.convert._stages", raising(error))
+    monkeypatch.setattr("dfq.vit.convert._intermediate_outputs", raising(error))
     load_model(make_vit())
 
 

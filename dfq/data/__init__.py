@@ -1,1 +1,1 @@
-"""Images on disk: sparse-image datasets, the cache, and images of the user."""
+"""Sparse-image datasets, the cache, augmentation, and the user's images."""

@@ -1,8 +1,8 @@
-"""Images beside the inverted ones, so that calibration meets what real images bring.
+"""Augmentation of inverted images for calibration, made without data.
 
-Inverted images are rich in fine texture and poor in smooth areas, so statistics of them
-alone leave directions of a layer's input unseen that photographs use.  What is added is made
-without data: noise with the spectrum of natural images, and both kinds at lower resolutions.
+Inverted images have much fine texture and few smooth areas, so calibration on them alone misses
+directions of a layer's input that photographs use.  Augmentation adds noise with the spectrum of
+natural images, and low-resolution copies of both kinds.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from dfq.data.dataset import SparseImageDataset
 from dfq.sparse import Grid, SparseImages, join, patchify, unpatchify
 
 SPREAD = 64.0
-"""Standard deviation of fractal noise, in levels of a pixel."""
+"""Standard deviation of fractal noise, in pixel levels."""
 
 MIDDLE = 127.5
 
 
 class AugmentationSettings(Protocol):
-    """Settings that say what is added: divisors of the resolution, images of noise."""
+    """Augmentation settings.
+
+    ``smooth``: divisors of the resolution of low-resolution copies.  ``fractal``: number of images
+    of fractal noise.
+    """
 
     @property
     def smooth(self) -> tuple[float, ...]: ...
@@ -36,7 +40,7 @@ class AugmentationSettings(Protocol):
 
 
 class AugmentedImages:
-    """An inverted dataset with what is added to it, as batches of sparse images."""
+    """Inverted dataset with its augmentation, as batches of sparse images."""
 
     def __init__(self, dataset: SparseImageDataset, settings: AugmentationSettings) -> None:
         self.dataset, self.settings = dataset, settings
@@ -47,7 +51,7 @@ class AugmentedImages:
         return len(self.dataset) + fractal + (trajectories + fractal) * smooth
 
     def batches(self, size: int) -> Iterator[SparseImages]:
-        """Batches of at most ``size`` images of one number of patches."""
+        """Yield batches of at most ``size`` images with equal numbers of patches."""
         yield from self.dataset.batches(size)
         for images in self._whole(size):
             for factor in self.settings.smooth:
@@ -55,7 +59,7 @@ class AugmentedImages:
         yield from self._fractal(size)
 
     def _whole(self, size: int) -> Iterator[SparseImages]:
-        """What is smoothed: laid together trajectories, and fractal noise."""
+        """Yield the images that are smoothed: recomposed trajectories and fractal noise."""
         for unit in self.dataset.units():
             yield from recompose(unit)
         yield from self._fractal(size)
@@ -67,10 +71,10 @@ class AugmentedImages:
 
 
 def recompose(unit: list[SparseImages]) -> list[SparseImages]:
-    """The images of each trajectory laid together into one, grouped by number of patches.
+    """Merge the images of each trajectory into one, grouped by number of patches.
 
-    ``unit`` holds all images of some trajectories.  Where they overlap, the later stage
-    covers the earlier.  Labels are kept, ``stage`` is 0.
+    ``unit`` holds all images of some trajectories.  Where patches overlap, the latest stage wins.
+    Labels are kept; ``stage`` becomes 0.
     """
     found: dict[int, list[SparseImages]] = {}
     for trajectory in _trajectories(unit):
@@ -93,9 +97,9 @@ def recompose(unit: list[SparseImages]) -> list[SparseImages]:
 
 
 def smoothed(images: SparseImages, grid: Grid, factor: float) -> SparseImages:
-    """The images resampled to 1 / ``factor`` of their resolution and back.
+    """Resample images to 1 / ``factor`` of their resolution and back.
 
-    Pixels of absent patches have no part in it.
+    Pixels of missing patches are ignored.
     """
     present = torch.ones_like(images.patches, dtype=torch.float32)
     pixels = unpatchify(images.patches.float(), images.positions, grid)
@@ -116,11 +120,10 @@ def _resample(pixels: Tensor, size: list[int]) -> Tensor:
 
 @checked
 def fractal_noise(count: int, grid: Grid, first: int = 0) -> SparseImages:
-    """Whole images of noise whose amplitude falls as 1 / frequency, as in natural images.
+    """Make ``count`` complete images of noise with amplitude 1 / frequency, as in natural images.
 
-    Image ``i`` is always the same, and trajectory ``i``; these are ``first`` to
-    ``first + count``.
-    (D. J. Field, J. Opt. Soc. Am. A 4, 2379, 1987.)
+    Image ``i``, which has trajectory ``i``, is always the same; ``first`` is the first index.
+    D. J. Field, J. Opt. Soc. Am. A 4, 2379 (1987).
     """
     height, width = (n * p for n, p in zip((grid.rows, grid.columns), grid.patch_size, strict=True))
     white = torch.stack(
@@ -147,7 +150,7 @@ def fractal_noise(count: int, grid: Grid, first: int = 0) -> SparseImages:
 
 
 def stretched(images: SparseImages) -> SparseImages:
-    """The images with their darkest value at 0 and their brightest at 255, each for itself."""
+    """Stretch the contrast of each image so that its values range from 0 to 255."""
     values = images.patches.float()
     low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
     pixels = ((values - low) / (high - low).clamp_min(1) * 255).round_()

@@ -1,4 +1,4 @@
-"""Where sparse-image datasets are kept between runs."""
+"""Cache of sparse-image datasets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dfq.files import explain
 
 
 def cache_directory(path: str | Path | None = None) -> Path:
-    """``path``, else ``$DFQ_CACHE``, else ``dfq`` in the user's cache directory."""
+    """Return ``path``, else ``$DFQ_CACHE``, else ``dfq`` in the user's cache directory."""
     if path is not None:
         return Path(path)
     if os.environ.get("DFQ_CACHE"):
@@ -32,7 +32,7 @@ def cache_directory(path: str | Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A dataset in the cache; ``problem`` says why it cannot be used, if so."""
+    """Dataset in the cache; ``problem``: why it cannot be used, or None."""
 
     name: str
     path: str
@@ -45,7 +45,11 @@ class CacheEntry:
 
 @checked
 def list_cache(cache: str | Path | None = None) -> list[CacheEntry]:
-    """Every dataset in the cache, by name; DatasetError if the cache is a file."""
+    """List the datasets in the cache by name.
+
+    Raises:
+        DatasetError: the cache is a file.
+    """
     root = cache_directory(cache) / "datasets"
     if not root.is_dir():
         place = next((p for p in (root, root.parent) if p.exists() and not p.is_dir()), None)
@@ -56,7 +60,7 @@ def list_cache(cache: str | Path | None = None) -> list[CacheEntry]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a directory is a dataset of dfq's, be it unfinished or damaged."""
+    """Whether a directory is a dataset written by dfq, even if unfinished or damaged."""
     try:
         settings = path / SETTINGS
         named = settings.is_file() and FORMAT in settings.read_text("utf-8", errors="replace")
@@ -67,17 +71,17 @@ def _is_ours(path: Path) -> bool:
 
 @checked
 def verify_cache(cache: str | Path | None = None) -> list[CacheEntry]:
-    """As :func:`list_cache`, with every file read and compared with its checksum."""
+    """List the cache as :func:`list_cache` does, and verify the checksum of every file."""
     return [_entry(Path(e.path), verify=True) for e in list_cache(cache)]
 
 
 @checked
 def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry]:
-    """Remove a dataset by its name or the start of it, or all with ``"all"``.
+    """Remove a dataset by name or unique prefix, or all datasets with ``"all"``.
 
     Raises:
-        DatasetError: none or several have that name.
-        OutputError: it cannot be removed.
+        DatasetError: no dataset, or more than one, has that name or prefix.
+        OutputError: a dataset cannot be removed.
     """
     entries = list_cache(cache)
     exact = [e for e in entries if e.name == name]

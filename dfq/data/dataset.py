@@ -54,12 +54,12 @@ _DTYPES = {
 
 
 def shard_name(unit: int, patches: int) -> str:
-    """File name of the shard that holds a unit's images of ``patches`` patches."""
+    """Return the file name of the shard with a unit's images of ``patches`` patches."""
     return f"shard-{unit:05d}-{patches}.safetensors"
 
 
 def encode_shard(images: SparseImages) -> bytes:
-    """A shard's bytes; the same images always give the same bytes."""
+    """Encode images as a shard; the same images always give the same bytes."""
     tensors = {
         name: getattr(images, name).to("cpu", dtype).contiguous() for name, dtype in _DTYPES.items()
     }
@@ -75,10 +75,10 @@ def _content_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def decode_shard(content: bytes, grid: Grid, name: str) -> SparseImages:
-    """Read a shard's bytes, checking names, types, shapes and values.
+    """Decode a shard and check names, dtypes, shapes and values.
 
     Raises:
-        DamagedError: anything is not as the format says.
+        DamagedError: the shard does not conform to the format.
     """
     try:
         tensors = load(content)
@@ -105,7 +105,7 @@ def decode_shard(content: bytes, grid: Grid, name: str) -> SparseImages:
 
 
 class DatasetWriter:
-    """Writes a dataset shard by shard; a killed run goes on where it stopped.
+    """Writer of a dataset, shard by shard; an interrupted run can be resumed.
 
     ``settings`` is the content of ``settings.json``; it must hold ``grid``.
     """
@@ -114,8 +114,8 @@ class DatasetWriter:
         """Begin or resume a dataset at ``path``.
 
         Raises:
-            OutputError: the place cannot be written, or holds something else or a
-                dataset with other settings.
+            OutputError: the path cannot be written, or holds other files or a dataset with
+                other settings.
         """
         self.path, self.settings = path, settings
         self.grid = grid_from_json(settings["grid"])
@@ -155,9 +155,9 @@ class DatasetWriter:
         return None
 
     def has(self, unit: int, shards: dict[int, int]) -> bool:
-        """Whether all shards of a unit are there and whole; damaged ones are not.
+        """Whether all shards of a unit exist and are intact.
 
-        ``shards`` maps patches per image to number of images.
+        ``shards`` maps the number of patches per image to the number of images.
         """
         for k, n in shards.items():
             path = self.path / shard_name(unit, k)
@@ -173,7 +173,7 @@ class DatasetWriter:
         return True
 
     def write(self, unit: int, images: list[SparseImages]) -> None:
-        """Write a unit: its images, grouped by their number of patches, a shard each."""
+        """Write a unit's images, one shard for each number of patches."""
         groups: dict[int, list[SparseImages]] = {}
         for batch in images:
             groups.setdefault(batch.patches.shape[1], []).append(batch)
@@ -181,9 +181,9 @@ class DatasetWriter:
             write_bytes(self.path / shard_name(unit, k), encode_shard(concatenate(batches)))
 
     def finish(self, units: list[dict[int, int]]) -> None:
-        """Write the manifest, last; ``units`` has each unit's shards as for :meth:`has`.
+        """Write the manifest, which completes the dataset, and remove temporary files.
 
-        What a killed run left half-written is removed.
+        ``units`` holds each unit's shards as in :meth:`has`.
         """
         shards = []
         for unit, sizes in enumerate(units):
@@ -208,7 +208,7 @@ class DatasetWriter:
 
 
 def concatenate(batches: list[SparseImages]) -> SparseImages:
-    """Join images of one number of patches, ordered by trajectory, then stage."""
+    """Concatenate images with equal numbers of patches, ordered by trajectory, then stage."""
     joined = join(batches)
     key = joined.trajectory * (int(joined.stage.max()) + 1) + joined.stage
     return joined[key.argsort(stable=True)]
@@ -216,7 +216,7 @@ def concatenate(batches: list[SparseImages]) -> SparseImages:
 
 @dataclass(frozen=True)
 class Shard:
-    """A line of the manifest."""
+    """Entry of the manifest."""
 
     name: str
     images: int
@@ -225,13 +225,14 @@ class Shard:
 
 
 class SparseImageDataset:
-    """A finished dataset, opened for reading; shards are read one at a time."""
+    """Finished dataset, opened for reading; shards are read one at a time."""
 
     def __init__(self, path: str | Path) -> None:
         """Open a dataset directory.
 
         Raises:
-            DatasetError: it is no dataset, is unfinished, or of an unknown version.
+            DatasetError: the directory is no dataset, or an unfinished one, or of an unknown
+            version.
         """
         self.path = Path(path)
         self.settings = read_settings(self.path)
@@ -266,7 +267,7 @@ class SparseImageDataset:
 
     @property
     def inversion(self) -> InversionSettings | None:
-        """The settings that the images were made with; None for images from elsewhere."""
+        """Inversion settings of the images; None for images from other sources."""
         if self.method not in METHODS:
             return None
         return inversion_from_json(self.settings["inversion"], self.settings.get("threads"))
@@ -278,14 +279,14 @@ class SparseImageDataset:
 
     @cached_property
     def bytes(self) -> int:
-        """Size on disk."""
+        """Size on disk in bytes."""
         return sum(p.stat().st_size for p in self.path.iterdir() if p.is_file())
 
     def read(self, shard: Shard) -> SparseImages:
-        """Read a shard whole.
+        """Read a shard.
 
         Raises:
-            DamagedError: its bytes are not those that were written.
+            DamagedError: the file is missing or damaged.
         """
         path = self.path / shard.name
         try:
@@ -305,8 +306,11 @@ class SparseImageDataset:
         return images
 
     def verify(self) -> None:
-        """Read every shard; raise :class:`DamagedError` at the first that is not whole, or if
-        two images are of the same stage of one trajectory."""
+        """Read and check every shard.
+
+        Raises:
+            DamagedError: a shard is damaged, or two images have the same trajectory and stage.
+        """
         seen = set[tuple[int, int]]()
         for shard in self.shards:
             images = self.read(shard)
@@ -318,12 +322,13 @@ class SparseImageDataset:
             seen |= pairs
 
     def units(self) -> Iterator[list[SparseImages]]:
-        """All images of one unit of work after another: every trajectory lies in one."""
+        """Yield the images of each unit of work; a trajectory lies within one unit."""
         for _, shards in groupby(self.shards, key=lambda shard: shard.name.split("-")[1]):
             yield [self.read(shard) for shard in shards]
 
     def batches(self, size: int) -> Iterator[SparseImages]:
-        """Batches of at most ``size`` images of one number of patches, in stored order."""
+        """Yield batches of at most ``size`` images with equal numbers of patches, in stored
+        order."""
         for shard in self.shards:
             images = self.read(shard)
             for start in range(0, len(images), size):
@@ -332,11 +337,11 @@ class SparseImageDataset:
 
 def _shard(entry: Any) -> Shard:
     shard = Shard(entry["name"], entry["images"], entry["patches"], entry["sha256"])
-    good = (
+    valid = (
         isinstance(shard.name, str)
         and SHARD_NAME.fullmatch(shard.name) is not None
         and all(type(v) is int and 0 < v < 1 << 31 for v in (shard.images, shard.patches))
     )
-    if not good:
+    if not valid:
         raise ValueError(f"shard {entry!r:.120}")
     return shard

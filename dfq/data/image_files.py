@@ -1,4 +1,4 @@
-"""Image files in folders: which there are, and which classes their folders are."""
+"""Image files in folders, and class indices of class folders."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ SYSTEM_FOLDERS = {
     "__MACOSX",
     "lost+found",
 }
-"""Folders that archives, file servers and file systems add, with copies of images, parts of
-them, or deleted ones."""
+"""Folders created by archives, file servers and file systems, with copies or fragments of
+images."""
 
 IMAGENET_CLASSES = 1000
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is of a file or folder that programs keep for themselves."""
+    """Whether a file or folder is hidden or belongs to the system."""
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def image_files(folder: Path, visited: frozenset[str] = frozenset()) -> list[Path]:
-    """The image files of a folder at any depth, in the order of their paths.
+    """Find image files in a folder recursively, sorted by path.
 
-    Hidden ones are left out.  Links are followed, to files and to folders; a folder that
-    was visited already, here or among the real paths ``visited``, is not entered again.
+    Hidden files are skipped and links are followed.  A folder is entered once; ``visited`` holds
+    real paths that are not entered at all.
 
     Raises:
-        DataError: a link leads nowhere, or a folder cannot be read.
+        DataError: a link is broken, or a folder cannot be read.
     """
     return sorted(_walk(folder, set(visited)))
 
@@ -59,7 +59,7 @@ def _walk(folder: Path, visited: set[str]) -> Iterator[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder and is not hidden, by name."""
+    """List the entries of a folder that are not hidden, sorted by name."""
     try:
         names = sorted(name for name in os.listdir(folder) if not is_hidden(name))
     except OSError as error:
@@ -75,20 +75,20 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, hidden ones left out; links to folders are folders.
+    """List the class folders in a folder: its folders and links to folders, except hidden ones.
 
     Raises:
-        DataError: a link leads nowhere, or the folder cannot be read.
+        DataError: a link is broken, or the folder cannot be read.
     """
     return [path for path in _entries(folder) if path.is_dir()]
 
 
 @dataclass(frozen=True)
 class ClassNumbers:
-    """Names of classes with their indices, and by which rule they have them.
+    """Class indices by name.
 
-    ``order``: ``imagenet synsets``; ``number`` or ``name``, in the order of timm's reader of
-    image folders; or ``class map``.
+    ``order`` is the rule: ``imagenet synsets``; ``number`` or ``name``, in the order of timm's
+    reader of image folders; or ``class map``.
     """
 
     index: dict[str, int]
@@ -96,14 +96,14 @@ class ClassNumbers:
 
 
 def number_classes(names: list[str], classes: int, where: str) -> ClassNumbers:
-    """Number class folders for a model of so many ``classes``.
+    """Assign class indices to class folders.
 
-    For a model of 1000 classes, ImageNet synsets have ImageNet's indices.  Else the folders
-    are all of the classes, in the order of timm's reader: by name without regard to case,
-    numbers in it by their value.
+    With 1000 classes, ImageNet synsets get ImageNet's indices.  Otherwise there must be one folder
+    per class, and they get the order of timm's reader: by name, ignoring case, with numbers
+    compared by value.
 
     Raises:
-        DataError: there are more folders than classes, or fewer, or their order is not defined.
+        DataError: the number of folders is not ``classes``, or their order is ambiguous.
     """
     if classes == IMAGENET_CLASSES:
         synsets = _imagenet_synsets()
@@ -130,7 +130,7 @@ def _imagenet_synsets() -> dict[str, int]:
 
 
 def _natural_order(names: list[str], where: str) -> list[str]:
-    """Names in the order of timm's :class:`ReaderImageFolder`."""
+    """Sort names as timm's ``ReaderImageFolder`` does."""
     from timm.utils.misc import natural_key
 
     try:
@@ -148,14 +148,14 @@ def _natural_order(names: list[str], where: str) -> list[str]:
 
 
 def read_class_map(path: Path, classes: int) -> dict[str, int]:
-    """Names of classes with their indices below ``classes``, from a file.
+    """Read a class map: class indices below ``classes``, by name.
 
-    A ``.txt`` file has one name a line, in the order of the indices, as timm's class maps
-    have; a ``.json`` file is an object of names and indices.
+    A ``.txt`` file has one name per line in the order of the indices, like timm's class maps; a
+    ``.json`` file is an object that maps names to indices.
 
     Raises:
         DataError: the file is missing or malformed, a name or an index occurs twice, or an
-            index is not one of the model's.
+            index is out of range.
     """
     pairs = _read_pairs(path)
     for what, values in (("name", [n for n, _ in pairs]), ("index", [i for _, i in pairs])):
@@ -209,7 +209,7 @@ def _json_pairs(text: str, path: Path) -> list[tuple[str, int]]:
 
 
 def map_classes(names: list[str], class_map: dict[str, int], where: str, file: str) -> ClassNumbers:
-    """The class folders that a class map numbers.
+    """Assign class indices to class folders by a class map.
 
     Raises:
         DataError: a folder is not in the map.

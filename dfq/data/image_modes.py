@@ -1,4 +1,4 @@
-"""Opened images of any of Pillow's modes as 8-bit grey, RGB or RGBA."""
+"""Conversion of images in any Pillow mode to 8-bit gray, RGB or RGBA."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 """Tags of TIFF 6.0."""
 
 WHITE_IS_ZERO, UNSIGNED = 0, 1
-"""Values of the last two."""
+"""Values of the tags PHOTOMETRIC and SAMPLE_FORMAT."""
 
 SCALED_TO_16 = ("JPEG2000", "PNG", "PPM")
-"""Formats of which Pillow gives deep grey from 0 to 65535, whatever depth the file has."""
+"""Formats whose gray samples Pillow scales to 0..65535, whatever the depth of the file."""
 
 _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}
-"""Modes with premultiplied colours -> the same without."""
+"""Modes with premultiplied alpha -> the modes without."""
 
 _BY_RGB = ("CMYK", "HSV", "LAB", "RGBX", "YCbCr")
-"""Colour modes that Pillow takes to RGB, and only some of them further."""
+"""Color modes that are converted by way of RGB, because Pillow has no direct conversion."""
 
 
 def to_eight_bits(image: Image.Image, mode: str) -> Image.Image:
-    """The image in mode ``L``, ``RGB`` or ``RGBA``, black at 0 and white at 255.
+    """Convert an image to mode ``L``, ``RGB`` or ``RGBA``, with black at 0 and white at 255.
 
-    Transparency is dropped, not blended, where ``mode`` has none, as in timm.  Of 16-bit
-    samples the high byte is taken, as Pillow does of RGB.
+    If ``mode`` has no alpha channel, alpha is dropped, not blended, as in timm.  16-bit samples
+    are reduced to their high byte, as Pillow does for RGB.
 
     Raises:
-        ValueError: the file does not define which of its values are black and white.
+        ValueError: the file does not define its values of black and white.
     """
     _check_unsigned(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -54,7 +54,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
 
 def _depth(image: Image.Image) -> int | None:
-    """Bits of a grey sample whose white is all of them set; None where that is not so."""
+    """Return the bits of a gray sample; None if white is not the largest value of these bits."""
     if image.mode == "F":
         return None
     if image.format in SCALED_TO_16:
@@ -70,7 +70,7 @@ def _check_unsigned(image: Image.Image) -> None:
 
 
 def _tag(image: Image.Image, tag: int) -> Any:
-    """The value of a TIFF tag, the first if there are several; None where there is none."""
+    """Return the (first) value of a TIFF tag, or None."""
     tags = getattr(image, "tag_v2", None)
     value = None if tags is None else tags.get(tag)
     return value[0] if isinstance(value, tuple) and value else value

@@ -1,4 +1,4 @@
-"""The user's images: for evaluation with labels or without, and for calibration."""
+"""The user's images, for evaluation (with labels or without) and for calibration."""
 
 from __future__ import annotations
 
@@ -32,41 +32,41 @@ from dfq.vit import Architecture, Preprocessing
 from dfq.vit.logits import label_count
 
 MOST_PIXELS = 1 << 26
-"""Of an image between resizing and cropping."""
+"""Largest number of pixels of an image between resizing and cropping."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's modes by the channels that a model takes."""
+"""Pillow mode by number of input channels."""
 
 
 class ImageSource(Protocol):
-    """Images that are read one at a time."""
+    """Source of images that are read one at a time."""
 
     @property
     def name(self) -> str:
-        """What the data is called."""
+        """Name of the data."""
 
     @property
     def class_order(self) -> str | None:
-        """Where the classes' indices are from; None where there are no labels.
+        """Origin of the class indices; None without labels.
 
-        ``y``, of an array; or as :class:`dfq.data.image_files.ClassNumbers` says, of folders.
+        ``y`` for arrays; for folders, one of :class:`dfq.data.image_files.ClassNumbers`.
         """
 
     def __len__(self) -> int: ...
 
     def pixels(self, index: int) -> np.ndarray:
-        """uint8 ``[H, W, C]`` at the model's size."""
+        """Read an image: uint8 ``[H, W, C]`` at the model's size."""
 
     def label(self, index: int) -> int:
-        """The class; -1 where there is none."""
+        """Return the class index of an image; -1 without labels."""
 
 
 @dataclass(frozen=True)
 class ArrayImages:
     """Images of an ``.npz``: ``x`` ``[N, H, W, C]`` or ``[N, H, W]``, ``y`` ``[N]``.
 
-    ``x`` are uint8 pixels, which are resized whole, without a crop; or floating-point values in
-    the model's input range, at its size.
+    ``x`` holds uint8 pixels, which are resized without cropping, or floating-point values in the
+    model's input range, at its size.
     """
 
     name: str
@@ -95,7 +95,7 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files, resized and centre-cropped as the model's data config says."""
+    """Image files, resized and center-cropped according to the model's data config."""
 
     name: str
     files: tuple[Path, ...]
@@ -122,13 +122,13 @@ class FolderImages:
 def fit(
     image: Image.Image, arch: Architecture, preprocessing: Preprocessing, *, crop: bool
 ) -> np.ndarray:
-    """Resize (and centre-crop) an image to the model's input, uint8 ``[H, W, C]``.
+    """Resize and, with ``crop``, center-crop an image to the model's input, uint8 ``[H, W, C]``.
 
-    With ``crop`` the shorter side becomes ``side / crop_pct`` first, or both do where the crop
-    mode is ``squash``, as timm does.
+    As in timm, the shorter side is first resized to ``side / crop_pct``; both sides if the crop
+    mode is ``squash``.
 
     Raises:
-        ValueError: the image defines no black and white, or is too thin to crop.
+        ValueError: the image does not define black and white, or is too thin to crop.
     """
     image = to_eight_bits(image, MODES[arch.in_channels])
     height, width = arch.image_size
@@ -152,7 +152,7 @@ def fit(
 def _resized(
     size: tuple[int, int], target: tuple[int, int], preprocessing: Preprocessing
 ) -> tuple[int, int]:
-    """Size before the centre crop, (width, height), rounded as timm's transforms round."""
+    """Return the size before the center crop, (width, height), rounded as in timm's transforms."""
     w, h = size
     width, height = (math.floor(side / preprocessing.crop_pct) for side in target)
     if preprocessing.crop_mode == "squash":
@@ -172,20 +172,18 @@ def open_images(
     labelled: bool | None,
     class_map: str | Path | None = None,
 ) -> ImageSource:
-    """Open an image folder, an ``.npz``, or ``"demo"`` (the demo's test slice).
+    """Open an image folder, an ``.npz`` file, or ``"demo"`` (the demo's test images).
 
-    Labels are the folders in an image folder, numbered as
-    :func:`dfq.data.image_files.number_classes` or the file ``class_map`` says, and ``y`` of an
-    ``.npz``.
+    Labels are the class folders, numbered by :func:`dfq.data.image_files.number_classes` or by the
+    file ``class_map``; in an ``.npz`` file, ``y``.
 
     Args:
-        labelled: whether labels are needed (True), read where there are any (None) or not
-            looked at (False).  A folder of image files alone, and an ``.npz`` without ``y``,
-            have none.
+        labelled: True if labels are required, None to read them if there are any, False to
+            ignore them.  A folder without class folders and an ``.npz`` without ``y`` have none.
 
     Raises:
-        DataError: there is no such data, it is empty or unreadable, its classes do not
-            fit the model, or ``class_map`` goes with no class folders.
+        DataError: the data does not exist, is empty or unreadable, its classes do not fit the
+            model, or ``class_map`` is given without class folders.
     """
     if arch.in_channels not in MODES:
         raise DataError(
@@ -297,7 +295,7 @@ def _open_folder(
 def load_batches(
     source: ImageSource, preprocessing: Preprocessing, size: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Normalised float32 images ``[B, C, H, W]`` and labels int64 ``[B]``, None without."""
+    """Yield normalized float32 images ``[B, C, H, W]`` with labels int64 ``[B]`` or None."""
     for start in range(0, len(source), size):
         pixels, labels = _read(source, range(start, min(start + size, len(source))))
         known = None if source.class_order is None else labels
@@ -311,10 +309,10 @@ def _read(source: ImageSource, indices: Any) -> tuple[Tensor, Tensor]:
 
 
 class DenseImages:
-    """Real images as a calibration set: every patch is present."""
+    """Real images as a calibration set with all patches."""
 
     def __init__(self, source: ImageSource, arch: Architecture, limit: int) -> None:
-        """At most ``limit`` images, spread evenly over the source."""
+        """Take at most ``limit`` images, evenly spaced in the source."""
         self.grid = arch.grid
         self._source = source
         count = min(limit, len(source))
@@ -324,7 +322,7 @@ class DenseImages:
         return len(self._indices)
 
     def batches(self, size: int) -> Iterator[SparseImages]:
-        """Batches of at most ``size`` images with all their patches."""
+        """Yield batches of at most ``size`` images with all their patches."""
         for start in range(0, len(self), size):
             indices = self._indices[start : start + size]
             pixels, labels = _read(self._source, indices)

@@ -1,4 +1,4 @@
-"""Pictures of sparse-image datasets."""
+"""Preview pictures of sparse-image datasets."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dfq.files import make_directory, write_bytes
 from dfq.sparse import SparseImages, unpatchify
 
 BACKGROUND = 40
-"""Grey level of absent patches and margins, so that black patches can be told apart."""
+"""Gray level of missing patches and margins, different from black patches."""
 
 MARGIN = 2
 HEADING = 16
-"""Height of the line above the columns."""
+"""Height in pixels of the line of headings."""
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MIN_SIDE = 112
@@ -28,7 +28,7 @@ MIN_SIDE = 112
 
 @checked
 def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
-    """Draw a dataset: trajectories as rows, stages as labelled columns, absent patches dark grey.
+    """Draw a dataset: trajectories as rows, stages as columns, missing patches dark gray.
 
     Args:
         dataset: directory of a sparse-image dataset.
@@ -37,8 +37,8 @@ def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
 
     Raises:
         DatasetError: the dataset cannot be read.
-        OutputError: the file cannot be written, does not end in ``.png``, or what is there is
-            no picture.
+        OutputError: the file cannot be written, does not end in ``.png``, or exists and is not a
+            PNG file.
         SettingError: ``rows`` is below 1.
     """
     if rows < 1:
@@ -63,7 +63,7 @@ def _headings(cells: dict[tuple[int, int], np.ndarray]) -> list[str]:
 
 
 def write_png(pixels: np.ndarray, out: str | Path) -> Path:
-    """Write a picture uint8 ``[H, W, 3]``, whole or not at all.
+    """Write a picture uint8 ``[H, W, 3]`` atomically.
 
     Raises:
         OutputError: the file cannot be written, or does not end in ``.png``.
@@ -104,13 +104,13 @@ def _draw(image: SparseImages, source: SparseImageDataset) -> np.ndarray:
 
 
 def enlarge(array: np.ndarray) -> np.ndarray:
-    """A small picture ``[H, W, 3]`` so many times as large that it can be seen."""
+    """Enlarge a picture ``[H, W, 3]`` by an integer factor to at least MIN_SIDE pixels."""
     zoom = max(1, -(-MIN_SIDE // max(array.shape[:2])))
     return array.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
 def sheet(cells: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
-    """Pictures of one size, each at its (row, column), with margins between them."""
+    """Arrange pictures of equal size by (row, column), with margins between them."""
     height, width = next(iter(cells.values())).shape[:2]
     rows = sorted({row for row, _ in cells})
     columns = sorted({column for _, column in cells})
@@ -119,16 +119,16 @@ def sheet(cells: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
         len(columns) * (width + MARGIN) + MARGIN,
         3,
     )
-    found = np.full(shape, BACKGROUND // 2, dtype=np.uint8)
+    canvas = np.full(shape, BACKGROUND // 2, dtype=np.uint8)
     for (row, column), cell in cells.items():
         top = rows.index(row) * (height + MARGIN) + MARGIN
         left = columns.index(column) * (width + MARGIN) + MARGIN
-        found[top : top + height, left : left + width] = cell
-    return found
+        canvas[top : top + height, left : left + width] = cell
+    return canvas
 
 
 def with_headings(pixels: np.ndarray, headings: list[str]) -> np.ndarray:
-    """A sheet ``[H, W, 3]`` with a line above it that names its columns."""
+    """Add a line with the headings of the columns above a sheet ``[H, W, 3]``."""
     height, width = pixels.shape[:2]
     image = Image.new("RGB", (width, height + HEADING), (BACKGROUND // 2,) * 3)
     image.paste(Image.fromarray(pixels), (0, HEADING))

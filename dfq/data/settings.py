@@ -1,4 +1,4 @@
-"""What a sparse-image dataset says of itself: ``settings.json``, its checks and its cache key.
+"""Settings of a sparse-image dataset (``settings.json``), their checks and the cache key.
 
 The format is specified in ``docs/dataset-format.md``.
 """
@@ -26,14 +26,14 @@ FORMAT = "dfq-sparse-images"
 FORMAT_VERSION = 1
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 ORIGIN = re.compile(r"[a-z][a-z0-9-]{0,31}")
-"""The name of a method that made images."""
+"""Pattern of the name of a method that makes images."""
 
 
 def cache_key(settings: dict[str, Any]) -> str:
-    """32 hex digits over everything in ``settings.json`` that decides the images.
+    """Return a hash (32 hex digits) of everything in ``settings.json`` that determines the images.
 
-    Threads, the machine and library versions are recorded but do not count: a dataset made
-    with others is as good.
+    Threads, machine and library versions are recorded but not hashed: datasets made with others
+    are equally valid.
     """
     recorded = ("threads", "machine", "versions")
     facts = {k: v for k, v in settings.items() if k not in recorded}
@@ -48,15 +48,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Read ``settings.json`` of a dataset directory.
 
     Raises:
-        DatasetError: it is missing, malformed or of an unknown version.
+        DatasetError: the file is missing, malformed or of an unknown version.
     """
     file = path / SETTINGS
     if not file.is_file():
         raise DatasetError(f"{str(path)!r} is not a sparse-image dataset: it has no {SETTINGS}.")
     settings = read_object(file)
     check_header(settings, file)
-    for field, good in _FIELDS.items():
-        if field in settings and not good(settings[field]):
+    for field, valid in _FIELDS.items():
+        if field in settings and not valid(settings[field]):
             raise DatasetError(
                 f"{str(file)!r}: {field} is {settings[field]!r:.80}, which docs/dataset-format.md "
                 "does not allow. The dataset is damaged; make it again."
@@ -74,7 +74,7 @@ def _is_model(value: Any) -> bool:
 
 
 def _is_preprocessing(value: Any) -> bool:
-    """Whether mean, std and input range are numbers and, as far as given, fit each other."""
+    """Whether mean, std and input range are numbers and consistent, as far as given."""
     if not isinstance(value, dict):
         return False
     given = [value.get("mean", []), value.get("std", []), value.get("input_range", [0, 1])]
@@ -92,7 +92,7 @@ def _is_preprocessing(value: Any) -> bool:
 
 
 def _is_inversion(value: Any) -> bool:
-    """Whether the method is a word, and one of dfq's has settings of the right types."""
+    """Whether the method's name is valid, and the settings of dfq's own methods are too."""
     if not isinstance(value, dict) or ORIGIN.fullmatch(str(value.get("method", "a"))) is None:
         return False
     if value.get("method") not in METHODS:
@@ -105,7 +105,7 @@ def _is_inversion(value: Any) -> bool:
 
 
 def inversion_from_json(value: dict[str, Any], threads: int | None = None) -> InversionSettings:
-    """Settings as ``settings.json`` holds them; those that it leaves out have their defaults.
+    """Convert inversion settings from ``settings.json``; missing ones get their defaults.
 
     Raises:
         SettingError: a value is not allowed.
@@ -139,11 +139,15 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "machine": _is_word,
     "versions": _are_words,
 }
-"""Fields of ``settings.json`` beside the header and the grid, and what each may be."""
+"""Checks of the fields of ``settings.json`` other than header and grid."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; raises :class:`DatasetError` where it does not."""
+    """Read a JSON object from a file.
+
+    Raises:
+        DatasetError: the file cannot be read or is not a JSON object.
+    """
     try:
         value = read_json(path)
     except (OSError, ValueError) as error:
@@ -157,7 +161,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_header(value: dict[str, Any], path: Path) -> None:
-    """Raise :class:`DatasetError` unless the format and its version are this dfq's."""
+    """Raise :class:`DatasetError` unless format and version are those of this dfq."""
     if value.get("format") != FORMAT:
         raise DatasetError(f"{str(path)!r} is not of format {FORMAT!r}.")
     version = value.get("format_version")
@@ -169,7 +173,7 @@ def check_header(value: dict[str, Any], path: Path) -> None:
 
 
 def grid_to_json(grid: Grid) -> dict[str, Any]:
-    """The JSON form of a grid."""
+    """Convert a grid to JSON types."""
     return {
         "image_size": list(grid.image_size),
         "patch_size": list(grid.patch_size),
@@ -178,7 +182,7 @@ def grid_to_json(grid: Grid) -> dict[str, Any]:
 
 
 def grid_from_json(value: Any) -> Grid:
-    """The inverse of :func:`grid_to_json`; raises ValueError, KeyError or TypeError."""
+    """Invert :func:`grid_to_json`; raises ValueError, KeyError or TypeError."""
     height, width = value["image_size"]
     patch_height, patch_width = value["patch_size"]
     numbers = (height, width, patch_height, patch_width, value["channels"])

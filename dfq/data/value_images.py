@@ -1,4 +1,4 @@
-"""Images of the user's that are no 8-bit pictures: floating-point values in the input range."""
+"""Images given as floating-point values in the input range instead of 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dfq.vit import Architecture, Preprocessing
 
 
 def check_pixels(preprocessing: Preprocessing, name: str) -> None:
-    """Raise :class:`DataError` if 8-bit pictures are no input of the model."""
+    """Raise :class:`DataError` if the model does not take 8-bit pixels."""
     if not preprocessing.takes_pixels:
         low, high = preprocessing.input_range
         raise DataError(
@@ -39,13 +39,14 @@ def check_values(
     if not (math.isfinite(lowest + highest) and low - half <= lowest and highest <= high + half):
         raise DataError(
             f"{name!r}: x has values from {lowest:g} to {highest:g}, but the model's input range "
-            f"is {low:g} to {high:g}. Give values before normalisation, or the right --input-range."
+            f"is {low:g} to {high:g}. Give values before normalization, or the right --input-range."
         )
 
 
 def to_levels(values: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """An image of values in the input range ``[H, W, C]`` or ``[H, W]`` on its 256 levels: uint8
-    ``[H, W, C]``.  The patch embedding of a quantized model rounds its input in the same way."""
+    """Round values in the input range, ``[H, W, C]`` or ``[H, W]``, to 256 levels: uint8
+    ``[H, W, C]``.  The patch embedding of a quantized model rounds its input the same way.
+    """
     low, high = preprocessing.input_range
     levels = np.rint((values.astype(np.float64) - low) / (high - low) * 255)
     image = levels.clip(0, 255).astype(np.uint8)
