@@ -255,7 +255,7 @@ def evaluate(
     global_pool: GlobalPool = None,
     device: Device = "cpu",
     backend: Annotated[
-        str | None, typer.Option(help="onednn or reference.", show_default="fastest")
+        str | None, typer.Option(help="onednn, float or reference.", show_default="fastest")
     ] = None,
     min_agreement: MinAgreement = None,
     min_accuracy: MinAccuracy = None,

@@ -64,7 +64,7 @@ def evaluate(
             with ``x`` (and ``y``), or ``"demo"``.
         float_model, weights, img_size, in_chans, global_pool: the float model, as for
             :func:`dfq.load_model`; what is left out is the checkpoint's.
-        backend: integer kernels, ``onednn`` or ``reference``.
+        backend: integer kernels, ``onednn``, ``float`` or ``reference``.
         min_agreement, min_accuracy: bounds from 0 to 1, of the lower ends of 95 % intervals.
         class_map: a file that numbers the class folders; see
             :func:`dfq.data.image_files.read_class_map`.
