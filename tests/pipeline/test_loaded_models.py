@@ -139,6 +139,9 @@ def test_weights_that_the_caller_changed_count(loaded: LoadedModel, tmp_path: Pa
         next(loaded.vit.head.parameters()).add_(1)
     with pytest.raises(dfq.UsageError, match="made from another model"):
         quantize(loaded, tmp_path / "out", calibration=tmp_path / "images", images=None)
+    noise = dfq.fractal_noise(2, loaded.vit.arch.grid)
+    written = dfq.write_dataset(tmp_path / "noise", [[noise]], loaded, origin="own")
+    assert written.fingerprint == loaded.frozen().fingerprint != loaded.fingerprint
 
 
 def test_half_precision_and_gradients_of_the_callers_do_not_matter(
