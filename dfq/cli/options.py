@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dfq.cli.flags import parsed_json
 from dfq.errors import SettingError
 
 Model = Annotated[
@@ -78,7 +79,19 @@ Cache = Annotated[
     typer.Option(help="Cache directory; else $DFQ_CACHE, else the user's.", show_default=False),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="JSON alone on stdout: an object, of lists an array.")
+    bool,
+    typer.Option(
+        "--json",
+        help="JSON alone on stdout: an object, of lists an array.",
+        is_eager=True,
+        callback=parsed_json,
+    ),
+]
+NoEvaluate = Annotated[
+    bool,
+    typer.Option(
+        "--no-evaluate", help="Do not compare with the float model; faster. Not with --eval."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 MinAgreement = Annotated[

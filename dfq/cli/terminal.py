@@ -27,18 +27,13 @@ def is_first() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
-def wants_json() -> bool:
-    """Whether the command was called with ``--json``."""
-    return "--json" in sys.argv[1:]
-
-
-def check_output(words: list[str]) -> None:
-    """Refuse a closed stdout before any work, unless ``words`` ask for nothing to be printed.
+def check_output(*, json: bool, quiet: bool) -> None:
+    """Refuse a closed stdout before any work, unless nothing is to be printed.
 
     Raises:
         OutputError: standard output is closed.
     """
-    if "--json" in words or not {"-q", "--quiet"} & set(words):
+    if json or not quiet:
         _stdout()
     elif sys.stdout is None:
         sys.stdout = io.StringIO()  # for libraries that print

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import nn
@@ -29,12 +28,15 @@ from dfq.results.gates import check_bounds, check_bounds_decidable, check_shares
 from dfq.results.intervals import share_interval
 from dfq.results.values import AgreementOn, EvaluateResult, FloatQuantized, Metric
 from dfq.slow import slow_integers
-from dfq.vit import Architecture, Preprocessing, ViT
-from dfq.vit.load import load_model
-from dfq.vit.options import pool_of
+from dfq.vit import Architecture, Preprocessing
+from dfq.vit.load import LoadedModel, load_model
+from dfq.vit.options import LoadOptions, WeightsOptions, pool_of
 from dfq.vit.saved import is_saved
 
 _NAME_IT = "Name the model that the checkpoint was made from (--float MODEL, --weights FILE)."
+
+NORMALIZATION = ("mean", "std", "input_range")
+"""Fields of the preprocessing that define the network's input."""
 
 
 @checked
@@ -42,17 +44,14 @@ def evaluate(
     path: str | Path,
     *,
     data: str | Path,
-    float_model: str | nn.Module | None = None,
-    weights: str | Path | None = None,
-    img_size: int | Sequence[int] | None = None,
-    in_chans: int | None = None,
-    global_pool: str | None = None,
+    float_model: str | nn.Module | LoadedModel | None = None,
     device: str | torch.device = "cpu",
     backend: str | None = None,
     min_agreement: float | None = None,
     min_accuracy: float | None = None,
     class_map: str | Path | None = None,
     progress: Progress | None = None,
+    **options: Unpack[WeightsOptions],
 ) -> EvaluateResult:
     """Measure a checkpoint on images, beside the float model where one is named.
 
@@ -76,8 +75,7 @@ def evaluate(
     check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_agreement is not None and float_model is None:
         raise SettingError("min_agreement needs the float model: give float_model (--float MODEL).")
-    options = {"img_size": img_size, "in_chans": in_chans, "global_pool": global_pool}
-    for name, value in {"weights": weights, **options}.items():
+    for name, value in options.items():
         if value is not None and float_model is None:
             raise SettingError(f"{name} is of the float model: name it too (--float MODEL).")
     progress = progress or Silent()
@@ -96,9 +94,16 @@ def evaluate(
             "give float_model (--float MODEL)."
         )
     made_from = str(info.source.get("fingerprint"))
-    reference = _float_reference(
-        model, made_from, float_model, target, progress, weights=weights, **options
-    )
+    reference = None
+    if float_model is not None:
+        loaded = _load_float(model, float_model, options).frozen(target)
+        note_all(progress, loaded.notes)
+        _check_same(loaded, model)
+        if loaded.fingerprint != made_from:
+            progress.note(
+                "The float model's weights are not those that the checkpoint was made from."
+            )
+        reference = loaded.vit
     batches = dense_batches(load_batches(source, model.preprocessing, EVALUATION_BATCH), target)
     with progress.task("Evaluating", len(source)) as advance:
         comparison = compare(model, reference, batches, advance, metric=metric)
@@ -128,30 +133,28 @@ def evaluate(
     return result
 
 
-def _float_reference(
-    model: QuantizedViT,
-    fingerprint: str,
-    name: str | nn.Module | None,
-    device: torch.device,
-    progress: Progress,
-    **options: Any,
-) -> ViT | None:
-    if name is None:
-        return None
-    arch = model.arch
-    built = isinstance(name, str) and not is_saved(name)  # so that its shape can be chosen
-    if built and name != "demo":
-        own = {"img_size": arch.image_size, "global_pool": pool_of(arch)}
-        options |= {key: value for key, value in own.items() if options[key] is None}
+def _load_float(
+    model: QuantizedViT, float_model: str | nn.Module | LoadedModel, options: WeightsOptions
+) -> LoadedModel:
+    """Load the float model with the checkpoint's shape, where it is open, and preprocessing."""
+    if isinstance(float_model, LoadedModel):
+        return load_model(float_model, **options)
+    arch, own = model.arch, model.preprocessing
+    built = isinstance(float_model, str) and not is_saved(float_model)  # so its shape is open
+    shape: LoadOptions = {
+        "num_classes": 0 if built and not arch.num_classes else None,
+        "mean": own.mean,
+        "std": own.std,
+        "input_range": own.input_range,
+        **options,
+    }
+    if built and float_model != "demo":
+        if shape.get("img_size") is None:
+            shape["img_size"] = arch.image_size
+        if shape.get("global_pool") is None:
+            shape["global_pool"] = pool_of(arch)
     try:
-        loaded = load_model(
-            name,
-            num_classes=0 if built and not arch.num_classes else None,
-            mean=model.preprocessing.mean,
-            std=model.preprocessing.std,
-            input_range=model.preprocessing.input_range,
-            **options,
-        )
+        return load_model(float_model, **shape)
     except (SettingError, WeightsError) as error:
         if not error.advice:
             raise
@@ -162,20 +165,26 @@ def _float_reference(
                 f"takes {arch.in_channels}."
             )
         raise SettingError(f"{facts} {_NAME_IT}") from error
-    note_all(progress, loaded.notes)
-    differing = [
-        f"{field.replace('_', ' ')} {theirs!r} instead of {ours!r}"
-        for field, ours in dataclasses.asdict(arch).items()
-        if (theirs := getattr(loaded.vit.arch, field)) != ours
-    ]
-    if differing:
-        raise SettingError(
-            f"The float model {loaded.name!r} has another architecture than the checkpoint: "
-            f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. {_NAME_IT}"
-        )
-    if loaded.fingerprint != fingerprint:
-        progress.note("The float model's weights are not those that the checkpoint was made from.")
-    return loaded.vit.to(device)
+
+
+def _check_same(loaded: LoadedModel, model: QuantizedViT) -> None:
+    """Raise :class:`SettingError` if a float model takes other images than the checkpoint."""
+    preprocessing = {name: getattr(model.preprocessing, name) for name in NORMALIZATION}
+    pairs = (
+        ("architecture", dataclasses.asdict(model.arch), loaded.vit.arch),
+        ("normalization", preprocessing, loaded.preprocessing),
+    )
+    for what, own, other in pairs:
+        differing = [
+            f"{field.replace('_', ' ')} {theirs!r} instead of {ours!r}"
+            for field, ours in own.items()
+            if (theirs := getattr(other, field)) != ours
+        ]
+        if differing:
+            raise SettingError(
+                f"The float model {loaded.name!r} has another {what} than the checkpoint: "
+                f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. {_NAME_IT}"
+            )
 
 
 def open_evaluation(

@@ -22,6 +22,9 @@ MAX_DECIBELS = 1000
 SQNR_FIELDS = ("weights", "activations", "both")
 """Names of a layer's three SQNRs."""
 
+UNMEASURED = ("agreement", "not measured")
+"""Row of a checkpoint that was not compared with the float model."""
+
 HIGHLIGHTED = 3
 """Number of layers with the lowest SQNR that are shown in red."""
 
@@ -99,7 +102,8 @@ def facts_table(values: dict[str, Any]) -> Table:
     table = field_table({k: v for k, v in values.items() if k != "report"})
     try:
         report = values["report"]
-        rows = [*agreement_rows(report), *verdict_rows(report)]
+        measured = agreement_rows(report) or ([UNMEASURED] if "agreement_on" in report else [])
+        rows = [*measured, *verdict_rows(report)]
     except (LookupError, TypeError, ValueError, AttributeError):
         rows = []  # none, or one that other programs wrote
     for row in rows:
@@ -134,7 +138,8 @@ def quantize_table(r: dict[str, Any]) -> Table:
     table.add_row(
         "size", f"{_size(size['float'])} -> {_size(size['quantized'])} ({ratio:.1f} times smaller)"
     )
-    for row in (*accuracy_rows(r), *agreement_rows(r), *verdict_rows(r)):
+    agreement = agreement_rows(r) or [UNMEASURED]
+    for row in (*accuracy_rows(r), *agreement, *verdict_rows(r)):
         table.add_row(*row)
     stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items())
     table.add_row("seconds", stages)

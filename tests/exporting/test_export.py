@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,12 +246,9 @@ def test_files_that_cannot_all_move_stay(there: bool, tmp_path: Path) -> None:
 # ---- the command
 
 
-def test_json_of_export_is_the_result_and_nothing_else(
-    four_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_of_export_is_the_result_and_nothing_else(four_bits: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
     arguments = ["export", str(four_bits), "--out", str(out), "--weights", "int4", "--json"]
-    monkeypatch.setattr(sys, "argv", ["dfq", *arguments])
     ended = CliRunner().invoke(app, arguments)
     expected = dfq.export(four_bits, out=out, weights="int4")
     assert (ended.exit_code, json.loads(ended.stdout)) == (0, to_json(expected))
