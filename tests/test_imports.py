@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 BASE = {
     "_version",
     "arguments",
+    "bars",
     "device",
     "environment",
     "errors",
@@ -24,6 +25,7 @@ BASE = {
     "inversion.losses",
     "inversion.registry",
     "inversion.schedules",
+    "job",
     "process_state",
     "progress",
     "recipe",

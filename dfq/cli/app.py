@@ -43,9 +43,10 @@ from dfq.cli.options import (
     floats,
     sides,
 )
-from dfq.cli.terminal import Shown, is_first, print_json, print_text
+from dfq.cli.terminal import print_json, print_text, shown
 from dfq.errors import GateError, SettingError
 from dfq.inversion.schedules import METHODS
+from dfq.progress import is_first
 from dfq.recipe_files import shipped_recipes, summary
 from dfq.results.tables import (
     benchmark_table,
@@ -168,7 +169,7 @@ def quantize(
             cache=cache,
             min_agreement=min_agreement,
             min_accuracy=min_accuracy,
-            progress=Shown(quiet),
+            progress=shown(quiet),
         )
     except GateError as error:
         _show(error.result, json_, quiet, quantize_table)
@@ -228,7 +229,7 @@ def invert(
         seed=seed,
         device=device,
         cache=cache,
-        progress=Shown(quiet or not is_first()),
+        progress=shown(quiet or not is_first()),
     )
     if is_first():
         _show(result, json_, quiet, field_table)
@@ -277,7 +278,7 @@ def evaluate(
             backend=backend,
             min_agreement=min_agreement,
             min_accuracy=min_accuracy,
-            progress=Shown(quiet),
+            progress=shown(quiet),
         )
     except GateError as error:
         _show(error.result, json_, quiet, evaluate_table)
@@ -371,7 +372,7 @@ def distill(
         threads=threads,
         device=device,
         cache=cache,
-        progress=Shown(quiet),
+        progress=shown(quiet),
     )
     _show(result, json_, quiet, distill_table)
 
@@ -431,7 +432,7 @@ def benchmark(
         threads=threads,
         runtimes=None if runtimes is None else runtimes.split(","),
         cold=cold,
-        progress=Shown(quiet),
+        progress=shown(quiet),
     )
     _show(result, json_, quiet, benchmark_table)
 

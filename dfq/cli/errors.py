@@ -11,9 +11,10 @@ import typer
 from typer.core import TyperGroup
 
 from dfq.cli.interrupts import INTERRUPTED
-from dfq.cli.terminal import check_output, err_console, is_first, print_json, wants_json
+from dfq.cli.terminal import check_output, err_console, print_json, wants_json
 from dfq.errors import DfqError, GateError, OutputError, UsageError
 from dfq.failures import first_line, is_out_of_memory
+from dfq.progress import is_first
 from dfq.text import escape
 
 KEEPS = ("invert", "quantize", "distill")

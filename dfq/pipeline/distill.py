@@ -24,7 +24,8 @@ from dfq.pipeline.calibration_set import augmented, calibration_set
 from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.pipeline.evaluate import agreement_on, open_evaluation
 from dfq.pipeline.workers import check_alone
-from dfq.progress import Progress, Silent, note_all, warn
+from dfq.pipeline.workload import distill_stages
+from dfq.progress import Progress, announce, note_all, resolve_progress, warn
 from dfq.recipe import (
     METHODS,
     DistillationSettings,
@@ -82,7 +83,7 @@ def distill(
     input_range: Sequence[float] | None = None,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> DistillResult:
     """Train a student ViT on images inverted from a teacher.
 
@@ -117,7 +118,7 @@ def distill(
         RunError: the loss did not stay finite.
         DfqError: one of its other subclasses says what is wrong.
     """
-    started, progress = time.perf_counter(), progress or Silent()
+    started, progress = time.perf_counter(), resolve_progress(progress)
     check_alone("distill", "--data")
     if class_map is not None and eval is None:
         raise SettingError(
@@ -181,6 +182,9 @@ def distill(
     if eval is not None:
         tested = open_evaluation(eval, arch, loaded.preprocessing, class_map)
     loaded.vit.to(target)
+    made, count = data is None or method is not None, 0 if tested is None else len(tested)
+    to_come = distill_stages(chosen, plan, arch.grid.patches, inverts=made, tested=count)
+    announce(progress, to_come)
     source, origin = calibration_set(
         loaded, chosen, None if method else data, target, cache, progress, images
     )

@@ -34,7 +34,8 @@ from dfq.pipeline.calibration_set import (
 from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.pipeline.evaluate import accuracy_pair, agreement_on, check_measurable, open_evaluation
 from dfq.pipeline.workers import check_alone
-from dfq.progress import Progress, Silent, note_all, warn
+from dfq.pipeline.workload import quantize_stages
+from dfq.progress import Progress, announce, note_all, resolve_progress, warn
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.diagnosis import layer_sqnr, low_sqnr_warnings
 from dfq.quantization.equalization import equalize
@@ -90,7 +91,7 @@ def quantize(
     cache: str | Path | None = None,
     min_agreement: float | None = None,
     min_accuracy: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> QuantizeResult:
     """Quantize a ViT without data and write a checkpoint.
 
@@ -119,7 +120,7 @@ def quantize(
         GateError: the interval of agreement or accuracy begins below its bound.
         DfqError: one of its other subclasses says what is wrong.
     """
-    clock, progress = _Clock(), progress or Silent()
+    clock, progress = _Clock(), resolve_progress(progress)
     check_alone("quantize", "--calibration")
     check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_accuracy is not None and eval is None:
@@ -174,6 +175,9 @@ def quantize(
         else:
             measured_on = held_out_settings(chosen.inversion, patches, metric, min_agreement)
             plan_units(measured_on, patches)
+    counted = measured_on if isinstance(measured_on, InversionSettings) else len(measured_on)
+    made = calibration is None or method is not None
+    announce(progress, quantize_stages(chosen, patches, inverts=made, measured_on=counted))
     if eval is None:
         make_directory(cache_directory(cache) / "datasets")
     with clock("invert"):
