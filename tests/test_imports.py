@@ -15,6 +15,7 @@ BASE = {
     "_version",
     "arguments",
     "bars",
+    "catalog",
     "device",
     "environment",
     "errors",

@@ -49,7 +49,7 @@ class Group(TyperGroup):
         try:
             check_output(given)
             _check_empty(given)
-            return super().main(*args, **options)
+            return super().main(*args, **{"prog_name": "dfq", **options})
         except (DfqError, OSError) as error:
             try:
                 explain(error, True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dfq.arguments import checked
+from dfq.catalog import ALIASES
 from dfq.data.images import ImageSource, load_batches
 from dfq.device import resolve_device
 from dfq.distillation.inherit import begin
@@ -42,7 +43,7 @@ from dfq.results.values import DistillResult, TeacherStudent, to_json
 from dfq.slow import slow_floats
 from dfq.vit import ViT
 from dfq.vit.convert import convert
-from dfq.vit.load import ALIASES, LoadedModel, load_model, module_name
+from dfq.vit.load import LoadedModel, load_model, module_name
 from dfq.vit.saved import REPORT, check_output, is_saved, save_model
 
 READ = 64

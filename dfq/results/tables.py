@@ -55,7 +55,7 @@ def field_table(values: dict[str, Any]) -> Table:
     return table
 
 
-def layers_of(facts: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+def layers_of(facts: dict[str, Any], path: str | Path) -> list[dict[str, Any]]:
     """Return the measured layers of a checkpoint's report.
 
     Raises:
