@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 BASE = {
     "_version",
     "arguments",
+    "bars",
+    "catalog",
     "device",
     "environment",
     "errors",
@@ -24,6 +26,7 @@ BASE = {
     "inversion.losses",
     "inversion.registry",
     "inversion.schedules",
+    "job",
     "process_state",
     "progress",
     "recipe",

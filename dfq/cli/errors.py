@@ -13,9 +13,10 @@ from typer.core import TyperGroup
 
 from dfq.cli.flags import JSON, QUIET, has_flag, keep_json, wants_json
 from dfq.cli.interrupts import INTERRUPTED, MESSAGE
-from dfq.cli.terminal import check_output, err_console, is_first, print_json
+from dfq.cli.terminal import check_output, err_console, print_json
 from dfq.errors import DfqError, GateError, OutputError, UsageError
 from dfq.failures import first_line, is_out_of_memory
+from dfq.progress import is_first
 from dfq.text import escape
 
 KEEPS = ("invert", "quantize", "distill")
@@ -64,7 +65,7 @@ class Group(TyperGroup):
     def main(self, *args: Any, **options: Any) -> Any:
         """Also explains what goes wrong while the parser prints."""
         try:
-            return super().main(*args, **options)
+            return super().main(*args, **{"prog_name": "dfq", **options})
         except (DfqError, OSError) as error:
             try:
                 explain(error, as_json=False)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dfq.arguments import checked
+from dfq.catalog import ALIASES
 from dfq.data.images import ImageSource, load_batches
 from dfq.device import resolve_device
 from dfq.distillation.inherit import begin
@@ -23,7 +24,8 @@ from dfq.pipeline.calibration_set import augmented, calibration_set
 from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.pipeline.evaluate import agreement_on, open_evaluation
 from dfq.pipeline.workers import check_alone
-from dfq.progress import Progress, Silent, note_all, warn
+from dfq.pipeline.workload import distill_stages
+from dfq.progress import Progress, announce, note_all, resolve_progress, warn
 from dfq.recipe import (
     METHODS,
     DistillationSettings,
@@ -40,7 +42,7 @@ from dfq.results.values import DistillResult, TeacherStudent, to_json
 from dfq.slow import slow_floats
 from dfq.vit import ViT
 from dfq.vit.convert import convert
-from dfq.vit.load import ALIASES, LoadedModel, load_model, model_name
+from dfq.vit.load import LoadedModel, load_model, model_name
 from dfq.vit.options import LoadOptions
 from dfq.vit.saved import REPORT, check_output, is_saved, save_model
 
@@ -74,7 +76,7 @@ def distill(
     settings: dict[str, dict[str, Any]] | None = None,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Unpack[LoadOptions],
 ) -> DistillResult:
     """Train a student ViT on images inverted from a teacher.
@@ -110,7 +112,7 @@ def distill(
         RunError: the loss did not stay finite.
         DfqError: one of its other subclasses says what is wrong.
     """
-    started, progress = time.perf_counter(), progress or Silent()
+    started, progress = time.perf_counter(), resolve_progress(progress)
     check_alone("distill", "--data")
     if class_map is not None and eval is None:
         raise SettingError(
@@ -162,6 +164,9 @@ def distill(
     tested = None
     if eval is not None:
         tested = open_evaluation(eval, arch, loaded.preprocessing, class_map)
+    made, count = data is None or method is not None, 0 if tested is None else len(tested)
+    to_come = distill_stages(chosen, plan, arch.grid.patches, inverts=made, tested=count)
+    announce(progress, to_come)
     source = calibration_set(
         loaded, chosen, None if method else data, target, cache, progress, images
     )

@@ -21,7 +21,7 @@ from dfq.pipeline.comparison import (
     dense_batches,
     metric_of,
 )
-from dfq.progress import Progress, Silent, note_all, warn
+from dfq.progress import Progress, note_all, resolve_progress, warn
 from dfq.quantization import QuantizedViT
 from dfq.quantization.scheme import Scheme
 from dfq.results.gates import check_bounds, check_bounds_decidable, check_shares, doubts, gate
@@ -50,7 +50,7 @@ def evaluate(
     min_agreement: float | None = None,
     min_accuracy: float | None = None,
     class_map: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Unpack[WeightsOptions],
 ) -> EvaluateResult:
     """Measure a checkpoint on images, beside the float model where one is named.
@@ -78,7 +78,7 @@ def evaluate(
     for name, value in options.items():
         if value is not None and float_model is None:
             raise SettingError(f"{name} is of the float model: name it too (--float MODEL).")
-    progress = progress or Silent()
+    progress = resolve_progress(progress)
     target = resolve_device(device)
     info = checkpoints.read_info(path)
     model = checkpoints.load(path, device=target).set_backend(backend)

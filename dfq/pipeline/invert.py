@@ -13,7 +13,7 @@ from dfq.arguments import checked
 from dfq.device import resolve_device
 from dfq.inversion.schedule import fit_stages
 from dfq.pipeline.synthesis import make_dataset
-from dfq.progress import Progress, Silent, note_all, warn
+from dfq.progress import Progress, note_all, resolve_progress, warn
 from dfq.recipe import Recipe, given, is_set, make_recipe
 from dfq.results.values import InvertResult
 from dfq.slow import slow_floats
@@ -37,7 +37,7 @@ def invert(
     settings: dict[str, Any] | None = None,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Unpack[LoadOptions],
 ) -> InvertResult:
     """Invert a model into a sparse-image dataset, in the cache or in ``out``.
@@ -72,7 +72,7 @@ def invert(
         precision=precision,
     )
     chosen = make_recipe(recipe, inversion=overrides).inversion
-    target, progress = resolve_device(device), progress or Silent()
+    target, progress = resolve_device(device), resolve_progress(progress)
     if chosen.method != "noise":
         warn(progress, slow_floats(target, chosen.precision))
     loaded = load_model(model, **options).frozen(target)

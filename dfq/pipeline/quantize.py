@@ -29,9 +29,10 @@ from dfq.pipeline.stages import (
     save,
 )
 from dfq.pipeline.workers import check_alone
-from dfq.progress import Progress, Silent, warn
+from dfq.pipeline.workload import quantize_stages
+from dfq.progress import Progress, announce, resolve_progress, warn
 from dfq.quantization.scheme import Scheme
-from dfq.recipe import METHODS, Recipe, given
+from dfq.recipe import METHODS, InversionSettings, Recipe, given
 from dfq.results.gates import check_shares, gate
 from dfq.results.values import QuantizeResult
 from dfq.runtime import onednn
@@ -63,7 +64,7 @@ def quantize(
     cache: str | Path | None = None,
     min_agreement: float | None = None,
     min_accuracy: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Unpack[LoadOptions],
 ) -> QuantizeResult:
     """Quantize a ViT without data and write a checkpoint.
@@ -98,7 +99,7 @@ def quantize(
         GateError: the interval of agreement or accuracy begins below its bound.
         DfqError: one of its other subclasses says what is wrong.
     """
-    progress = progress or Silent()
+    progress = resolve_progress(progress)
     check_alone("quantize", "--calibration")
     bounds = {"min_agreement": min_agreement, "min_accuracy": min_accuracy}
     _check_measuring(evaluate, eval, class_map, **bounds)
@@ -133,6 +134,8 @@ def quantize(
         **options,
     )
     data = make_evaluation_set(plan, eval, class_map=class_map, **bounds) if evaluate else None
+    patches, tested = plan.model.vit.arch.grid.patches, _workload(data)
+    announce(progress, quantize_stages(plan.recipe, patches, inverts=made, measured_on=tested))
     source = make_calibration_set(plan, None if made else calibration, images=images)
     quantized = round_weights(plan, calibrate(plan, source))
     quantized = diagnose(plan, reconstruct(plan, quantized, source), source)
@@ -166,6 +169,10 @@ def _check_measuring(
         raise SettingError(
             "class_map numbers the class folders of eval: give it too (--eval DATA)."
         )
+
+
+def _workload(data: ImageSource | InversionSettings | None) -> InversionSettings | int | None:
+    return len(data) if isinstance(data, ImageSource) else data
 
 
 def _slow(

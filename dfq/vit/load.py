@@ -24,6 +24,7 @@ from torch import nn
 
 from dfq import demo
 from dfq.arguments import checked
+from dfq.catalog import ALIASES
 from dfq.errors import (
     PretrainedError,
     SettingError,
@@ -53,15 +54,6 @@ from dfq.vit.saved import is_saved, read_saved
 from dfq.vit.structure import SUPPORTED, unwrapped
 from dfq.vit.translate import translate
 from dfq.vit.weights import find_weights, read_weights
-
-ALIASES = {
-    "vit_tiny": "vit_tiny_patch16_224",
-    "vit_small": "vit_small_patch16_224",
-    "vit_base": "vit_base_patch16_224",
-    "deit_tiny": "deit_tiny_patch16_224",
-    "deit_small": "deit_small_patch16_224",
-    "deit_base": "deit_base_patch16_224",
-}
 
 LOCAL_PREFIX = "local-dir:"
 """Prefix of the path of a folder saved by timm (``timm.models.save_for_hf``)."""
@@ -192,6 +184,70 @@ def _load(model: str | nn.Module, weights: str | Path | None, options: ModelOpti
     vit = convert(timm_model, name)
     timm_name = _timm_name(name, timm_model, pretrained=weights is None)
     return LoadedModel(model, timm_name, vit, _preprocessing(timm_model), notes)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """timm model, on the meta device unless its weights were given, and its preprocessing."""
+
+    model: nn.Module
+    timm_name: str
+    preprocessing: Preprocessing
+
+
+def load_structure(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    num_classes: int | None = None,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
+) -> Structure:
+    """Build a timm model by name, without weights and without checking whether dfq supports it.
+
+    The arguments are those of :func:`load_model`.  ``weights`` are read and compared with the
+    model; they and the other arguments need a supported model.
+
+    Raises:
+        UnknownModelError, UnsupportedModelError, WeightsError, PretrainedError,
+        SettingError: as their names say.
+    """
+    options = validate_options(num_classes, img_size, in_chans, global_pool)
+    model = ALIASES.get(name, name)
+    if is_saved(model):
+        _from_directory(Path(model), weights, options)  # compares the options with it
+        return Structure(*read_saved(Path(model)))
+    if model == "demo":
+        create: Callable[..., nn.Module] = partial(timm.create_model, **demo.MODEL_ARGS)
+    else:
+        if ":" not in model:
+            _check_known(model)
+        create = partial(_create_or_download, model, model, False)
+    if weights is not None:
+        built = _with_weights(name, Path(weights), options, create)[0]
+    else:
+        with torch.device("meta"):
+            built = create()
+            if options != ModelOptions():
+                built = create(**_keywords(built, name, options))
+    if model == "demo":
+        return Structure(built, "demo", Preprocessing(demo.MEAN, demo.STD))
+    timm_name = _timm_name(model, built, pretrained=weights is None)
+    return Structure(built, timm_name, _preprocessing(built))
+
+
+def _keywords(meta_model: nn.Module, name: str, options: ModelOptions) -> dict[str, Any]:
+    """Return the keywords of ``timm.create_model`` for options of a model without weights."""
+    options.check_size(describe(meta_model, name))
+    keywords = {
+        key: value
+        for key, value in dataclasses.asdict(options).items()
+        if value is not None and key != "global_pool"
+    }
+    if options.global_pool is not None:
+        keywords |= pool_keywords(meta_model, options.global_pool, norms_of(meta_model))
+    return keywords
 
 
 def _weights_of(name: str) -> Path:
