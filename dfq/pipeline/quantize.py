@@ -10,6 +10,7 @@ from torch import nn
 
 from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
+from dfq.data.images import ImageSource
 from dfq.device import resolve_device
 from dfq.errors import CheckpointError, SettingError
 from dfq.files import check_writable
@@ -172,7 +173,8 @@ def _check_measuring(
 
 
 def _workload(data: ImageSource | InversionSettings | None) -> InversionSettings | int | None:
-    return len(data) if isinstance(data, ImageSource) else data
+    """Return the settings or the number of the images to measure on."""
+    return data if data is None or isinstance(data, InversionSettings) else len(data)
 
 
 def _slow(
