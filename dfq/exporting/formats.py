@@ -93,23 +93,18 @@ def export(
 
 
 def _saturation_warnings(model: QuantizedViT) -> list[str]:
-    """Return warnings about products that saturate on x86 processors without VNNI.
+    """Return a warning if weights saturate on x86 processors without VNNI.
 
     There, ONNX Runtime, OpenVINO and oneDNN add pairs of 8-bit products in 16 bits.
     """
-    where = "saturate in ONNX Runtime and OpenVINO on x86 processors without VNNI"
-    warnings = []
     largest = model.max_weight()
-    if largest > onednn.MAX_WEIGHT_WITHOUT_VNNI:
-        warnings.append(
-            f"Weights reach {largest}, which {where}: logits are wrong there. Quantize again with "
-            "reduce_range = true (the default)."
-        )
-    if model.scheme.integer_attention:
-        warnings.append(
-            f"The 8-bit products of attention {where}. Use attention = 'float' for those."
-        )
-    return warnings
+    if largest <= onednn.MAX_WEIGHT_WITHOUT_VNNI:
+        return []
+    return [
+        f"Weights reach {largest}, which saturate in ONNX Runtime and OpenVINO on x86 processors "
+        "without VNNI: logits are wrong there. Quantize again with reduce_range = true (the "
+        "default)."
+    ]
 
 
 def _weights(weights: str | None, format: str, bits: int) -> str:

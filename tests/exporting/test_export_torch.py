@@ -30,6 +30,20 @@ def reloaded(content: bytes, images: Tensor) -> Tensor:
     return found
 
 
+POOLINGS = {m.values[0].pooling: m for m in MEMBERS}
+"""A member of every kind of pooling."""
+
+
+@pytest.mark.parametrize("family", POOLINGS.values())
+@torch.no_grad()
+def test_any_number_of_images_is_taken(family: Family) -> None:
+    model = quantized(family, bits=8, attention="float")
+    program = torch.export.load(io.BytesIO(program_bytes(model, {}))).module()
+    whole = program(images := images_for(model, 3))
+    for count in (0, 1):
+        torch.testing.assert_close(program(images[:count]), whole[:count])
+
+
 @pytest.mark.parametrize("family", MEMBERS[::5])
 @pytest.mark.parametrize(("bits", "attention"), [(8, "float"), (4, "int8")])
 @torch.no_grad()
