@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from exported_models import MEMBERS, images_for, quantized, spread
-from families import Family
+from families import FAMILIES, Family
 from torch import Tensor
 
 from dfq.exporting.program import program_bytes, reference_form
@@ -30,11 +30,11 @@ def reloaded(content: bytes, images: Tensor) -> Tensor:
     return found
 
 
-POOLINGS = {m.values[0].pooling: m for m in MEMBERS}
+POOLINGS = {f.pooling: f for f in FAMILIES}
 """A member of every kind of pooling."""
 
 
-@pytest.mark.parametrize("family", POOLINGS.values())
+@pytest.mark.parametrize("family", POOLINGS.values(), ids=POOLINGS)
 @torch.no_grad()
 def test_any_number_of_images_is_taken(family: Family) -> None:
     model = quantized(family, bits=8, attention="float")
