@@ -149,7 +149,9 @@ def quantized_demo(bits: int, attention: Any) -> QuantizedViT:
     return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
 
 
-def checkpoint_of(path: Path, *, bits: int = 8, attention: str = "float", seed: int = 0) -> Path:
+def checkpoint_of(
+    path: Path, *, bits: int = 8, attention: str = "float", seed: int = 0, **quantization: Any
+) -> Path:
     """A checkpoint of the small ViT of conftest, calibrated on random noise."""
     dfq.quantize(
         make_vit(seed),
@@ -157,7 +159,7 @@ def checkpoint_of(path: Path, *, bits: int = 8, attention: str = "float", seed: 
         attention=attention,
         calibration="noise",
         images=4,
-        settings={"inversion": {"threads": 1}},
+        settings={"inversion": {"threads": 1}, "quantization": quantization},
         mean=(0.5, 0.4, 0.3),
         std=(0.2, 0.25, 0.3),
         out=path,

@@ -390,7 +390,7 @@ def export(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Of 4-bit checkpoints in ONNX: int8 (widened without loss; products run on "
+            help="Of layers of 4 bits in ONNX: int8 (widened without loss; products run on "
             "integers) or int4 (a smaller file; ONNX Runtime then computes in float).",
             show_default="int8",
         ),
