@@ -10,6 +10,7 @@ from typing import Any, NoReturn, cast
 import typer
 from typer.core import TyperGroup
 
+from dfq.argument_names import flag_names
 from dfq.cli.interrupts import INTERRUPTED
 from dfq.cli.terminal import check_output, err_console, is_first, print_json, wants_json
 from dfq.errors import DfqError, GateError, OutputError, UsageError
@@ -48,7 +49,8 @@ class Group(TyperGroup):
         try:
             check_output(given)
             _check_empty(given)
-            return super().main(*args, **options)
+            with flag_names():
+                return super().main(*args, **options)
         except (DfqError, OSError) as error:
             try:
                 explain(error, True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dfq import checkpoint as checkpoints
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.errors import OutputError, SettingError
 from dfq.exporting import program
@@ -64,7 +65,7 @@ def export(
         DfqError: one of its other subclasses says what is wrong.
     """
     if format not in FORMATS:
-        raise SettingError(f"format is {format!r}; it is one of {', '.join(FORMATS)}.")
+        raise SettingError(f"{option('format')} is {format!r}; it is one of {', '.join(FORMATS)}.")
     info = checkpoints.read_info(checkpoint)
     settings = info.recipe.quantization
     chosen = _weights(weights, format, settings.bits)
@@ -116,11 +117,17 @@ def _weights(weights: str | None, format: str, bits: int) -> str:
     if weights is None:
         return "int4" if format == "torch" and bits == 4 else "int8"
     if weights not in WEIGHTS:
-        raise SettingError(f"weights is {weights!r}; it is one of {', '.join(WEIGHTS)}.")
+        raise SettingError(
+            f"{option('weights')} is {weights!r}; it is one of {', '.join(WEIGHTS)}."
+        )
     if format != "onnx":
-        raise SettingError("weights is a choice of format 'onnx' alone; leave it out.")
+        raise SettingError(
+            f"{option('weights')} is a choice of {option('format', 'onnx')} alone; leave it out."
+        )
     if weights == "int4" and bits != 4:
-        raise SettingError(f"weights='int4' needs a checkpoint of 4 bits; this one has {bits}.")
+        raise SettingError(
+            f"{option('weights', 'int4')} needs a checkpoint of 4 bits; this one has {bits}."
+        )
     return weights
 
 
@@ -134,11 +141,11 @@ def _check_place(path: Path, format: str) -> None:
     except OSError as error:
         raise explain(error, path) from error
     if path.is_dir():
-        raise OutputError(f"{str(path)!r} is a directory; out is a file.")
+        raise OutputError(f"{str(path)!r} is a directory; {option('out')} takes a file.")
     if not _is_export(path, format):
         raise OutputError(
             f"{str(path)!r} is something other than a file that dfq wrote as {format!r}. Nothing "
-            "there was touched; choose another out or remove it."
+            f"there was touched; choose another {option('out')} or remove it."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.data.images import ImageSource, load_batches
 from dfq.device import resolve_device
@@ -118,10 +119,10 @@ def distill(
         DfqError: one of its other subclasses says what is wrong.
     """
     started, progress = time.perf_counter(), progress or Silent()
-    check_alone("distill", "--data")
+    check_alone("distill", "data")
     if class_map is not None and eval is None:
         raise SettingError(
-            "class_map numbers the class folders of eval: give it too (--eval DATA)."
+            f"{option('class_map')} numbers the class folders of {option('eval')}: give it too."
         )
     extra = settings or {}
     if set(extra) - {"inversion", "distillation"}:
@@ -234,7 +235,7 @@ def _check_place(place: Path, teacher: str | nn.Module, progress: Progress) -> N
         return
     if isinstance(teacher, str) and is_saved(teacher) and place.samefile(teacher):
         raise OutputError(
-            f"The student would replace its teacher {teacher!r}. Give another directory (--out)."
+            f"The student would replace its teacher {teacher!r}. Give another {option('out')}."
         )
     progress.note(f"{str(place)!r} holds another student, which will be replaced")
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dfq import checkpoint as checkpoints
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.data.cache import cache_directory
 from dfq.data.dataset import SparseImageDataset
@@ -120,13 +121,16 @@ def quantize(
         DfqError: one of its other subclasses says what is wrong.
     """
     clock, progress = _Clock(), progress or Silent()
-    check_alone("quantize", "--calibration")
+    check_alone("quantize", "calibration")
     check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_accuracy is not None and eval is None:
-        raise SettingError("min_accuracy needs data to measure it on: give eval (--eval DATA).")
+        raise SettingError(
+            f"{option('min_accuracy')} needs data to measure it on: give "
+            f"{option('eval', metavar='DATA')}."
+        )
     if class_map is not None and eval is None:
         raise SettingError(
-            "class_map numbers the class folders of eval: give it too (--eval DATA)."
+            f"{option('class_map')} numbers the class folders of {option('eval')}: give it too."
         )
     method = calibration if isinstance(calibration, str) and calibration in METHODS else None
     inversion = given(
@@ -170,7 +174,7 @@ def quantize(
         measured_on: ImageSource | InversionSettings
         if eval is not None:
             measured_on = open_evaluation(eval, vit.arch, loaded.preprocessing, class_map)
-            check_measurable(measured_on, metric, min_agreement, min_accuracy, "--eval")
+            check_measurable(measured_on, metric, min_agreement, min_accuracy, "eval")
         else:
             measured_on = held_out_settings(chosen.inversion, patches, metric, min_agreement)
             plan_units(measured_on, patches)

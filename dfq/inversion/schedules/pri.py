@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from dfq.argument_names import option
 from dfq.errors import SettingError
 from dfq.inversion.schedules.method import Event, LeaveFirst, Method
 from dfq.validation import Shares, settings
@@ -40,8 +41,8 @@ class Pri(Method):
         for limit, what in ((patches, "patches"), (iterations, "iterations")):
             if stages > limit:
                 raise SettingError(
-                    f"stages is {stages}, but there are only {limit} {what}; "
-                    f"give at most {limit} (stages = {limit}, --stages {limit})."
+                    f"There are {stages} stages, but only {limit} {what}; give at most "
+                    f"{option('stages', limit)}."
                 )
         bounds = [round(k * patches / stages) for k in range(stages + 1)]
         return tuple(
