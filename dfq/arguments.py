@@ -23,6 +23,7 @@ from typing import (
 
 from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
 
+from dfq.argument_names import option
 from dfq.errors import SettingError, nearest
 from dfq.process_state import fresh_state
 
@@ -67,7 +68,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
             hint = hints()[name]
             if not fits(value, hint):
                 raise SettingError(
-                    f"{name} is {value!r:.80}, of type {type(value).__name__}; "
+                    f"{option(name)} is {value!r:.80}, of type {type(value).__name__}; "
                     f"it takes {_names(hint)}."
                 )
             check_text(name, value)
@@ -106,14 +107,14 @@ def check_text(name: str, value: Any) -> None:
     if not isinstance(value, str | Path):
         return
     if value == "":
-        raise SettingError(f"{name} is empty; leave it out, or give it a value.")
+        raise SettingError(f"{option(name)} is empty; leave it out, or give it a value.")
     if "\0" in str(value):
-        raise SettingError(f"{name} is {str(value)!r:.80}, which holds a null character.")
+        raise SettingError(f"{option(name)} is {str(value)!r:.80}, which holds a null character.")
     longest = max((len(os.fsencode(part)) for part in Path(value).parts), default=0)
     if longest > LONGEST:
         raise SettingError(
-            f"{name} is {str(value)!r:.80}, with a name of {longest} bytes; files and models have "
-            f"at most {LONGEST}."
+            f"{option(name)} is {str(value)!r:.80}, with a name of {longest} bytes; files and "
+            f"models have at most {LONGEST}."
         )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from dfq.argument_names import option
 from dfq.errors import OutputError
 
 _WRITER = re.compile(r"\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>[0-9]+)\.[^.]*\.tmp$")
@@ -214,22 +215,22 @@ def check_replaceable(
     except OSError as error:
         raise explain(error, path) from error
     if not path.is_dir():
-        raise OutputError(f"{str(path)!r} is a file; --out takes a directory.")
+        raise OutputError(f"{str(path)!r} is a file; {option('out')} takes a directory.")
     if path.resolve() == Path.cwd():
         raise OutputError(
-            "--out is the working directory, which cannot be replaced; name a new one."
+            f"{option('out')} is the working directory, which cannot be replaced; name a new one."
         )
     names = sorted(p.name for p in path.iterdir())
     if names and not has_format(path / config, format_name):
         raise OutputError(
             f"{str(path)!r} holds something other than {what}. Nothing there was touched; "
-            "choose another --out or remove it."
+            f"choose another {option('out')} or remove it."
         )
     others = [name for name in names if own is not None and name not in own]
     if others:
         raise OutputError(
             f"{str(path)!r} is {what}, but also holds {others[0]!r}, which replacing it would "
-            "lose. Nothing there was touched; move that away or choose another --out."
+            f"lose. Nothing there was touched; move that away or choose another {option('out')}."
         )
 
 

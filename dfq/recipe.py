@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
+from dfq.argument_names import parameter_names
 from dfq.arguments import checked
 from dfq.errors import RecipeError, SettingError, nearest
 from dfq.inversion.losses import LOSSES
@@ -435,7 +436,8 @@ def _section(section: str, values: dict[str, Any], source: str) -> Any:
                 f"{nearest(key, known)}"
             )
     try:
-        return kind(**values)
+        with parameter_names():
+            return kind(**values)
     except SettingError as error:
         raise SettingError(f"{source}, [{section}]: {error}") from error
 

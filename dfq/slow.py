@@ -10,8 +10,8 @@ from dfq.runtime.params import KernelRequirements
 
 FLOAT32 = (
     "This processor does not multiply bfloat16 natively: inversion and distillation run in "
-    "float32, which takes about 1.7 times as long. A GPU (--device cuda) or fewer --iterations "
-    "save time."
+    "float32, which takes about 1.7 times as long. A GPU or fewer iterations save "
+    "time."
 )
 EMULATED = (
     "This processor does not multiply bfloat16 natively: emulated it takes more than ten times as "

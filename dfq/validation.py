@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 
+from dfq.argument_names import option
 from dfq.errors import SettingError, nearest
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -76,7 +77,9 @@ class SettingInfo:
         close = ""
         if isinstance(value, str) and get_origin(self.kind) is Literal:
             close = nearest(value, map(str, get_args(self.kind)))
-        return SettingError(f"{self.name} is {value!r:.200}; allowed: {self.allowed}.{close}")
+        return SettingError(
+            f"{option(self.name)} is {value!r:.200}; allowed: {self.allowed}.{close}"
+        )
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))

@@ -68,10 +68,10 @@ def test_graphs_give_the_bytes_of_the_same_kernels_started_by_the_host(
     found = []
     for graphs in (True, False):
         engine = Engine(loaded.vit, loaded.preprocessing, settings, "cuda")
-        engine.runner = DeviceRunner(engine.problem, graphs=graphs, fused=fused)
+        engine.runner = DeviceRunner(engine.setup, graphs=graphs, fused=fused)
         found.append(images(engine))
         assert engine.runner.fallbacks == []
-        replayed = [place.graph is not None for place in engine.runner._places.values()]
+        replayed = [buffers.graph is not None for buffers in engine.runner._buffers.values()]
         assert replayed == [graphs] * 2
     for x, y in zip(*found, strict=True):
         assert torch.equal(x.patches, y.patches)

@@ -105,7 +105,7 @@ def test_the_model_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_image_size_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"--img-size 32: the demo model takes 28"):
+    with pytest.raises(SettingError, match=r"img_size is 32; the demo model takes 28"):
         dfq.load_model("demo", img_size=32)
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 BASE = {
     "_version",
+    "argument_names",
     "arguments",
     "bars",
     "catalog",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dfq import checkpoint as checkpoints
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.benchmarking import cold as cold_processes
 from dfq.benchmarking.quiet import quiet
@@ -121,7 +122,7 @@ def _names(runtimes: Sequence[str] | None) -> list[str]:
                 f"{nearest(name, RUNTIMES)}"
             )
     if not names:
-        raise SettingError(f"runtimes names none; there are {', '.join(RUNTIMES)}.")
+        raise SettingError(f"{option('runtimes')} names none; there are {', '.join(RUNTIMES)}.")
     return names
 
 
@@ -129,16 +130,18 @@ def _batches(batch: Sequence[int]) -> list[int]:
     for count in batch:
         if type(count) is not int or not 1 <= count <= MAX_BATCH:
             raise SettingError(
-                f"batch has {count!r}; it takes whole numbers from 1 to {MAX_BATCH}."
+                f"{option('batch')} has {count!r}; it takes whole numbers from 1 to {MAX_BATCH}."
             )
     if not batch:
-        raise SettingError("batch is empty; give numbers of images, such as 1 and 16.")
+        raise SettingError(f"{option('batch')} is empty; give numbers of images, such as 1 and 16.")
     return list(dict.fromkeys(batch))
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if isinstance(value, bool) or not low < value <= high:
-        raise SettingError(f"{name} is {value!r}; it is above {low:g} and at most {high:g}.")
+        raise SettingError(
+            f"{option(name)} is {value!r}; it is above {low:g} and at most {high:g}."
+        )
 
 
 def _build(

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import dfq
+from dfq.argument_names import flag_names
 from dfq.cli.errors import Group
 from dfq.cli.interrupts import raise_again
 from dfq.cli.options import (
@@ -421,7 +422,8 @@ def inspect(
         _show({"layers": layers_of(facts, path)}, json_, False, layers_table)
         return
     if preview is not None:
-        facts["preview"] = str(dfq.preview(path, preview, rows=8 if rows is None else rows))
+        with flag_names(out="--preview"):
+            facts["preview"] = str(dfq.preview(path, preview, rows=8 if rows is None else rows))
     _show(facts, json_, False, facts_table)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, cast
 import typer
 from typer.core import TyperGroup
 
+from dfq.argument_names import flag_names
 from dfq.cli.flags import JSON, QUIET, has_flag, keep_json, wants_json
 from dfq.cli.interrupts import INTERRUPTED, MESSAGE
 from dfq.cli.terminal import check_output, err_console, print_json
@@ -65,7 +66,8 @@ class Group(TyperGroup):
     def main(self, *args: Any, **options: Any) -> Any:
         """Also explains what goes wrong while the parser prints."""
         try:
-            return super().main(*args, **{"prog_name": "dfq", **options})
+            with flag_names():
+                return super().main(*args, **{"prog_name": "dfq", **options})
         except (DfqError, OSError) as error:
             try:
                 explain(error, as_json=False)

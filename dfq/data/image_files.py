@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dfq.argument_names import option
 from dfq.errors import DataError, nearest
 
 EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -114,7 +115,7 @@ def number_classes(names: list[str], classes: int, where: str) -> ClassNumbers:
         raise DataError(
             f"{where!r} has {len(names)} class folders, but the model has {classes} classes"
             f"{synset}. Give a folder for each class, or the index of each folder by a class map "
-            "(class_map, --class-map FILE)."
+            f"({option('class_map', metavar='FILE')})."
         )
     ordered = _natural_order(names, where)
     by_number = all(name.isdecimal() for name in names)
@@ -142,7 +143,7 @@ def _natural_order(names: list[str], where: str) -> list[str]:
         first, second = same[0]
         raise DataError(
             f"{where!r} has the class folders {first!r} and {second!r}, whose order timm does not "
-            "define. Rename one, or give a class map (class_map, --class-map FILE)."
+            f"define. Rename one, or give a class map ({option('class_map', metavar='FILE')})."
         )
     return ordered
 

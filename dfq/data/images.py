@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dfq import demo
+from dfq.argument_names import option
 from dfq.data.image_files import (
     EXTENSIONS,
     class_folders,
@@ -195,8 +196,8 @@ def open_images(
     is_folder = str(data) != "demo" and path.is_dir()
     if class_map is not None and not is_folder:
         raise DataError(
-            f"A class map numbers class folders; {str(data)!r} is no folder. Leave class_map "
-            "(--class-map) out."
+            f"A class map numbers class folders; {str(data)!r} is no folder. Leave "
+            f"{option('class_map')} out."
         )
     if str(data) == "demo":
         if arch.num_classes != len(demo.CLASSES) or arch.in_channels != 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.data.dataset import SparseImageDataset
 from dfq.errors import DatasetError, OutputError, SettingError
@@ -42,7 +43,7 @@ def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
         SettingError: ``rows`` is below 1.
     """
     if rows < 1:
-        raise SettingError(f"rows is {rows}; it must be at least 1.")
+        raise SettingError(f"{option('rows')} is {rows}; it must be at least 1.")
     _check_name(Path(out))
     source = SparseImageDataset(dataset)
     cells: dict[tuple[int, int], np.ndarray] = {}

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from dfq.argument_names import option
 from dfq.errors import DataError
 from dfq.vit import Architecture, Preprocessing
 
@@ -39,7 +40,8 @@ def check_values(
     if not (math.isfinite(lowest + highest) and low - half <= lowest and highest <= high + half):
         raise DataError(
             f"{name!r}: x has values from {lowest:g} to {highest:g}, but the model's input range "
-            f"is {low:g} to {high:g}. Give values before normalization, or the right --input-range."
+            f"is {low:g} to {high:g}. Give values before normalization, or the right "
+            f"{option('input_range')}."
         )
 
 

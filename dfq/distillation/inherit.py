@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfq.argument_names import option
 from dfq.errors import SettingError
 from dfq.recipe import Start
 from dfq.vit import Architecture, ViT
@@ -46,8 +47,9 @@ def begin(model: nn.Module, arch: Architecture, teacher: ViT, start: Start) -> S
         return "teacher"
     if start == "teacher":
         raise SettingError(
-            f"The student cannot start with its teacher's weights: {reason}. Leave --student, "
-            "--width and --heads out and set --depth alone, or set start to random."
+            f"The student cannot start with its teacher's weights: {reason}. Leave "
+            f"{option('student')}, {option('width')} and {option('heads')} out and set "
+            f"{option('depth')} alone, or give {option('start', 'random')}."
         )
     return "random"
 

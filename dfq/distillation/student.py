@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dfq import demo
+from dfq.argument_names import option
 from dfq.errors import SettingError, UnknownModelError
 from dfq.vit import Architecture
 from dfq.vit.describe import describe
@@ -49,7 +50,7 @@ def student_arguments(
     if not timm.is_model(base["model_name"]):
         raise UnknownModelError(
             f"The student {base['model_name']!r} is no model of timm's; `dfq models` lists names. "
-            "A teacher that was given as a module needs a named student."
+            f"A teacher that was given as a module needs a named student: give {option('student')}."
         )
     height, width = teacher.image_size
     pooling = {} if name is not None else matching_pool_keywords(teacher, base)
@@ -67,12 +68,12 @@ def _check(shape: Mapping[str, int | None]) -> None:
     for key, value in shape.items():
         most = int(SHAPE_BOUNDS[key][1])
         if value is not None and not 1 <= value <= most:
-            raise SettingError(f"{SHAPE[key]} is {value}; a student has from 1 to {most}.")
+            raise SettingError(f"{option(SHAPE[key])} is {value}; a student has from 1 to {most}.")
     width, heads = shape.get("embed_dim"), shape.get("num_heads")
     if width is not None and heads is not None and width % heads:
         raise SettingError(
-            f"width is {width}, heads {heads}; the heads share the width evenly, so it must be "
-            f"a multiple of {heads}."
+            f"{option('width')} is {width}, {option('heads')} {heads}; the heads share the "
+            f"width evenly, so it must be a multiple of {heads}."
         )
 
 
@@ -105,16 +106,17 @@ def create(
         raise SettingError(
             f"The student cuts images into patches of {arch.patch_size} pixels, the teacher into "
             f"{teacher.patch_size}; sparse images are made of the teacher's patches. Choose a "
-            "student of that patch size, or leave --student out and set --depth, --width, --heads."
+            f"student of that patch size, or leave {option('student')} out and set "
+            f"{option('depth')}, {option('width')}, {option('heads')}."
         )
     return model, arch
 
 
 def _not_a_student(name: str) -> SettingError:
     return SettingError(
-        f"{name!r} cannot be a student: only timm's VisionTransformer with learnt position "
+        f"{name!r} cannot be a student: only timm's VisionTransformer with learned position "
         "embeddings and one head can be trained on sparse images. Choose such a model, as "
-        "`dfq models vit` lists them, or leave --student out."
+        f"`dfq models vit` lists them, or leave {option('student')} out."
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dfq import checkpoint as checkpoints
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.errors import OutputError, SettingError
 from dfq.exporting import program
@@ -65,7 +66,7 @@ def export(
         DfqError: one of its other subclasses says what is wrong.
     """
     if format not in FORMATS:
-        raise SettingError(f"format is {format!r}; it is one of {', '.join(FORMATS)}.")
+        raise SettingError(f"{option('format')} is {format!r}; it is one of {', '.join(FORMATS)}.")
     info = checkpoints.read_info(checkpoint)
     settings = info.recipe.quantization
     chosen = _weights(weights, format, layer_bits(info))
@@ -113,12 +114,18 @@ def _weights(weights: str | None, format: str, bits: Set[int]) -> str:
     if weights is None:
         return f"int{min(bits)}" if format == "torch" else "int8"
     if weights not in WEIGHTS:
-        raise SettingError(f"weights is {weights!r}; it is one of {', '.join(WEIGHTS)}.")
+        raise SettingError(
+            f"{option('weights')} is {weights!r}; it is one of {', '.join(WEIGHTS)}."
+        )
     if format != "onnx":
-        raise SettingError("weights is a choice of format 'onnx' alone; leave it out.")
+        raise SettingError(
+            f"{option('weights')} is a choice of {option('format', 'onnx')} alone; leave it out."
+        )
     if weights == "int4" and 4 not in bits:
         found = ", ".join(map(str, sorted(bits)))
-        raise SettingError(f"weights='int4' needs layers of 4 bits; this checkpoint has {found}.")
+        raise SettingError(
+            f"{option('weights', 'int4')} needs layers of 4 bits; this checkpoint has {found}."
+        )
     return weights
 
 
@@ -132,11 +139,11 @@ def _check_place(path: Path, format: str) -> None:
     except OSError as error:
         raise explain(error, path) from error
     if path.is_dir():
-        raise OutputError(f"{str(path)!r} is a directory; out is a file.")
+        raise OutputError(f"{str(path)!r} is a directory; {option('out')} takes a file.")
     if not _is_export(path, format):
         raise OutputError(
             f"{str(path)!r} is something other than a file that dfq wrote as {format!r}. Nothing "
-            "there was touched; choose another out or remove it."
+            f"there was touched; choose another {option('out')} or remove it."
         )
 
 
@@ -166,8 +173,8 @@ def _onnx(job: _Job, format: str = "onnx") -> tuple[bytes, list[str]]:
     blocks = map(four_bit_block, integer_layers(job.model).values())
     if job.weights == "int4" and not any(blocks):
         raise SettingError(
-            f"weights='int4' needs a layer of 4 bits whose inputs are blocks of {SMALLEST_BLOCK} "
-            "or more with one scale; this checkpoint has none. Leave it out, or quantize with "
+            f"{option('weights', 'int4')} needs a layer of 4 bits whose inputs are blocks of "
+            f"{SMALLEST_BLOCK} or more with one scale; this checkpoint has none. Leave it out, or quantize with "
             "group = 32."
         )
     products = QuantizedProducts(job.model, job.weights)

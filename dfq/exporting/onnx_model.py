@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from dfq._version import __version__
+from dfq.argument_names import option
 from dfq.errors import UnsupportedModelError
 from dfq.exporting.graph import Graph
 from dfq.exporting.transformer import IMAGES, Products, Transformer
@@ -36,7 +37,7 @@ def onnx_bytes(vit: ViT, products: Products, facts: dict[str, str] | None = None
     if graph.size > LIMIT:
         raise UnsupportedModelError(
             f"The model has {graph.size / 1e9:.1f} GB of constants; an ONNX file ends at 2 GB. "
-            "A torch program (--format torch) has no such limit."
+            f"A torch program ({option('format', 'torch')}) has no such limit."
         )
     width = arch.num_classes or arch.embed_dim
     proto = helper.make_graph(

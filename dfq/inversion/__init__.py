@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dfq.inversion.schedule import Unit, events, plan_units
     from dfq.inversion.schedules import Event
 
-_HOMES = {
+_MODULES = {
     "ALGORITHM_VERSION": "engine",
     "Callback": "engine",
     "Engine": "engine",
@@ -48,8 +48,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

@@ -1,4 +1,4 @@
-"""The optimisation loop that all inversion methods share."""
+"""Optimization loop of all inversion methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dfq.inversion.jitter import Move, draw
 from dfq.inversion.losses import ImageLoss, losses_of
 from dfq.inversion.objective import Objective, make_objective, seeded
 from dfq.inversion.plateau import Plateau
-from dfq.inversion.runners import CHUNK, DeviceRunner, HostRunner, Problem, Runner
+from dfq.inversion.runners import CHUNK, DeviceRunner, EngineSetup, HostRunner, Runner
 from dfq.inversion.schedule import Unit, events
 from dfq.inversion.schedules import Event
 from dfq.inversion.state import State
@@ -27,23 +27,28 @@ from dfq.sparse import SparseImages, channel_values, input_to_pixels
 from dfq.vit import Preprocessing, ViT
 
 ALGORITHM_VERSION = 3
-"""Part of every cache key; raised when the same settings come to give other images."""
+"""Component of every cache key; raised when the same settings come to give other images."""
 
 
 class Callback:
-    """Is called while a unit is optimised, and changes nothing; this one does nothing."""
+    """Observer of the optimization of a unit; the base class does nothing."""
 
     def on_iteration(self, loss: Tensor, positions: Tensor) -> None:
-        """After an iteration with patches at ``positions`` ``[B, L]``; ``loss`` is the sum
-        over the unit's trajectories, without the losses of images."""
+        """Observe an iteration with patches at ``positions`` ``[B, L]``.
+
+        ``loss``: the objective, summed over the unit's trajectories, without losses of images.
+        """
 
     def on_selection(self, importance: Tensor, positions: Tensor, leaving: Tensor) -> None:
-        """Patches have been ranked: ``importance`` ``[B, L]`` of those at ``positions``, and
-        the indices ``[B, count]`` into them that leave."""
+        """Observe a selection of patches to remove.
+
+        ``importance``: ``[B, L]``, of the patches at ``positions``.  ``leaving``: indices
+        ``[B, count]`` of the removed patches.
+        """
 
 
 class Engine:
-    """Inverts a model into sparse images, one unit of work at a time.
+    """Inversion of a model into sparse images, one unit of work at a time.
 
     The model is frozen and held in the compute precision, its weights packed where that
     pays; pixels, gradients of the losses of images and Adam's moments are float32 and packed
@@ -58,8 +63,11 @@ class Engine:
         device: torch.device | str = "cpu",
         losses: Sequence[ImageLoss] | None = None,
     ) -> None:
-        """``settings.precision`` and ``settings.threads`` must be resolved; ``losses`` of images
-        are by default those that have a weight in the settings."""
+        """Create an engine.
+
+        ``settings.precision`` and ``settings.threads`` must be resolved.  ``losses``: losses of
+        images; by default those whose weight in the settings is not 0.
+        """
         self.settings, self.units = settings, units_of(preprocessing)
         self.device = torch.device(device)
         self.dtype = compute_dtype(settings.precision, self.device)
@@ -78,7 +86,7 @@ class Engine:
         std = channel_values(self.units.level_std, self.grid)
         self.bounds = (-mean / std).to(self.device), ((1 - mean) / std).to(self.device)
         self.losses = tuple(losses_of(settings) if losses is None else losses)
-        self.problem = Problem(
+        self.setup = EngineSetup(
             vit=self.vit,
             grid=self.grid,
             settings=settings,
@@ -96,9 +104,10 @@ class Engine:
         advance: Callable[[int], None] | None = None,
         callback: Callback | None = None,
     ) -> list[SparseImages]:
-        """Optimise one unit; returns its images in the order in which stages finished.
+        """Optimize one unit; returns its images in the order in which stages finished.
 
-        ``advance`` is called with 1 after every iteration, ``callback`` with what happens.
+        ``advance`` is called with 1 after every iteration, ``callback`` as
+        :class:`Callback` describes.
         """
         threads = thread_count(self.settings.threads or torch.get_num_threads())
         with threads, torch.inference_mode(False), torch.enable_grad(), self.own_stream():
@@ -106,12 +115,12 @@ class Engine:
 
     def _make_runner(self) -> Runner:
         if self.device.type == "cuda":
-            return DeviceRunner(self.problem, graphs=True)
-        return HostRunner(self.problem)
+            return DeviceRunner(self.setup, graphs=True)
+        return HostRunner(self.setup)
 
     @contextmanager
     def own_stream(self) -> Iterator[None]:
-        """On a GPU a stream of this engine's own, as graphs cannot be captured on the default."""
+        """Run a block on a CUDA stream of this engine, as graphs need; on a CPU without one."""
         if self.device.type != "cuda":
             yield
             return
@@ -132,17 +141,17 @@ class Engine:
         objective = make_objective(self.vit.arch, seed, first, unit.trajectories, classes)
         objective.targets = objective.targets.to(self.device)
         state = self._start(unit.trajectories, generator)
-        found: list[SparseImages] = []
+        images: list[SparseImages] = []
         done = 0
         for event in self.events:
             self._stage(state, event.iteration - done, objective, generator, advance, callback)
             done = event.iteration
             leaving = self._leaving(state, event, objective, generator, callback)
             if event.kept:
-                found.append(self._images(state, leaving, objective.labels, unit, len(found)))
+                images.append(self._images(state, leaving, objective.labels, unit, len(images)))
             if not event.stays:
                 state.remove(leaving)
-        return [images for images in found if len(images)]
+        return [batch for batch in images if len(batch)]
 
     def _start(self, trajectories: int, generator: torch.Generator) -> State:
         shape = (trajectories, self.grid.patches, self.grid.patch_values)
@@ -160,10 +169,10 @@ class Engine:
         callback: Callback,
     ) -> None:
         plateau, chunk = Plateau(self.settings.plateau), self.settings.plateau or CHUNK
-        told = type(callback) is not Callback
+        observed = type(callback) is not Callback
 
         def after(loss: Tensor) -> None:
-            if told:
+            if observed:
                 callback.on_iteration(loss.clone(), state.positions)
             advance(1)
 
@@ -190,7 +199,7 @@ class Engine:
         generator: torch.Generator,
         callback: Callback,
     ) -> Tensor:
-        """Indices ``[B, count]`` into the live patches, in ascending order."""
+        """Return the indices ``[B, count]`` of the patches to remove, in ascending order."""
         live = state.positions.shape[1]
         if event.count == live:
             return torch.arange(live, device=self.device).expand_as(state.positions)

@@ -1,4 +1,4 @@
-"""Linear layers whose weights never change: packed once, gradients for inputs only."""
+"""Linear layers with constant, packed weights, and gradients for their inputs only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FrozenLinear(nn.Module):
         self.backward_weight = _pack(weight.t().contiguous(), rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
+        """Apply the layer to ``[..., in]``; returns ``[..., out]``."""
         y: Tensor = _Product.apply(x, self.forward_weight, self.backward_weight, self.bias)
         return y
 
@@ -67,12 +67,12 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pack_linears(model: nn.Module, rows: int) -> None:
-    """Put a :class:`FrozenLinear` in the place of every linear layer of ``model``."""
+    """Replace every linear layer of ``model`` by a :class:`FrozenLinear`."""
     replace_linears(model, lambda linear: FrozenLinear(linear, rows))
 
 
 def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put what is made of it in the place of every linear layer of ``model``."""
+    """Replace every linear layer of ``model`` by ``make`` of it."""
     for name, child in model.named_children():
         if type(child) is nn.Linear:
             setattr(model, name, make(child))

@@ -1,4 +1,4 @@
-"""How much each live patch matters to what the model makes of an image."""
+"""Importance of patches to the model's output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEASURES: tuple[str, ...] = tuple(m for m in get_args(Importance) if m != "auto"
 
 
 def resolve_importance(importance: Importance, arch: Architecture) -> Importance:
-    """What ``auto`` stands for: the attention of the token or query that pools the image.
+    """Return the measure that ``auto`` stands for: the pooling token's or query's attention.
 
     Average pooling has none; there no measure was better than chance, see
     ``docs/inversion.md``.
@@ -33,7 +33,7 @@ def importance_of(
     objective: Objective,
     generator: torch.Generator,
 ) -> Tensor:
-    """Importance of the patches ``[B, L, D]`` at ``positions``, float32 ``[B, L]``.
+    """Return the importance of the patches ``[B, L, D]`` at ``positions``, float32 ``[B, L]``.
 
     ``attention``: see :meth:`dfq.vit.ViT.importance`.  ``gradient``: L2 norm of the gradient
     of the objective's score with respect to the patch.  ``activation``: L2 norm of the

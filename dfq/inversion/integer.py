@@ -1,4 +1,4 @@
-"""Frozen linear layers that multiply 8-bit integers in both directions."""
+"""Linear layers that multiply 8-bit integers, forward and backward."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dfq.runtime.elementwise import to_uint8
 from dfq.vit import ViT
 
 TINY = 1e-30
-"""Rows are divided by at least this, so that a gradient of zero stays zero."""
+"""Least scale of a row, so that a gradient of zero stays zero."""
 
 
 class IntegerProduct(nn.Module):
-    """A frozen linear layer whose product, and that of its gradient, is one of integers.
+    """Linear layer with constant weights whose forward and backward products are of integers.
 
     Weights have a scale for each output, forward and backward alike.  Inputs and gradients
-    have one for each row, found as they come: the class token's gradient is far larger
+    have one for each row, computed at run time: the class token's gradient is far larger
     than those of the patches, which one scale for all would round away.  Results are in
     the input's type.
     """
@@ -34,7 +34,7 @@ class IntegerProduct(nn.Module):
         self.forward_weight, self.backward_weight = _pack(weight), _pack(weight.t())
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
+        """Apply the layer to ``[..., in]``; returns ``[..., out]``."""
         y: Tensor = _Product.apply(x, self.forward_weight, self.backward_weight, self.bias)
         return y
 
@@ -53,14 +53,14 @@ class _Product(torch.autograd.Function):
 
 
 def _pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """oneDNN's blocked int8 copy of ``[out, in]``, scales and zero points ``[out]``."""
+    """Return oneDNN's blocked int8 copy of ``[out, in]``, scales and zero points ``[out]``."""
     scale = weight.abs().amax(1).clamp_min(TINY) / 127
     integers = (weight / scale[:, None]).round_().to(torch.int8)
     return onednn.pack_weight(integers), scale, torch.zeros(len(scale), dtype=torch.int32)
 
 
 def _multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The product in units of each row's scale, and these ``[..., 1]``."""
+    """Return the product divided by each row's scale, and the scales ``[..., 1]``."""
     rows = x.to(torch.float32, copy=True)
     largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
     largest.clamp_min_(TINY)
@@ -73,10 +73,10 @@ def _multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor,
 
 @torch.no_grad()
 def multiply_integers(vit: ViT) -> None:
-    """Have the linear layers of a ViT's blocks multiply integers; the function stays.
+    """Replace the linear layers of a ViT's blocks by :class:`IntegerProduct`.
 
-    Layer norms' affine goes into the layers that read it, so that their inputs have channels
-    of one size, however wide those of a trained model are.
+    The affine parameters of layer norms are folded into the layers after them, so that the
+    channels of their inputs have similar ranges.
     """
     for index in range(vit.arch.depth):
         block = vit.block(index)

@@ -1,4 +1,4 @@
-"""One iteration: the model's gradient, and the small work before and after it."""
+"""One iteration: the gradient of the objective, and the update of the patches."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ ADAM_EPS = 1e-8
 
 @dataclass(frozen=True)
 class Step:
-    """What an iteration does not share with the others.
+    """Values of one iteration.
 
-    ``table`` int64 ``[N]`` is where the jitter takes each position, ``mirrored`` whether it
-    mirrors, ``rate`` and ``spread`` are Adam's step size over its first correction and the
-    root of its second.  Where all are tensors, nothing waits for their values.
+    ``table``: position of each patch after the jitter, int64 ``[N]``.  ``mirrored``: whether the
+    jitter mirrors.  ``rate``: Adam's step size over its first bias correction; ``spread``: the
+    root of the second.  If all are tensors, the host does not wait for the device.
     """
 
     table: Tensor
@@ -38,19 +38,19 @@ class Step:
 
 
 def corrections(settings: InversionSettings, step: int) -> tuple[float, float]:
-    """Adam's ``rate`` and ``spread`` at a step, counted from 1 (arXiv 1412.6980)."""
+    """Return Adam's ``rate`` and ``spread`` at a step, counted from 1 (arXiv 1412.6980)."""
     rate = settings.lr / (1 - settings.beta1**step)
     return rate, math.sqrt(1 - settings.beta2**step)
 
 
 def make_step(settings: InversionSettings, grid: Grid, move: Move, step: int) -> Step:
-    """The step of that number with values that the host knows."""
+    """Return a step, counted from 1, with values on the host."""
     return Step(move_table(grid, *move), move[2], *corrections(settings, step))
 
 
 @dataclass(frozen=True)
-class Course:
-    """The next steps as tables on a device, and which of them comes next.
+class StepBuffer:
+    """Buffers of the next steps on a device, and the index of the next one.
 
     ``tables`` int64 ``[n, N]``, ``mirrored`` bool ``[n]``, ``corrections`` float32 ``[n, 2]``,
     ``at`` int64 ``[1]``.
@@ -62,8 +62,8 @@ class Course:
     at: Tensor
 
     @classmethod
-    def empty(cls, length: int, patches: int, device: torch.device) -> Course:
-        """Room for so many steps."""
+    def empty(cls, length: int, patches: int, device: torch.device) -> StepBuffer:
+        """Create buffers of ``length`` steps."""
         return cls(
             torch.zeros(length, patches, dtype=torch.int64, device=device),
             torch.zeros(length, dtype=torch.bool, device=device),
@@ -72,7 +72,7 @@ class Course:
         )
 
     def fill(self, settings: InversionSettings, grid: Grid, moves: list[Move], done: int) -> None:
-        """Take over these moves, of steps after the ``done`` that are over."""
+        """Write the steps of ``moves``, which follow the first ``done`` steps."""
         count = len(moves)
         tables = torch.stack([move_table(grid, *move) for move in moves])
         factors = [corrections(settings, done + i) for i in range(1, count + 1)]
@@ -82,27 +82,27 @@ class Course:
         self.at.zero_()
 
     def step(self) -> Step:
-        """The next step, read on the device."""
+        """Return the next step, with values on the device."""
         rate, spread = self.corrections.index_select(0, self.at)[0].unbind()
         table = self.tables.index_select(0, self.at)[0]
         return Step(table, self.mirrored.index_select(0, self.at), rate, spread)
 
 
 class Update(Protocol):
-    """What an iteration does beside the model's forward and gradient."""
+    """Jitter, losses of images and optimizer step of an iteration."""
 
-    def place(self) -> None:
-        """The state's patches lie elsewhere than before."""
+    def positions_changed(self) -> None:
+        """Recompute what depends on the positions of the state's patches."""
 
-    def enter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What the model is given: patches ``[B, L, D]``, positions ``[B, L]``."""
+    def model_input(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the jittered input: patches ``[B, L, D]``, positions ``[B, L]``."""
 
     def descend(self, gradient: Tensor) -> None:
-        """Move the state's patches against the gradient of what :meth:`enter` gave."""
+        """Update the state's patches, given the gradient for :meth:`model_input`."""
 
 
-class Plain:
-    """The update in PyTorch's operations, for steps of either kind."""
+class EagerUpdate:
+    """Update by PyTorch's operations, for steps on the host or on the device."""
 
     step: Step
 
@@ -114,15 +114,15 @@ class Plain:
         bounds: tuple[Tensor, Tensor],
         losses: Sequence[ImageLoss],
     ) -> None:
-        """``bounds`` are the smallest and the largest input, ``[D]`` each."""
+        """Create the update; ``bounds`` are the least and the largest input, ``[D]`` each."""
         self.state, self.grid, self.settings, self.bounds = state, grid, settings, bounds
-        self.terms = [(each.weight, each.bind(state.positions, grid)) for each in losses]
+        self.bound_losses = [(each.weight, each.bind(state.positions, grid)) for each in losses]
 
-    def place(self) -> None:
-        for _, term in self.terms:
-            term.place(self.state.positions)
+    def positions_changed(self) -> None:
+        for _, loss in self.bound_losses:
+            loss.set_positions(self.state.positions)
 
-    def enter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def model_input(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         patches = self._mirrored(self.state.patches).to(dtype, copy=True)
         positions = self.state.positions
         return patches, self.step.table.to(positions.device)[positions]
@@ -130,8 +130,8 @@ class Plain:
     def descend(self, gradient: Tensor) -> None:
         state, settings = self.state, self.settings
         total = self._mirrored(gradient).to(state.patches.dtype)
-        for weight, term in self.terms:
-            total = term.gradient(state.patches).mul_(weight).add_(total)
+        for weight, loss in self.bound_losses:
+            total = loss.gradient(state.patches).mul_(weight).add_(total)
         state.first.lerp_(total, 1 - settings.beta1)
         state.second.mul_(settings.beta2).addcmul_(total, total, value=1 - settings.beta2)
         root = state.second.sqrt().div_(self.step.spread).add_(ADAM_EPS)
@@ -148,8 +148,8 @@ class Plain:
         return mirror(patches, self.grid) if flip else patches
 
 
-class OnDevice(Plain):
-    """The same with steps from tables on the device."""
+class BufferedUpdate(EagerUpdate):
+    """Update by PyTorch's operations, with steps from a :class:`StepBuffer`."""
 
     def __init__(
         self,
@@ -158,27 +158,31 @@ class OnDevice(Plain):
         settings: InversionSettings,
         bounds: tuple[Tensor, Tensor],
         losses: Sequence[ImageLoss],
-        course: Course,
+        step_buffer: StepBuffer,
     ) -> None:
         super().__init__(state, grid, settings, bounds, losses)
-        self.course = course
+        self.step_buffer = step_buffer
 
-    def enter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        self.step = self.course.step()
-        return super().enter(dtype)
+    def model_input(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        self.step = self.step_buffer.step()
+        return super().model_input(dtype)
 
 
 def fused_weight(losses: Sequence[ImageLoss]) -> float | None:
-    """Total variation's weight where it is the only loss, which is what the kernels of
-    :class:`Fused` hold; 0 without any loss, None with others."""
+    """Return the weight of total variation for :class:`TritonUpdate`.
+
+    It is 0 without losses, and None with losses that the kernels do not compute.
+    """
     if not losses:
         return 0.0
     return losses[0].weight if len(losses) == 1 and type(losses[0]) is TotalVariation else None
 
 
-class Fused:
-    """The update in two Triton kernels (:mod:`dfq.inversion.kernels`); as :class:`Plain` but
-    for the order of sums, and for total variation alone."""
+class TritonUpdate:
+    """Update by two Triton kernels (:mod:`dfq.inversion.kernels`), for total variation alone.
+
+    It equals :class:`EagerUpdate` but for the order of sums.
+    """
 
     def __init__(
         self,
@@ -187,45 +191,45 @@ class Fused:
         settings: InversionSettings,
         bounds: tuple[Tensor, Tensor],
         losses: Sequence[ImageLoss],
-        course: Course,
+        step_buffer: StepBuffer,
     ) -> None:
         from dfq.inversion import kernels
 
         weight = fused_weight(losses)
         if weight is None:
-            raise ValueError(f"no kernel holds the losses {[each.name for each in losses]}")
+            raise ValueError(f"no kernel computes the losses {[each.name for each in losses]}")
         self.tv = weight
         self.kernels, self.state, self.grid, self.settings = kernels, state, grid, settings
-        self.bounds, self.course = bounds, course
+        self.bounds, self.step_buffer = bounds, step_buffer
         batch, live = state.positions.shape
         device = state.patches.device
         self.slots = torch.empty(batch, grid.patches, dtype=torch.int32, device=device)
         self.squares = torch.empty(batch, live, 4, device=device)
         self.snapshot = torch.empty_like(state.patches)
 
-    def place(self) -> None:
+    def positions_changed(self) -> None:
         batch, live = self.state.positions.shape
         index = torch.arange(live, dtype=torch.int32, device=self.slots.device)
         self.slots.fill_(-1).scatter_(1, self.state.positions, index.expand(batch, -1))
 
-    def enter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        state, course = self.state, self.course
+    def model_input(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        state, step_buffer = self.state, self.step_buffer
         inputs = torch.empty_like(state.patches, dtype=dtype)
-        moved = torch.empty_like(state.positions)
+        positions = torch.empty_like(state.positions)
         self.kernels.enter(
             self.grid,
             *(state.patches, state.positions, self.slots),
-            *(course.tables, course.mirrored, course.at),
-            *(self.snapshot, inputs, moved, self.squares),
+            *(step_buffer.tables, step_buffer.mirrored, step_buffer.at),
+            *(self.snapshot, inputs, positions, self.squares),
         )
-        return inputs, moved
+        return inputs, positions
 
     def descend(self, gradient: Tensor) -> None:
-        state, course, settings = self.state, self.course, self.settings
+        state, step_buffer, settings = self.state, self.step_buffer, self.settings
         self.kernels.descend(
             self.grid,
             *(self.snapshot, state.positions, self.slots),
-            *(course.mirrored, course.corrections, course.at),
+            *(step_buffer.mirrored, step_buffer.corrections, step_buffer.at),
             *(self.squares, gradient.contiguous(), *self.bounds),
             *(state.patches, state.first, state.second),
             tv=self.tv,
@@ -236,8 +240,8 @@ class Fused:
 
 
 def iterate(vit: ViT, objective: Objective, update: Update, dtype: torch.dtype) -> Tensor:
-    """One iteration; returns the objective before it, summed over trajectories."""
-    patches, positions = update.enter(dtype)
+    """Run one iteration; returns the objective before it, summed over trajectories."""
+    patches, positions = update.model_input(dtype)
     patches.requires_grad_()
     loss = objective.loss(vit.forward_sparse(patches, positions))
     (gradient,) = torch.autograd.grad(loss, patches)

@@ -9,7 +9,7 @@ from dfq.sparse import Grid
 
 
 def move_table(grid: Grid, down: int, right: int, flip: bool) -> Tensor:
-    """Where each position goes, int64 ``[N]``: rolled with wrap-around, then mirrored."""
+    """Return the new position of each patch, int64 ``[N]``: rolled, then mirrored."""
     rows = (torch.arange(grid.rows) + down) % grid.rows
     columns = (torch.arange(grid.columns) + right) % grid.columns
     if flip:
@@ -28,7 +28,7 @@ def mirror(patches: Tensor, grid: Grid) -> Tensor:
 
 
 def draw(grid: Grid, share: float, flip: bool, generator: torch.Generator) -> Move:
-    """A random (down, right, mirrored) move of at most ``share`` of the side."""
+    """Draw a random move of at most ``share`` of the side."""
     limits = [int(share * side) for side in (grid.rows, grid.columns)]
     down, right = (
         int(torch.randint(-limit, limit + 1, (), generator=generator)) for limit in limits

@@ -1,7 +1,7 @@
-"""The small work of an iteration as two Triton kernels: what comes before the model, and after.
+"""Two Triton kernels for the work of an iteration before and after the model.
 
-Between them they hold what :class:`dfq.inversion.iteration.Plain` does: jitter, total variation,
-Adam and the bounds of pixels.  A program handles one patch of one image.
+Together they compute what :class:`dfq.inversion.iteration.EagerUpdate` computes: jitter, total
+variation, Adam and the bounds of pixels.  A program handles one patch of one image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dfq.sparse import Grid
 
 
 @triton.jit
-def _neighbour(
+def _neighbor(
     source,
     slots,
     first_patch,
@@ -32,7 +32,7 @@ def _neighbour(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The pixel so far down and right of each, and whether it is in a patch that is there."""
+    """Load the pixel at an offset from each, and whether it is in a live patch."""
     below, beside = y + DOWN, x + RIGHT
     next_row = row + tl.where(below >= HEIGHT, 1, 0) - tl.where(below < 0, 1, 0)
     next_column = column + tl.where(beside >= WIDTH, 1, 0) - tl.where(beside < 0, 1, 0)
@@ -57,7 +57,7 @@ def _enter(
     at,
     snapshot,
     inputs,
-    moved,
+    moved_positions,
     squares,
     live,
     ROWS: tl.constexpr,
@@ -76,7 +76,7 @@ def _enter(
     channel = index // (WIDTH * HEIGHT)
     step = tl.load(at)
     position = tl.load(positions + patch)
-    tl.store(moved + patch, tl.load(table + step * (ROWS * COLUMNS) + position))
+    tl.store(moved_positions + patch, tl.load(table + step * (ROWS * COLUMNS) + position))
 
     value = tl.load(patches + patch * values + index, inside, 0.0)
     tl.store(snapshot + patch * values + index, value, inside)
@@ -86,7 +86,7 @@ def _enter(
 
     row, column = position // COLUMNS, position % COLUMNS
     for k in tl.static_range(4):
-        other, there = _neighbour(
+        other, there = _neighbor(
             patches,
             slots + image * (ROWS * COLUMNS),
             image * live,
@@ -156,7 +156,7 @@ def _descend(
         norm = tl.maximum(tl.sqrt(tl.sum(parts, 0)), 1e-8)
         pull = tl.zeros((BLOCK,), tl.float32)
         for sign in tl.static_range(-1, 2, 2):
-            other, there = _neighbour(
+            other, there = _neighbor(
                 snapshot,
                 slots + image * (ROWS * COLUMNS),
                 image * live,
@@ -206,23 +206,24 @@ def enter(
     at: Tensor,
     snapshot: Tensor,
     inputs: Tensor,
-    moved: Tensor,
+    moved_positions: Tensor,
     squares: Tensor,
 ) -> None:
-    """Write what the model is given, a copy of the patches, and sums of squared differences.
+    """Write the model's input, a copy of the patches, and sums of squared differences.
 
     Args:
         patches, positions: float32 ``[B, L, D]`` and int64 ``[B, L]``.
         slots: int32 ``[B, N]``, the index in ``L`` of each position, or -1.
         table, mirrored: moves int64 ``[n, N]`` and bool ``[n]``.
-        at: int64 ``[1]``, which of them is next.
-        snapshot, inputs, moved: written; as ``patches``, the model's type, as ``positions``.
+        at: int64 ``[1]``, index of the next move.
+        snapshot, inputs, moved_positions: written; as ``patches``, the model's type, as
+            ``positions``.
         squares: written; float32 ``[B, L, 4]``.
     """
     batch, live = positions.shape
     _enter[(batch * live,)](
         *(patches, positions, slots, table, mirrored, at),
-        *(snapshot, inputs, moved, squares, live),
+        *(snapshot, inputs, moved_positions, squares, live),
         **_shape(grid),
     )
 

@@ -1,4 +1,4 @@
-"""What inversion asks of an image: a class, or a direction of the pooled feature."""
+"""Objectives of inversion: a class, or a direction of the pooled feature."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dfq.vit import Architecture
 from dfq.vit.logits import label_count
 
 DIRECTION_WEIGHT = 10.0
-"""Weight of the cosine, which brings its gradient to the size of a cross-entropy's."""
+"""Weight of the cosine; it brings its gradient to the size of a cross-entropy's."""
 
 
 def seeded(seed: int, what: str, index: int) -> torch.Generator:
-    """A generator of its own for one thing of one run, independent of all others."""
+    """Return a generator for one purpose of a run, independent of all others."""
     digest = hashlib.sha256(f"dfq {what} {seed} {index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -28,9 +28,9 @@ Kind = Literal["class", "binary", "direction"]
 
 
 class Objective(Protocol):
-    """What the images of one unit of work are optimised for; rows are trajectories.
+    """Objective of the images of a unit of work, one row per trajectory.
 
-    ``targets`` are what ``loss`` and ``score`` compare outputs with, on any device.
+    ``loss`` and ``score`` compare outputs with ``targets``, which may be on any device.
     """
 
     kind: Kind
@@ -38,14 +38,14 @@ class Objective(Protocol):
     targets: Tensor
 
     def loss(self, outputs: Tensor) -> Tensor:
-        """Sum over the unit's images of what is minimised, for the model's outputs."""
+        """Return the loss of the model's outputs, summed over the images."""
 
     def score(self, outputs: Tensor) -> Tensor:
-        """Sum over the images of the output that is to grow; it does not saturate."""
+        """Return the output that is maximized, summed over the images; it does not saturate."""
 
 
 class ClassObjective:
-    """Cross-entropy of a target class each (arXiv 1912.08795, section 3.1)."""
+    """Cross-entropy with one target class per image (arXiv 1912.08795, section 3.1)."""
 
     kind: Kind = "class"
 
@@ -61,7 +61,7 @@ class ClassObjective:
 
 
 class BinaryObjective:
-    """Cross-entropy of one of the two classes of a single logit each, 0 or 1."""
+    """Binary cross-entropy of a single logit with one target per image, 0 or 1."""
 
     kind: Kind = "binary"
 
@@ -102,7 +102,7 @@ class DirectionObjective:
 
 
 def objective_of(arch: Architecture) -> Kind:
-    """What images of such a model are made for."""
+    """Return the kind of objective for a model."""
     if arch.num_classes == 1:
         return "binary"
     return "class" if arch.num_classes else "direction"
@@ -123,7 +123,10 @@ def check_classes(arch: Architecture, classes: Sequence[int]) -> None:
 def make_objective(
     arch: Architecture, seed: int, first: int, count: int, classes: Sequence[int] = ()
 ) -> Objective:
-    """The objective of trajectories ``first`` to ``first + count``; no ``classes`` are all."""
+    """Return the objective of trajectories ``first`` to ``first + count``.
+
+    If ``classes`` is empty, all classes are targets.
+    """
     kind = objective_of(arch)
     if kind == "direction":
         return DirectionObjective(seed, first, count, arch.embed_dim)
@@ -132,7 +135,7 @@ def make_objective(
 
 
 def _balanced(seed: int, first: int, count: int, classes: Sequence[int]) -> Tensor:
-    """Classes int64 ``[count]``: every class comes once, in random order, before any again."""
+    """Return classes int64 ``[count]``: each once in random order, then anew."""
     labels = []
     for index in range(first, first + count):
         turn, place = divmod(index, len(classes))

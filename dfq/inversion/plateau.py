@@ -1,10 +1,10 @@
-"""When a stage has nothing left to gain."""
+"""Early stopping of a stage."""
 
 from __future__ import annotations
 
 
 class Plateau:
-    """Tells that a loss has stopped falling, from the losses of one unit of work alone.
+    """Detector of a loss that has stopped falling, from the losses of one unit of work.
 
     The loss jumps with the jitter, so means over windows of ``patience`` iterations are
     compared: it has stopped when a window's mean is not ``TOLERANCE`` below the last one's.
@@ -13,13 +13,13 @@ class Plateau:
     TOLERANCE = 0.02
 
     def __init__(self, patience: int) -> None:
-        """``patience`` is in iterations; 0 never stops."""
+        """Create a detector; a ``patience`` of 0 iterations never stops."""
         self.patience = patience
         self._window: list[float] = []
         self._last: float | None = None
 
     def reached(self, loss: float) -> bool:
-        """Take the loss of one more iteration into account."""
+        """Add the loss of an iteration; return whether the loss has stopped falling."""
         if not self.patience:
             return False
         self._window.append(loss)

@@ -1,4 +1,4 @@
-"""Methods and losses as values, found by the files that hold them."""
+"""Discovery of inversion methods and losses, and their common base class."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
-"""The name of a method or a loss."""
+"""Pattern of the name of a method or a loss."""
 
 
-class Part:
-    """A value that declares some fields of :class:`dfq.InversionSettings` and reads them alone.
+class Component:
+    """Base of methods and losses, which declare fields of :class:`dfq.InversionSettings`.
 
-    Its class is decorated with :func:`dfq.validation.settings`.
+    A subclass is decorated with :func:`dfq.validation.settings`.
     """
 
     name: ClassVar[str]
 
     @classmethod
-    def fields(cls) -> tuple[str, ...]:
-        """Names of the fields that it declares."""
+    def field_names(cls) -> tuple[str, ...]:
+        """Return the names of the fields that the class declares."""
         return tuple(field.name for field in dataclasses.fields(cast(Any, cls)))
 
     @classmethod
-    def of(cls, settings: object) -> Self:
-        """The value that settings with these fields describe."""
-        return cls(**{name: getattr(settings, name) for name in cls.fields()})
+    def from_settings(cls, settings: object) -> Self:
+        """Create an instance from settings that have its fields."""
+        return cls(**{name: getattr(settings, name) for name in cls.field_names()})
 
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=Component)
 
 
 def discover(
@@ -40,7 +40,7 @@ def discover(
 ) -> dict[str, type[P]]:
     """Import every module of a package and collect the subclasses of ``base`` that it defines.
 
-    Returns them by name: those that ``first`` names in that order, the others by name.
+    Returns them by name: those in ``first`` in that order, then the others alphabetically.
 
     Raises:
         TypeError: a name is not a word, or two classes have it.

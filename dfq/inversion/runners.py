@@ -1,4 +1,4 @@
-"""Who starts the iterations of a stage: the host one by one, or a GPU that replays a graph."""
+"""Runners of the iterations of a stage: launched by the host, or replayed as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dfq.device import has_triton
 from dfq.inversion.iteration import (
-    Course,
-    Fused,
-    OnDevice,
-    Plain,
+    BufferedUpdate,
+    EagerUpdate,
+    StepBuffer,
+    TritonUpdate,
     Update,
     fused_weight,
     iterate,
@@ -30,19 +30,19 @@ from dfq.sparse import Grid
 from dfq.vit import ViT
 
 CHUNK = 256
-"""Moves drawn and brought to the device at once."""
+"""Number of moves copied to the device at once."""
 
-EAGER = 2
-"""Iterations of a shape before it is captured: libraries set themselves up in the first."""
+WARMUP = 2
+"""Eager iterations of a shape before capture, in which libraries initialize."""
 
-WORTH = 4
-"""A graph is captured if it is replayed at least so often now; capturing takes about as long as
-two iterations."""
+MIN_REPLAYS = 4
+"""Least number of remaining iterations for which a graph is captured; capturing takes about as
+long as two iterations."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What all units of a run share; ``bounds`` are the least and the largest input ``[D]``."""
+class EngineSetup:
+    """Model and settings of an engine; ``bounds`` are the least and the largest input ``[D]``."""
 
     vit: ViT
     grid: Grid
@@ -54,38 +54,38 @@ class Problem:
 
 
 class Runner(Protocol):
-    """Runs the iterations of one stage after another."""
+    """Runner of the iterations of one stage after another."""
 
     def begin(self, state: State, objective: Objective) -> None:
-        """A stage of a unit; ``state`` is changed by it and may be read at its end."""
+        """Begin a stage of a unit; ``state`` is up to date after :meth:`end`."""
 
     def run(self, moves: list[Move], after: Callable[[Tensor], None]) -> Tensor:
-        """An iteration for each move; returns their losses, float32 ``[n]``.
+        """Run an iteration for each move; returns their losses, float32 ``[n]``.
 
         ``after`` is called with each loss, valid until the next iteration.
         """
 
     def end(self) -> None:
-        """The stage is over."""
+        """End the stage."""
 
 
 class HostRunner:
-    """Every operation is started by the host.  This defines what the others compute."""
+    """Runner that launches every operation from the host; the reference for the others."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, setup: EngineSetup) -> None:
+        self.setup = setup
 
     def begin(self, state: State, objective: Objective) -> None:
-        at = self.problem
+        setup = self.setup
         self.state, self.objective = state, objective
-        self.update = Plain(state, at.grid, at.settings, at.bounds, at.losses)
+        self.update = EagerUpdate(state, setup.grid, setup.settings, setup.bounds, setup.losses)
 
     def run(self, moves: list[Move], after: Callable[[Tensor], None]) -> Tensor:
-        at, losses = self.problem, []
+        setup, losses = self.setup, []
         for move in moves:
             self.state.step += 1
-            self.update.step = make_step(at.settings, at.grid, move, self.state.step)
-            losses.append(iterate(at.vit, self.objective, self.update, at.dtype))
+            self.update.step = make_step(setup.settings, setup.grid, move, self.state.step)
+            losses.append(iterate(setup.vit, self.objective, self.update, setup.dtype))
             after(losses[-1])
         return torch.stack(losses)
 
@@ -94,114 +94,119 @@ class HostRunner:
 
 
 class DeviceRunner:
-    """Iterations read all that differs between them from the device, so that one captured
-    graph is all of them, of every unit of that shape.
+    """Runner whose iterations read all that differs between them from buffers on the device.
 
-    ``fallbacks`` says what was not possible, and why.
+    One captured CUDA graph thus serves all iterations of all units of a shape.  ``fallbacks``
+    lists what could not be used, and why.
     """
 
-    def __init__(self, problem: Problem, *, graphs: bool, fused: bool | None = None) -> None:
-        """``fused``: update in Triton's kernels where they hold all losses; by default if Triton
-        has them for the device."""
-        self.problem, self.graphs = problem, graphs
-        wanted = has_triton(problem.device) if fused is None else fused
-        self.fused = wanted and fused_weight(problem.losses) is not None
+    def __init__(self, setup: EngineSetup, *, graphs: bool, fused: bool | None = None) -> None:
+        """Create a runner.
+
+        ``graphs``: capture CUDA graphs.  ``fused``: use :class:`TritonUpdate` if its kernels
+        compute all losses; by default if Triton supports the device.
+        """
+        self.setup, self.graphs = setup, graphs
+        wanted = has_triton(setup.device) if fused is None else fused
+        self.fused = wanted and fused_weight(setup.losses) is not None
         self.fallbacks: list[str] = []
-        self._places: dict[tuple[int, int], _Place] = {}
+        self._buffers: dict[tuple[int, int], _ShapeBuffers] = {}
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
     def begin(self, state: State, objective: Objective) -> None:
         batch, live = state.positions.shape
-        if (batch, live) not in self._places:
-            self._places[batch, live] = self._make_place(state, objective)
-        self._state, self._here = state, self._places[batch, live]
-        self._here.state.copy_(state)
-        self._here.objective.targets.copy_(objective.targets)
-        self._here.update.place()
+        if (batch, live) not in self._buffers:
+            self._buffers[batch, live] = self._make_buffers(state, objective)
+        self._state, self._current = state, self._buffers[batch, live]
+        self._current.state.copy_(state)
+        self._current.objective.targets.copy_(objective.targets)
+        self._current.update.positions_changed()
 
     def run(self, moves: list[Move], after: Callable[[Tensor], None]) -> Tensor:
-        here, problem = self._here, self.problem
-        here.course.fill(problem.settings, problem.grid, moves, here.state.step)
+        buffers, setup = self._current, self.setup
+        buffers.step_buffer.fill(setup.settings, setup.grid, moves, buffers.state.step)
         for index in range(len(moves)):
-            self._iterate(here, len(moves) - index)
-            here.state.step += 1
-            after(here.losses[index])
-        return here.losses[: len(moves)].clone()
+            self._iterate(buffers, len(moves) - index)
+            buffers.state.step += 1
+            after(buffers.losses[index])
+        return buffers.losses[: len(moves)].clone()
 
     def end(self) -> None:
-        self._state.copy_(self._here.state)
+        self._state.copy_(self._current.state)
 
-    def _make_place(self, state: State, objective: Objective) -> _Place:
-        at = self.problem
+    def _make_buffers(self, state: State, objective: Objective) -> _ShapeBuffers:
+        setup = self.setup
         own = State(state.patches.clone(), state.positions.clone())
-        length = max(CHUNK, at.settings.plateau)
-        course = Course.empty(length, at.grid.patches, at.device)
+        length = max(CHUNK, setup.settings.plateau)
+        step_buffer = StepBuffer.empty(length, setup.grid.patches, setup.device)
         targeted = copy.copy(objective)
-        targeted.targets = objective.targets.to(at.device, copy=True)
-        losses = torch.zeros(length, device=at.device)
-        return _Place(own, targeted, course, self._make_update(own, course), losses)
+        targeted.targets = objective.targets.to(setup.device, copy=True)
+        losses = torch.zeros(length, device=setup.device)
+        return _ShapeBuffers(
+            own, targeted, step_buffer, self._make_update(own, step_buffer), losses
+        )
 
-    def _make_update(self, state: State, course: Course) -> Update:
-        at, kind = self.problem, Fused if self.fused else OnDevice
-        return kind(state, at.grid, at.settings, at.bounds, at.losses, course)
+    def _make_update(self, state: State, step_buffer: StepBuffer) -> Update:
+        setup, kind = self.setup, TritonUpdate if self.fused else BufferedUpdate
+        return kind(state, setup.grid, setup.settings, setup.bounds, setup.losses, step_buffer)
 
-    def _iterate(self, here: _Place, left: int) -> None:
-        if here.graph is None and self.graphs and here.done >= EAGER and left >= WORTH:
-            self._capture(here)
-        if here.graph is not None:
-            here.graph.replay()
+    def _iterate(self, buffers: _ShapeBuffers, left: int) -> None:
+        if buffers.graph is None and self.graphs and buffers.done >= WARMUP and left >= MIN_REPLAYS:
+            self._capture(buffers)
+        if buffers.graph is not None:
+            buffers.graph.replay()
         else:
-            self._eager(here)
-            here.done += 1
+            self._eager(buffers)
+            buffers.done += 1
 
-    def _eager(self, here: _Place) -> None:
-        """Start an iteration from the host; the first finds out whether Triton works here."""
-        if here.done or not self.fused:
-            self._record(here)
+    def _eager(self, buffers: _ShapeBuffers) -> None:
+        """Launch an iteration from the host; fall back to PyTorch if Triton fails in the first."""
+        if buffers.done or not self.fused:
+            self._record(buffers)
             return
         try:
-            self._record(here)
+            self._record(buffers)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # Triton's compiler has no list of what it raises
+        except Exception as error:  # the errors of Triton's compiler are not documented
             self._fall_back("Triton", error)
             self.fused = False
-            here.update = self._make_update(here.state, here.course)
-            here.update.place()
-            self._record(here)
+            buffers.update = self._make_update(buffers.state, buffers.step_buffer)
+            buffers.update.positions_changed()
+            self._record(buffers)
 
-    def _record(self, here: _Place) -> None:
-        at = self.problem
-        loss = iterate(at.vit, here.objective, here.update, at.dtype)
-        here.losses.index_copy_(0, here.course.at, loss[None])
-        here.course.at.add_(1)
+    def _record(self, buffers: _ShapeBuffers) -> None:
+        setup = self.setup
+        loss = iterate(setup.vit, buffers.objective, buffers.update, setup.dtype)
+        buffers.losses.index_copy_(0, buffers.step_buffer.at, loss[None])
+        buffers.step_buffer.at.add_(1)
 
-    def _capture(self, here: _Place) -> None:
-        """Capture an iteration, which runs none; on failure all go on from the host."""
+    def _capture(self, buffers: _ShapeBuffers) -> None:
+        """Capture an iteration without running it; on failure all are launched from the host."""
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream(self.problem.device)
+        stream = torch.cuda.current_stream(self.setup.device)
         try:
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
             ):
-                self._record(here)
-        except Exception as error:  # nor has what cannot be captured
+                self._record(buffers)
+        except Exception as error:  # the errors of a capture are not documented
             self._fall_back("CUDA graphs", error)
             self.graphs = False
         else:
-            here.graph = graph
+            buffers.graph = graph
 
     def _fall_back(self, what: str, error: Exception) -> None:
         self.fallbacks.append(f"{what}: {type(error).__name__}: {error}")
 
 
 @dataclass
-class _Place:
-    """The tensors of all units of one shape, which stay where they are, and their graph."""
+class _ShapeBuffers:
+    """Tensors at fixed addresses for all units of one shape, and their captured graph."""
 
     state: State
     objective: Objective
-    course: Course
+    step_buffer: StepBuffer
     update: Update
     losses: Tensor
     done: int = 0

@@ -1,4 +1,4 @@
-"""The schedule of settings: when patches leave a trajectory; and work cut into units."""
+"""Schedules: the events of a trajectory, and the division of the work into units."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dfq.recipe import InversionSettings
 
 @dataclass(frozen=True)
 class Unit:
-    """A batch of trajectories that is optimised together, and the images it yields.
+    """A batch of trajectories that is optimized together, and the images it yields.
 
     ``sizes`` has a row per trajectory: the patches of each image that is kept of it.
     """
@@ -40,12 +40,12 @@ class Unit:
 
 
 def method_of(settings: InversionSettings) -> Method:
-    """The method that these settings name, with its fields."""
-    return METHODS[settings.method].of(settings)
+    """Return the method of the settings, with its fields."""
+    return METHODS[settings.method].from_settings(settings)
 
 
 def events(settings: InversionSettings, patches: int) -> tuple[Event, ...]:
-    """The events of a trajectory that starts with ``patches`` patches.
+    """Return the events of a trajectory that starts with ``patches`` patches.
 
     Raises:
         SettingError: the method's fields do not fit so many patches or iterations.
@@ -57,7 +57,7 @@ def events(settings: InversionSettings, patches: int) -> tuple[Event, ...]:
 
 
 def _problem(schedule: tuple[Event, ...], iterations: int, patches: int) -> str | None:
-    """What keeps a schedule from being run."""
+    """Return what is wrong with a schedule, None if it is valid."""
     times = [0, *(event.iteration for event in schedule)]
     if any(a > b for a, b in pairwise(times)) or times[-1] > iterations:
         return f"events at {times[1:]} of {iterations} iterations are not in order"
@@ -70,24 +70,30 @@ def _problem(schedule: tuple[Event, ...], iterations: int, patches: int) -> str 
 
 
 def unused_fields(method: str) -> set[str]:
-    """Fields of the settings that do not touch a method's images, and so are no part of their
-    cache key."""
+    """Return the fields that do not affect a method's images, and are not in their cache key."""
     kind = METHODS[method]
-    unused = {name for other in METHODS.values() for name in other.fields()} - {*kind.fields()}
+    unused = {name for other in METHODS.values() for name in other.field_names()} - {
+        *kind.field_names()
+    }
     if not kind.ranks:
         unused |= RANKING
     if not kind.optimizes:
-        unused |= {*OPTIMIZATION, *(name for loss in LOSSES.values() for name in loss.fields())}
+        unused |= {
+            *OPTIMIZATION,
+            *(name for loss in LOSSES.values() for name in loss.field_names()),
+        }
     return unused
 
 
 def fit_stages(settings: InversionSettings, patches: int) -> InversionSettings:
-    """The settings with no more stages than there are patches and iterations, whatever the method;
-    those of a method that would lose another field of its own by it are left alone."""
+    """Return settings with at most as many stages as patches and iterations, for every method.
+
+    Settings of a method that would lose another field by this stay as they are.
+    """
     for kind in METHODS.values():
-        own = kind.of(settings)
+        own = kind.from_settings(settings)
         fitted = own.fitted(settings.iterations, patches)
-        changes = {n for n in kind.fields() if getattr(own, n) != getattr(fitted, n)}
+        changes = {n for n in kind.field_names() if getattr(own, n) != getattr(fitted, n)}
         if changes == {"stages"}:
             settings = fit(settings, patches, kind)
     return settings
@@ -96,9 +102,13 @@ def fit_stages(settings: InversionSettings, patches: int) -> InversionSettings:
 def fit(
     settings: InversionSettings, patches: int, kind: type[Method] | None = None
 ) -> InversionSettings:
-    """The settings with a method's fields, by default those of their own, as they can be run."""
-    fitted = (kind or METHODS[settings.method]).of(settings).fitted(settings.iterations, patches)
-    return dataclasses.replace(settings, **{n: getattr(fitted, n) for n in fitted.fields()})
+    """Return settings whose fields of a method, by default their own, fit the patches."""
+    fitted = (
+        (kind or METHODS[settings.method])
+        .from_settings(settings)
+        .fitted(settings.iterations, patches)
+    )
+    return dataclasses.replace(settings, **{n: getattr(fitted, n) for n in fitted.field_names()})
 
 
 def plan_units(settings: InversionSettings, patches: int) -> tuple[Unit, ...]:

@@ -10,18 +10,18 @@ class State:
     """The live patches of a unit with Adam's moments, all ``[B, L, D]`` float32."""
 
     def __init__(self, patches: Tensor, positions: Tensor) -> None:
-        """``positions`` int64 ``[B, L]``."""
+        """Create a state before the first step; ``positions`` is int64 ``[B, L]``."""
         self.patches, self.positions = patches, positions
         self.first, self.second = torch.zeros_like(patches), torch.zeros_like(patches)
         self.step = 0
 
     @property
     def width(self) -> int:
-        """Values of a patch."""
+        """Number of values of a patch."""
         return self.patches.shape[2]
 
     def copy_(self, other: State) -> None:
-        """Take the values of a state of the same shape."""
+        """Copy the values of a state of the same shape."""
         for name in ("patches", "positions", "first", "second"):
             getattr(self, name).copy_(getattr(other, name))
         self.step = other.step

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dfq.argument_names import option
 from dfq.data.augmentation import AugmentationSettings, AugmentedImages, fractal_noise, stretched
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.images import DenseImages, open_images
@@ -79,8 +80,8 @@ def calibration_set(
         _check_model(dataset, loaded)
         if images not in (None, len(dataset)):
             raise SettingError(
-                f"images is {images}, but the dataset {str(path)!r} of {len(dataset)} is taken "
-                "whole. Leave images (--images) out, or make a dataset of that many."
+                f"{option('images')} is {images}, but the dataset {str(path)!r} of {len(dataset)} "
+                f"is taken whole. Leave {option('images')} out, or make a dataset of that many."
             )
         origin = CalibrationSource(dataset.method, len(dataset), str(path), None)
         return CalibrationSet(dataset, origin, dataset.inversion)
@@ -139,7 +140,10 @@ def held_out_settings(
     if min_agreement is not None and metric != "cosine" and not decides(min_agreement, images):
         images = max(images, settings.images)
         needed = images_to_decide(min_agreement)
-        advice = f"give real ones (--eval DATA), or invert as many (--images {needed})"
+        advice = (
+            f"give real ones ({option('eval', metavar='DATA')}), or invert as many "
+            f"({option('images', needed)})"
+        )
         check_decidable("min_agreement", min_agreement, images, advice)
     return dataclasses.replace(
         chosen,

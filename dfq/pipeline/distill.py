@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.catalog import ALIASES
 from dfq.data.images import ImageSource, load_batches
@@ -113,10 +114,10 @@ def distill(
         DfqError: one of its other subclasses says what is wrong.
     """
     started, progress = time.perf_counter(), resolve_progress(progress)
-    check_alone("distill", "--data")
+    check_alone("distill", "data")
     if class_map is not None and eval is None:
         raise SettingError(
-            "class_map numbers the class folders of eval: give it too (--eval DATA)."
+            f"{option('class_map')} numbers the class folders of {option('eval')}: give it too."
         )
     extra = settings or {}
     if set(extra) - {"inversion", "distillation"}:
@@ -223,8 +224,8 @@ def _check_place(place: Path, teacher: str | nn.Module | LoadedModel, progress: 
         directory = Path(teacher)
     if directory is not None and directory.exists() and place.samefile(directory):
         raise OutputError(
-            f"The student would replace its teacher {str(directory)!r}. Give another directory "
-            "(--out)."
+            f"The student would replace its teacher {str(directory)!r}. Give another "
+            f"{option('out')}."
         )
     progress.note(f"{str(place)!r} holds another student, which will be replaced")
 

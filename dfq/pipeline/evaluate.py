@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dfq import checkpoint as checkpoints
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.data.images import ImageSource, load_batches, open_images
 from dfq.device import resolve_device
@@ -33,7 +34,13 @@ from dfq.vit.load import LoadedModel, load_model
 from dfq.vit.options import LoadOptions, WeightsOptions, pool_of
 from dfq.vit.saved import is_saved
 
-_NAME_IT = "Name the model that the checkpoint was made from (--float MODEL, --weights FILE)."
+
+def _name_it() -> str:
+    return (
+        "Name the model that the checkpoint was made from "
+        f"({option('float_model', metavar='MODEL')}, {option('weights', metavar='FILE')})."
+    )
+
 
 NORMALIZATION = ("mean", "std", "input_range")
 """Fields of the preprocessing that define the network's input."""
@@ -74,10 +81,16 @@ def evaluate(
     """
     check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_agreement is not None and float_model is None:
-        raise SettingError("min_agreement needs the float model: give float_model (--float MODEL).")
+        raise SettingError(
+            f"{option('min_agreement')} needs the float model: give "
+            f"{option('float_model', metavar='MODEL')}."
+        )
     for name, value in options.items():
         if value is not None and float_model is None:
-            raise SettingError(f"{name} is of the float model: name it too (--float MODEL).")
+            raise SettingError(
+                f"{option(name)} is of the float model: name it too, by "
+                f"{option('float_model', metavar='MODEL')}."
+            )
     progress = resolve_progress(progress)
     target = resolve_device(device)
     info = checkpoints.read_info(path)
@@ -86,12 +99,12 @@ def evaluate(
     warn(progress, slow)
     metric = metric_of(model.arch)
     source = open_evaluation(data, model.arch, model.preprocessing, class_map)
-    check_measurable(source, metric, min_agreement, min_accuracy, "--data")
+    check_measurable(source, metric, min_agreement, min_accuracy, "data")
     if float_model is None and (source.class_order is None or metric == "cosine"):
         missing = "a classifier" if metric == "cosine" else f"labels in {source.name!r}"
         raise SettingError(
             f"Without {missing} there is agreement alone to measure, and it needs the float model: "
-            "give float_model (--float MODEL)."
+            f"give {option('float_model', metavar='MODEL')}."
         )
     made_from = str(info.source.get("fingerprint"))
     reference = None
@@ -164,7 +177,7 @@ def _load_float(
                 "The float model takes another number of channels than the checkpoint, which "
                 f"takes {arch.in_channels}."
             )
-        raise SettingError(f"{facts} {_NAME_IT}") from error
+        raise SettingError(f"{facts} {_name_it()}") from error
 
 
 def _check_same(loaded: LoadedModel, model: QuantizedViT) -> None:
@@ -183,7 +196,7 @@ def _check_same(loaded: LoadedModel, model: QuantizedViT) -> None:
         if differing:
             raise SettingError(
                 f"The float model {loaded.name!r} has another {what} than the checkpoint: "
-                f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. {_NAME_IT}"
+                f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. {_name_it()}"
             )
 
 
@@ -200,7 +213,7 @@ def open_evaluation(
         DataError: the images cannot be used.
     """
     if class_map is not None and not arch.num_classes:
-        raise SettingError("class_map needs a classifier; the model has none.")
+        raise SettingError(f"{option('class_map')} needs a classifier; the model has none.")
     labelled = None if arch.num_classes else False
     return open_images(data, arch, preprocessing, labelled=labelled, class_map=class_map)
 
@@ -210,17 +223,21 @@ def check_measurable(
     metric: Metric,
     min_agreement: float | None,
     min_accuracy: float | None,
-    flag: str,
+    data: str,
 ) -> None:
-    """Raise :class:`SettingError` if the images, given by ``flag``, cannot decide a bound."""
+    """Raise :class:`SettingError` if the images cannot decide a bound.
+
+    ``data`` is the parameter that gives them.
+    """
     if min_accuracy is not None and metric == "cosine":
-        raise SettingError("min_accuracy needs a classifier; the model has none.")
+        raise SettingError(f"{option('min_accuracy')} needs a classifier; the model has none.")
     if min_accuracy is not None and source.class_order is None:
         raise SettingError(
-            f"min_accuracy needs labels; {source.name!r} has none: no class folders, or no y. "
-            "Bound the agreement (min_agreement), or give labelled images."
+            f"{option('min_accuracy')} needs labels; {source.name!r} has none: no class "
+            f"folders, or no y. Bound the agreement ({option('min_agreement')}), or give "
+            "labeled images."
         )
-    check_bounds_decidable(metric, min_agreement, min_accuracy, len(source), flag)
+    check_bounds_decidable(metric, min_agreement, min_accuracy, len(source), data)
 
 
 def agreement_on(comparison: Comparison, data: str) -> AgreementOn:

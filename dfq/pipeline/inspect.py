@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dfq import checkpoint, demo, runtime
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.catalog import ALIASES, HOMES, known_names, read_catalog
 from dfq.data.cache import cache_directory
@@ -249,7 +250,9 @@ def doctor(cache: str | Path | None = None) -> DoctorReport:
     root = cache_directory(cache)
     problems = []
     if not _writable(root):
-        problems.append(f"The cache directory {root} cannot be written; use --cache or $DFQ_CACHE.")
+        problems.append(
+            f"The cache directory {root} cannot be written; use {option('cache')} or $DFQ_CACHE."
+        )
     problems += [f"{p.name} is missing; reinstall dfq." for p in _missing_demo_files()]
     return DoctorReport(
         versions=versions(),

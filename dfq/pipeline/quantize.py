@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dfq import checkpoint as checkpoints
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.data.images import ImageSource
 from dfq.device import resolve_device
@@ -101,7 +102,7 @@ def quantize(
         DfqError: one of its other subclasses says what is wrong.
     """
     progress = resolve_progress(progress)
-    check_alone("quantize", "--calibration")
+    check_alone("quantize", "calibration")
     bounds = {"min_agreement": min_agreement, "min_accuracy": min_accuracy}
     _check_measuring(evaluate, eval, class_map, **bounds)
     method = calibration if isinstance(calibration, str) and calibration in METHODS else None
@@ -160,15 +161,18 @@ def _check_measuring(
     for name, value in asked.items():
         if value is not None and not evaluate:
             raise SettingError(
-                f"{name} (--{name.replace('_', '-')}) is to be measured, which evaluate=False "
-                "(--no-evaluate) leaves out. Give one of them."
+                f"{option(name)} is to be measured, which {option('evaluate', False)} leaves out. "
+                "Give one of them."
             )
     check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
     if min_accuracy is not None and eval is None:
-        raise SettingError("min_accuracy needs data to measure it on: give eval (--eval DATA).")
+        raise SettingError(
+            f"{option('min_accuracy')} needs data to measure it on: give "
+            f"{option('eval', metavar='DATA')}."
+        )
     if class_map is not None and eval is None:
         raise SettingError(
-            "class_map numbers the class folders of eval: give it too (--eval DATA)."
+            f"{option('class_map')} numbers the class folders of {option('eval')}: give it too."
         )
 
 

@@ -386,7 +386,7 @@ def make_evaluation_set(
     with plan.clock("load"):
         if data is not None:
             source = open_evaluation(data, arch, plan.model.preprocessing, class_map)
-            check_measurable(source, metric, min_agreement, min_accuracy, "--eval")
+            check_measurable(source, metric, min_agreement, min_accuracy, "eval")
             return source
         settings, patches = plan.recipe.inversion, arch.grid.patches
         held_out = held_out_settings(settings, patches, metric, min_agreement)

@@ -9,6 +9,7 @@ from typing import ClassVar, TypeVar
 
 import torch.distributed as dist
 
+from dfq.argument_names import option
 from dfq.errors import SettingError, WorkerError
 
 T = TypeVar("T")
@@ -26,15 +27,15 @@ def launched_together() -> bool:
     )
 
 
-def check_alone(verb: str, flag: str) -> None:
+def check_alone(verb: str, data: str) -> None:
     """Raise :class:`SettingError` if ``torchrun`` started several processes.
 
-    ``flag`` is how ``verb`` takes a dataset that they made.
+    ``data`` is the parameter by which ``verb`` takes a dataset that they made.
     """
     if launched_together():
         raise SettingError(
             f"{verb} runs in one process. Let torchrun share out `dfq invert MODEL --out DIR`, "
-            f"then {verb} with {flag} DIR."
+            f"then {verb} with {option(data, 'DIR')}."
         )
 
 

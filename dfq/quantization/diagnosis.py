@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfq.argument_names import option
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.scheme import Scheme, layers
@@ -79,7 +80,7 @@ def layer_sqnr(
 
 
 _ADVICE = {
-    "few bits": "Give their weights 8 bits (--bits 8, or [layers] in a recipe).",
+    "few bits": "Give their weights 8 bits ({bits}, or [layers] in a recipe).",
     "reduced range": "Set reduce_range = false in a recipe if the processor has VNNI.",
     "input": "For a noisy input keep equalize above 0, calibrate on other images or, at proj and "
     "fc2, set observer to mse in a recipe.",
@@ -98,6 +99,7 @@ def low_sqnr_warnings(measured: list[LayerSqnr], scheme: Scheme) -> list[str]:
     more = f" and {len(low) - MAX_NAMED} more" if len(low) > MAX_NAMED else ""
     causes = {_cause(n, scheme) for n in low}
     advice = " ".join(text for cause, text in _ADVICE.items() if cause in causes)
+    advice = advice.format(bits=option("bits", 8))
     return [
         f"The signal-to-quantization-noise ratio is below {LOW_SQNR:g} dB in {named}{more}: much "
         f"of their output is noise. {advice} `dfq inspect CHECKPOINT --layers` lists every layer."

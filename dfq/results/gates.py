@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dfq.argument_names import option
 from dfq.errors import GateError, SettingError
 from dfq.results.intervals import images_to_decide, share_interval
 from dfq.results.tables import MADE
@@ -28,7 +29,10 @@ It was 0.05 to 0.2 on fractal noise for the models above, and 1.2 and more where
 real images falls to 97 % and below, though the classes of all 32 images may still agree.
 """
 
-_ADVICE = " Measure it on real images (--eval DATA)."
+
+def _advice() -> str:
+    return f" Measure it on real images ({option('eval', metavar='DATA')})."
+
 
 _WHAT = {"agreement": "Agreement with the float model", "accuracy": "Top-1 accuracy"}
 
@@ -37,7 +41,7 @@ def check_shares(**bounds: float | None) -> None:
     """Raise :class:`SettingError` for a bound that is not from 0 to 1."""
     for name, value in bounds.items():
         if value is not None and not 0 <= value <= 1:
-            raise SettingError(f"{name} is {value}; it is a share from 0 to 1.")
+            raise SettingError(f"{option(name)} is {value}; it is a share from 0 to 1.")
 
 
 def decides(bound: float, images: int) -> bool:
@@ -54,21 +58,22 @@ def check_decidable(name: str, bound: float | None, images: int, advice: str) ->
     needed = images_to_decide(bound)
     if needed is None:
         raise SettingError(
-            f"{name} is {bound:g}, which no number of images can show: it is compared with the "
-            "lower end of a 95 % interval. Give a bound below 1."
+            f"{option(name)} is {bound:g}, which no number of images can show: it is compared "
+            "with the lower end of a 95 % interval. Give a bound below 1."
         )
     lowest = share_interval(images, images)[0]
     raise SettingError(
-        f"{name} is {bound:g}, which {images} images cannot decide: even if all of them count, "
-        f"the 95 % interval begins at {lowest:.3f}. It takes at least {needed} images: {advice}."
+        f"{option(name)} is {bound:g}, which {images} images cannot decide: even if all of them "
+        f"count, the 95 % interval begins at {lowest:.3f}. It takes at least {needed} "
+        f"images: {advice}."
     )
 
 
 def check_bounds_decidable(
-    metric: Metric, min_agreement: float | None, min_accuracy: float | None, images: int, flag: str
+    metric: Metric, min_agreement: float | None, min_accuracy: float | None, images: int, data: str
 ) -> None:
-    """:func:`check_decidable` of both bounds for data that is given by ``flag``."""
-    advice = f"give more data ({flag}), or a lower bound"
+    """:func:`check_decidable` of both bounds for data that the parameter called ``data`` gives."""
+    advice = f"give more data ({option(data)}), or a lower bound"
     if metric != "cosine":  # the interval of a mean depends on its values
         check_decidable("min_agreement", min_agreement, images, advice)
     check_decidable("min_accuracy", min_accuracy, images, advice)
@@ -127,7 +132,7 @@ def doubts(*measured: AgreementOn | None) -> list[str]:
         shares = " and ".join(f"{on.agreement:.4f} on {_images(on)}" for on in known)
         warnings.append(
             f"Agreement with the float model is {shares}: further apart than chance explains."
-            f"{_ADVICE}"
+            f"{_advice()}"
         )
     return warnings
 
@@ -151,7 +156,7 @@ def _low_agreement(on: AgreementOn) -> list[str]:
     if on.interval is None or on.interval[1] >= LOW_AGREEMENT:
         return []
     low, high = on.interval
-    advice = _ADVICE if on.data in MADE else ""
+    advice = _advice() if on.data in MADE else ""
     return [
         f"Agreement with the float model is {on.agreement:.4f} on {_images(on)}, with a 95 % "
         f"interval of {low:.4f} to {high:.4f}.{advice}"
@@ -164,7 +169,7 @@ def _large_error(on: AgreementOn) -> list[str]:
         return []
     return [
         f"On {_images(on)} the outputs are off by {error:.2g} of what the float model's differ by "
-        f"between images.{_ADVICE}"
+        f"between images.{_advice()}"
     ]
 
 

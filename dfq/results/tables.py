@@ -68,7 +68,7 @@ def layers_of(facts: dict[str, Any], path: str | Path) -> list[dict[str, Any]]:
     layers = report.get("layers") if isinstance(report, dict) else None
     if not isinstance(layers, list) or not layers or not all(map(_is_layer, layers)):
         raise UsageError(
-            f"{str(path)!r} has no measured layers; --layers takes a checkpoint with the "
+            f"{str(path)!r} has no measured layers, which take a checkpoint with the "
             "report.json that `dfq quantize` wrote."
         )
     return layers

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dfq.argument_names import option
 from dfq.errors import WeightsError
 from dfq.vit.names import State
 from dfq.vit.positions import POSITION_TABLES, adapt_positions, prefix_entries
@@ -108,11 +109,12 @@ def _mismatch(
     if heads and theirs and asked and theirs != asked:
         return (
             f"{path.name!r} has a head of {theirs} classes, the model was asked for {asked}. "
-            f"Use --num-classes {theirs}."
+            f"Use {option('num_classes', theirs)}."
         )
     if heads and not theirs:
         return (
-            f"{path.name!r} has no head of {asked} classes. Load it without one: --num-classes 0."
+            f"{path.name!r} has no head of {asked} classes. Load it without one: "
+            f"{option('num_classes', 0)}."
         )
     parts = [f"{path.name!r} holds weights of another architecture than {name!r}"]
     if shapes:

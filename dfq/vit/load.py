@@ -23,6 +23,7 @@ from timm.models import get_arch_name, split_model_name_tag
 from torch import nn
 
 from dfq import demo
+from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.catalog import ALIASES
 from dfq.errors import (
@@ -46,7 +47,7 @@ from dfq.vit.options import (
     infer_keywords,
     norms_of,
     pool_keywords,
-    size_flag,
+    size_value,
     validate_options,
 )
 from dfq.vit.preprocessing import override_preprocessing
@@ -275,7 +276,9 @@ def _from_module(
     options: ModelOptions,
 ) -> LoadedModel:
     if weights is not None:
-        raise SettingError("weights goes with a model's name; a module has its own weights.")
+        raise SettingError(
+            f"{option('weights')} goes with a model's name; a module has its own weights."
+        )
     name = model_name(model)
     vit = convert(model, name)
     options.check_same(vit.arch, "the module in memory")
@@ -289,7 +292,7 @@ def _from_directory(
 ) -> LoadedModel:
     if weights is not None:
         raise SettingError(
-            f"{str(path)!r} is a model with weights of its own; leave --weights out."
+            f"{str(path)!r} is a model with weights of its own; leave {option('weights')} out."
         )
     model, timm_name, preprocessing = read_saved(path)
     vit = convert(model, str(path))
@@ -319,7 +322,8 @@ def _demo(
     side = args["img_size"]
     if options.img_size not in (None, (side, side)):
         raise SettingError(
-            f"--img-size {size_flag(options.img_size)}: the demo model takes {side} pixels."
+            f"{option('img_size')} is {size_value(options.img_size)}; the demo model takes {side} "
+            "pixels."
         )
     path = demo.WEIGHTS if weights is None else Path(weights)
     options = dataclasses.replace(options, img_size=None)
@@ -366,7 +370,8 @@ def _pretrained(name: str, options: ModelOptions) -> nn.Module:
     if options.in_chans not in (None, arch.in_channels):
         raise WeightsError(
             f"The pretrained weights of {name!r} take {arch.in_channels} channels, not "
-            f"{options.in_chans}. Leave --in-chans out, or give your own --weights."
+            f"{options.in_chans}. Leave {option('in_chans')} out, or give your own "
+            f"{option('weights')}."
         )
     kwargs: dict[str, Any] = {"num_classes": 0} if options.num_classes == 0 else {}
     if options.img_size is not None:
@@ -377,7 +382,7 @@ def _pretrained(name: str, options: ModelOptions) -> nn.Module:
             raise WeightsError(
                 f"The pretrained weights of {name!r} are pooled by {meta_model.global_pool!r} and "
                 f"cannot be pooled by {options.global_pool!r}.",
-                "Leave --global-pool out.",
+                f"Leave {option('global_pool')} out.",
             )
     return _create_or_download(name, name, True, **kwargs)
 
@@ -388,12 +393,13 @@ def _check_pretrained(name: str, options: ModelOptions) -> None:
     if config is None or not config.has_weights:
         raise PretrainedError(
             f"timm has no pretrained weights for {name!r}. Give a file of weights with "
-            "--weights, or a name with a tag from `dfq models`."
+            f"{option('weights')}, or a name with a tag from `dfq models`."
         )
     if options.num_classes not in (None, 0, config.num_classes):
         raise WeightsError(
             f"The pretrained weights of {name!r} have {config.num_classes} classes, not "
-            f"{options.num_classes}. Leave --num-classes out, or give your own --weights."
+            f"{options.num_classes}. Leave {option('num_classes')} out, or give your own "
+            f"{option('weights')}."
         )
 
 
@@ -429,8 +435,8 @@ def _shape_error(name: str, error: Exception) -> WeightsError:
     lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
     return WeightsError(
         f"The pretrained weights of {name!r} do not fit what was asked for "
-        f"({lines[0] if lines else error!s:.200}). Leave --num-classes, --img-size and "
-        "--global-pool out."
+        f"({lines[0] if lines else error!s:.200}). Leave {option('num_classes')}, "
+        f"{option('img_size')} and {option('global_pool')} out."
     )
 
 
@@ -439,7 +445,7 @@ def _download_error(name: str, error: Exception) -> PretrainedError:
     return PretrainedError(
         f"The pretrained weights of {name!r} cannot be downloaded and are not in the local "
         f"Hugging Face cache ({reason}). Connect to the network, or give a file of weights "
-        "with --weights FILE."
+        f"with {option('weights', metavar='FILE')}."
     )
 
 

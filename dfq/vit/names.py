@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dfq.argument_names import option
 from dfq.errors import WeightsError
 
 State = dict[str, Tensor]
@@ -138,8 +139,8 @@ def extract_vit(state: State, path: Path, *, headless: bool = False) -> RenamedS
     if not any(key.startswith("head") for key in inside):
         raise WeightsError(
             f"{path.name!r} has {_abbreviate(beside)} beside the model, whose names begin with "
-            f"{prefix!r}; timm's model has no place for them. Leave them out with --num-classes 0, "
-            "or save the state dict of a timm model with its head."
+            f"{prefix!r}; timm's model has no place for them. Leave them out with "
+            f"{option('num_classes', 0)}, or save the state dict of a timm model with its head."
         )
     return RenamedState(
         inside,
@@ -155,7 +156,7 @@ def _with_projection(inside: State, state: State, tower: str, path: Path) -> Ren
     if not set(names) <= {"proj.weight", "proj.bias"}:
         raise WeightsError(
             f"{path.name!r} has a projection of other layers than one linear one "
-            f"({', '.join(sorted(names)[:4])}). Load it without: --num-classes 0."
+            f"({', '.join(sorted(names)[:4])}). Load it without: {option('num_classes', 0)}."
         )
     weight = state[f"{tower}head.proj.weight"]
     bias = state.get(f"{tower}head.proj.bias", weight.new_zeros(len(weight)))
@@ -166,7 +167,7 @@ def _with_projection(inside: State, state: State, tower: str, path: Path) -> Ren
 def _projection_note(path: Path, width: int) -> str:
     return (
         f"{path.name!r}: the image tower's projection to {width} values is loaded as the head; "
-        "--num-classes 0 leaves it out."
+        f"{option('num_classes', 0)} leaves it out."
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from timm.models import vision_transformer
 from torch import nn
 
+from dfq.argument_names import option
 from dfq.errors import SettingError, WeightsError
 from dfq.vit.architecture import Architecture
 from dfq.vit.names import State
@@ -63,12 +64,12 @@ class ModelOptions:
     def check_same(self, arch: Architecture, what: str) -> None:
         """Raise :class:`SettingError` if an existing model differs from the options."""
         own = ModelOptions(arch.num_classes, arch.image_size, arch.in_channels, pool_of(arch))
-        for option, value in dataclasses.asdict(self).items():
-            has = getattr(own, option)
+        for name, value in dataclasses.asdict(self).items():
+            has = getattr(own, name)
             if value not in (None, has):
                 raise SettingError(
-                    f"{option} is {_format_value(value)}, but {what} has {_format_value(has)}. It "
-                    "goes with a model's name; leave it out."
+                    f"{option(name)} is {_format_value(value)}, but {what} has "
+                    f"{_format_value(has)}. It goes with a model's name; leave it out."
                 )
 
     def check_size(self, arch: Architecture) -> None:
@@ -80,12 +81,14 @@ class ModelOptions:
         if not rows or not columns:
             patch = height if height == width else f"{height} x {width}"
             raise SettingError(
-                f"--img-size {_format_value(self.img_size)} is less than a patch of {patch} pixels."
+                f"{option('img_size')} is {size_value(self.img_size)}, less than a patch of "
+                f"{patch} pixels."
             )
         if rows * columns > MAX_PATCHES:
             raise SettingError(
-                f"--img-size {_format_value(self.img_size)} makes {rows * columns} patches of "
-                f"{height} x {width} pixels; the most are {MAX_PATCHES}."
+                f"{option('img_size')} is {size_value(self.img_size)}, which makes "
+                f"{rows * columns} patches of {height} x {width} pixels; the most are "
+                f"{MAX_PATCHES}."
             )
 
 
@@ -105,15 +108,17 @@ def validate_options(
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if len(sides) != 2:
             raise SettingError(
-                f"--img-size has {len(sides)} numbers {sides}; give one side of a square, or "
-                "height and width."
+                f"{option('img_size')} has {len(sides)} numbers {sides}; give one side of a "
+                "square, or height and width."
             )
-    least = [("--num-classes", num_classes, 0), ("--in-chans", in_chans, 1)]
-    for flag, value, bound in [*least, *(("--img-size", side, 1) for side in sides)]:
+    least = [("num_classes", num_classes, 0), ("in_chans", in_chans, 1)]
+    for name, value, bound in [*least, *(("img_size", side, 1) for side in sides)]:
         if value is not None and value < bound:
-            raise SettingError(f"{flag} is {value}; it must be at least {bound}.")
+            raise SettingError(f"{option(name)} is {value}; it must be at least {bound}.")
     if global_pool not in (None, *POOLS):
-        raise SettingError(f"--global-pool is {global_pool!r}; known: {', '.join(POOLS)}.")
+        raise SettingError(
+            f"{option('global_pool')} is {global_pool!r}; known: {', '.join(POOLS)}."
+        )
     size = (sides[0], sides[1]) if sides else None
     return ModelOptions(num_classes, size, in_chans, global_pool)
 
@@ -123,14 +128,14 @@ def pool_of(arch: Architecture) -> str:
     return "token" if arch.pool == "distilled" else arch.pool
 
 
-def size_flag(size: tuple[int, int]) -> str:
-    """Format an image size in pixels for ``--img-size``."""
+def size_value(size: tuple[int, int]) -> int | tuple[int, int]:
+    """Return an image size as ``img_size``: the side of a square, or height and width."""
     height, width = size
-    return str(height) if height == width else f"{height},{width}"
+    return height if height == width else size
 
 
 def _format_value(value: Any) -> str:
-    return size_flag(value) if isinstance(value, tuple) else repr(value)
+    return str(size_value(value)) if isinstance(value, tuple) else repr(value)
 
 
 def infer_keywords(
@@ -155,7 +160,7 @@ def infer_keywords(
     if channels is not None and options.in_chans not in (None, channels):
         raise WeightsError(
             f"{path.name!r} takes images of {channels} channels, not {options.in_chans}. Leave "
-            f"--in-chans out, or set it to {channels}."
+            f"{option('in_chans')} out, or set it to {channels}."
         )
     channels = options.in_chans if channels is None else channels
     if channels is not None and channels != cast(Any, meta_model).patch_embed.proj.in_channels:
@@ -186,7 +191,8 @@ def _pooling(model: Any, state: State, asked: str | None, path: Path) -> dict[st
             shows = "it has no query" if own_query else f"its last norm lies {where} the pooling"
             raise WeightsError(
                 f"{path.name!r} was trained with another pooling than {model.global_pool!r}, which "
-                f"the model has by default: {shows}. Name it with --global-pool token, avg or map."
+                f"the model has by default: {shows}. Name it with "
+                f"{option('global_pool')}: token, avg or map."
             )
     return pool_keywords(model, asked, norms if known else norms_of(model))
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
+from dfq.argument_names import option
 from dfq.errors import WeightsError
-from dfq.vit.options import size_flag
+from dfq.vit.options import size_value
 
 POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
 """Endings of names of parameters whose length depends on the image size."""
@@ -70,7 +71,7 @@ def adapt_positions(
     if not resize:
         raise WeightsError(
             f"{_another_size(model, own, table, name, path)}. Name the size that the weights were "
-            f"trained at with --img-size, such as --img-size {_image_size(model, source)}."
+            f"trained at, such as {_image_size(model, source)}."
         )
     if not absolute:
         with warnings.catch_warnings():
@@ -128,8 +129,9 @@ def _smoothness(table: Tensor, grid: Grid) -> float:
 
 
 def _image_size(model: Any, grid: Grid) -> str:
+    """Return the argument that gives a model images of a grid of patches."""
     height, width = model.patch_embed.patch_size
-    return size_flag((grid[0] * height, grid[1] * width))
+    return option("img_size", size_value((grid[0] * height, grid[1] * width)))
 
 
 def _another_size(model: Any, own: Tensor, table: Tensor, name: str, path: Path) -> str:
@@ -145,8 +147,8 @@ def _another_grid(model: Any, likely: Grid, taken: Grid, name: str, path: Path) 
     return WeightsError(
         f"The position embedding of {path.name!r} looks like that of {likely[0]} x {likely[1]} "
         f"patches, not {taken[0]} x {taken[1]}, for which {name!r} would take it. Name the size "
-        f"that the weights were trained at: --img-size {_image_size(model, likely)}, or "
-        f"--img-size {_image_size(model, taken)}."
+        f"that the weights were trained at: {_image_size(model, likely)}, or "
+        f"{_image_size(model, taken)}."
     )
 
 
@@ -158,8 +160,8 @@ def _not_square(
     if patches is not None and grids:
         likely = likely_grid(patches, grids[0])
         grids = [likely, *(grid for grid in grids if grid != likely)][:MAX_SUGGESTIONS]
-    such = " or ".join(f"--img-size {_image_size(model, grid)}" for grid in grids)
+    such = " or ".join(_image_size(model, grid) for grid in grids)
     return WeightsError(
         f"{text}. Name the height and width that the weights were trained at, "
-        f"{f'such as {such}' if such else '--img-size HEIGHT,WIDTH'}."
+        f"{f'such as {such}' if such else option('img_size', metavar='HEIGHT,WIDTH')}."
     )

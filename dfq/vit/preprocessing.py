@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from dfq.argument_names import option, parameter_names
 from dfq.errors import CheckpointError, SettingError
 from dfq.vit.architecture import PIXEL_RANGE, Preprocessing
 
@@ -37,8 +38,8 @@ def override_preprocessing(
     """
     if input_range is not None and len(input_range) != 2:
         raise SettingError(
-            f"input_range (--input-range) has {len(input_range)} values; give the lowest and the "
-            "highest value before normalization, such as 0,255."
+            f"{option('input_range')} has {len(input_range)} values; give the lowest and the "
+            f"highest value before normalization, such as {option('input_range', (0, 255))}."
         )
     span = (
         own.input_range if input_range is None else (float(input_range[0]), float(input_range[1]))
@@ -55,9 +56,9 @@ def override_preprocessing(
     for name, values in (("mean", result.mean), ("std", result.std)):
         if len(values) != channels:
             raise SettingError(
-                f"The model takes {channels} channels but --{name} has {len(values)} values "
+                f"The model takes {channels} channels but {option(name)} has {len(values)} values "
                 f"({_join(values)}).",
-                f"Give --{name} {channels} values.",
+                f"Give {option(name)} {channels} values.",
             )
     problem = preprocessing_problem(result)
     if problem is not None:
@@ -69,7 +70,8 @@ def check_preprocessing(preprocessing: Preprocessing, channels: int) -> None:
     """Raise :class:`CheckpointError` unless it is valid for the number of channels."""
     if {len(preprocessing.mean), len(preprocessing.std)} != {channels}:
         raise CheckpointError(f"preprocessing: mean and std must have {channels} values each.")
-    problem = preprocessing_problem(preprocessing)
+    with parameter_names():
+        problem = preprocessing_problem(preprocessing)
     if problem is not None:
         raise CheckpointError(f"preprocessing: {problem}")
 
@@ -81,13 +83,13 @@ def preprocessing_problem(preprocessing: Preprocessing) -> str | None:
     one level and at most the width of the range.
     """
     mean, std = preprocessing.mean, preprocessing.std
-    for name, values in (("mean", mean), ("std", std), ("input-range", preprocessing.input_range)):
+    for name, values in (("mean", mean), ("std", std), ("input_range", preprocessing.input_range)):
         if not all(map(math.isfinite, values)):
-            return f"{name.replace('-', ' ')} (--{name}) must be finite, got {_join(values)}."
+            return f"{option(name)} must be finite, got {_join(values)}."
     low, high = preprocessing.input_range
     if low >= high or math.isinf(high - low):
         return (
-            f"The input range (--input-range) is {low:g} to {high:g}; it is the lowest and the "
+            f"{option('input_range')} is {low:g} to {high:g}; it is the lowest and the "
             "highest value before normalization."
         )
     if not 0.05 <= preprocessing.crop_pct <= 1:
@@ -105,7 +107,7 @@ def _normalization_problem(preprocessing: Preprocessing) -> str | None:
     if not names:
         return None
     unit = ", in units of pixels / 255" if preprocessing.input_range == PIXEL_RANGE else ""
-    shown = (f"{name} (--{name}) is {_join(getattr(preprocessing, name))}" for name in names)
+    shown = (f"{option(name)} is {_join(getattr(preprocessing, name))}" for name in names)
     return (
         f"{' and '.join(shown)}. With an input range of {low:g} to {high:g} each mean is from "
         f"{low:g} to {high:g} and each std from {(high - low) / LEVELS:.4g} to {high - low:.4g}"
@@ -136,12 +138,12 @@ def _hint(preprocessing: Preprocessing) -> str:
     )
     divided = dataclasses.replace(preprocessing, mean=mean, std=std)
     if preprocessing.input_range == PIXEL_RANGE and not _out_of_range(divided):
-        flags = (f"--{n} {','.join(f'{v:.4g}' for v in getattr(divided, n))}" for n in names)
-        both = ", or --input-range 0,255" if len(names) == 2 else ""
-        return f"If they are in units of 0 to 255, give {' '.join(flags)}{both}."
+        better = (option(n, [float(f"{v:.4g}") for v in getattr(divided, n)]) for n in names)
+        both = f", or {option('input_range', (0, 255))}" if len(names) == 2 else ""
+        return f"If they are in units of 0 to 255, give {' and '.join(better)}{both}."
     return (
         "If the network's input is not made from pixels, give the lowest and the highest value "
-        "before normalization with --input-range LOW,HIGH."
+        f"before normalization with {option('input_range', metavar='LOW,HIGH')}."
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 from timm.models import beit, eva, vision_transformer
 from torch import nn
 
+from dfq.argument_names import option
 from dfq.errors import WeightsError
 from dfq.failures import explained, first_line
 from dfq.vit.names import CLIP_PATCHES, RenamedState, State, extract_vit, patch_embedding
@@ -99,7 +100,7 @@ def _check_patches(model: Any, state: State, name: str, path: Path) -> None:
         raise WeightsError(
             f"{path.name!r} was trained with patches of {values} values, {name!r} has {channels} "
             f"channels of {height} x {width} pixels. Name the model of that patch size, or the "
-            "number of channels with --in-chans."
+            f"number of channels with {option('in_chans')}."
         )
 
 
@@ -109,7 +110,7 @@ def _check_last_layers(state: State, path: Path) -> None:
     if key is not None and any(other.startswith(HEADS) for other in state):
         raise WeightsError(
             f"{path.name!r} has a layer before its head, {key!r}, which timm's models have "
-            "not. Load it without its head: --num-classes 0."
+            f"not. Load it without its head: {option('num_classes', 0)}."
         )
 
 
@@ -125,7 +126,8 @@ def _with_plain_heads(state: State, path: Path) -> State:
         if len(parents) > 1 or not all(map(_ONE_LAYER.fullmatch, names)):
             raise WeightsError(
                 f"{path.name!r} has a head of other layers than one linear one "
-                f"({', '.join(sorted(names)[:4])}). Load it without its head: --num-classes 0."
+                f"({', '.join(sorted(names)[:4])}). Load it without its head: "
+                f"{option('num_classes', 0)}."
             )
         for name in names:
             renamed[head + name.rpartition(".")[2]] = renamed.pop(head + name)

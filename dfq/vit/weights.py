@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dfq.argument_names import option
 from dfq.errors import WeightsError
 from dfq.failures import explained, first_line
 from dfq.files import utf8_path
@@ -276,6 +277,6 @@ def find_weights(folder: Path) -> Path:
     if found is None:
         raise WeightsError(
             f"The folder {str(folder)!r} has no file of weights ({', '.join(NAMES)}). Give one "
-            "with --weights."
+            f"with {option('weights')}."
         )
     return found

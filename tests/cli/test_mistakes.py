@@ -135,20 +135,20 @@ def evaluate_with(*args: str) -> Callable[[Places], Args]:
 
 MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     # what is called, what arrived, what is allowed
-    "bits": (quantize_with("--bits", "9"), "bits is 9", "2 to 8"),
-    "no images": (quantize_with("--images", "0"), "images is 0", "from 1 to"),
-    "fewer than no images": (quantize_with("--images", "-1"), "images is -1", "from 1 to"),
-    "no iterations": (quantize_with("--iterations", "0"), "iterations is 0", "from 1 to"),
+    "bits": (quantize_with("--bits", "9"), "--bits is 9", "2 to 8"),
+    "no images": (quantize_with("--images", "0"), "--images is 0", "from 1 to"),
+    "fewer than no images": (quantize_with("--images", "-1"), "--images is -1", "from 1 to"),
+    "no iterations": (quantize_with("--iterations", "0"), "--iterations is 0", "from 1 to"),
     "more stages than patches": (quantize_with("--stages", "5", "--iterations", "9"),
-                                 "stages is 5", "4 patches"),
+                                 "5 stages, but only 4 patches", "--stages 4"),
     "more stages than iterations": (quantize_with("--stages", "4", "--iterations", "3"),
-                                    "stages is 4", "3 iterations"),
-    "no stages": (invert_with("--stages", "0"), "stages is 0", "from 1 to"),
-    "seed": (quantize_with("--seed", "-1"), "seed is -1", "from 0 to 2147483647"),
-    "threads": (quantize_with("--threads", "0"), "threads is 0", "from 1 to"),
-    "attention": (quantize_with("--attention", "int4"), "attention is 'int4'", "float, int8"),
+                                    "4 stages, but only 3 iterations", "--stages 3"),
+    "no stages": (invert_with("--stages", "0"), "--stages is 0", "from 1 to"),
+    "seed": (quantize_with("--seed", "-1"), "--seed is -1", "from 0 to 2147483647"),
+    "threads": (quantize_with("--threads", "0"), "--threads is 0", "from 1 to"),
+    "attention": (quantize_with("--attention", "int4"), "--attention is 'int4'", "float, int8"),
     "calibration": (quantize_with("--calibration", "pry"), "'pry'", "pri, smi, dmi, noise"),
-    "method": (invert_with("--method", "prr"), "method is 'prr'", "pri, smi, dmi, noise"),
+    "method": (invert_with("--method", "prr"), "--method is 'prr'", "pri, smi, dmi, noise"),
     "typo in a method": (invert_with("--method", "nois"), "'nois'", "Did you mean 'noise'"),
     "device": (quantize_with("--device", "tpu"), "'tpu'", "available: cpu"),
     "device that needs a plugin": (quantize_with("--device", "hpu"), "'hpu'", "available: cpu"),
@@ -169,8 +169,8 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
         quantize_with("--input-range", "1,-1"), "--input-range", "1 to -1",
     ),
     "mean that is no number": (quantize_with("--mean", "nan,0,0"), "--mean", "nan"),
-    "bound": (quantize_with("--min-agreement", "90"), "min_agreement is 90", "0 to 1"),
-    "bound without data": (quantize_with("--min-accuracy", "0.5"), "min_accuracy", "--eval DATA"),
+    "bound": (quantize_with("--min-agreement", "90"), "--min-agreement is 90", "0 to 1"),
+    "bound without data": (quantize_with("--min-accuracy", "0.5"), "--min-accuracy", "--eval DATA"),
     "classes": (quantize_with("--num-classes", "-1"), "--num-classes is -1", "at least 0"),
     "other classes": (quantize_with("--num-classes", "6"), "asked for 6", "--num-classes 5"),
     "image size": (quantize_with("--img-size", "-5"), "--img-size is -5", "at least 1"),
@@ -223,8 +223,8 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
                                  "'none.npz' does not exist", "give an image folder"),
     "backend": (evaluate_with("--backend", "cublas"), "'cublas'", "['onednn', 'reference']"),
     "agreement without a model": (evaluate_with("--min-agreement", "0.5"),
-                                  "min_agreement", "--float MODEL"),
-    "weights without a model": (evaluate_with("--weights", "w.pth"), "weights", "--float MODEL"),
+                                  "--min-agreement", "--float MODEL"),
+    "weights without a model": (evaluate_with("--weights", "w.pth"), "--weights", "--float MODEL"),
     "inspect nothing": (lambda p: ["inspect", p.tmp / "none"], "none' does not exist",
                         "a sparse-image dataset, a dfq checkpoint or a student"),
     "inspect something else": (lambda p: ["inspect", p.folder()], "data' holds neither",
@@ -235,18 +235,18 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
         lambda p: ["inspect", p.checkpoint, "--preview", p.tmp / "x.gif"], "x.gif", ".png"),
     "models of no name": (lambda _: ["models", "vitt_base"], "'vitt_base'", "Did you mean"),
     "export format": (lambda p: ["export", p.checkpoint, "--format", "tflite"],
-                      "format is 'tflite'", "onnx, openvino, torch"),
+                      "--format is 'tflite'", "onnx, openvino, torch"),
     "export suffix": (lambda p: ["export", p.checkpoint, "--out", p.tmp / "model.pt"],
                       "model.pt'", "ends in .onnx"),
     "export of no checkpoint": (lambda p: ["export", p.folder()],
                                 "data' is not a dfq checkpoint", "dfq quantize MODEL --out DIR"),
     "export over something else": (
         lambda p: ["export", p.checkpoint, "--format", "torch", "--out", p.file("model.pt2")],
-        "model.pt2' is something other", "choose another out"),
+        "model.pt2' is something other", "choose another --out"),
     "batch of words": (lambda p: ["benchmark", p.checkpoint, "--batch", "all"],
                        "--batch is 'all'", "whole numbers"),
     "batch of none": (lambda p: ["benchmark", p.checkpoint, "--batch", "0"],
-                      "batch has 0", "from 1 to 4096"),
+                      "--batch has 0", "from 1 to 4096"),
     "runtime": (lambda p: ["benchmark", p.checkpoint, "--runtimes", "tvm"],
                 "'tvm'", "dfq, dfq-compiled, torch-fp32"),
     "remove nothing": (lambda _: ["cache", "remove", "none"], "'none'", "there are: none"),
@@ -333,11 +333,11 @@ def test_a_preview_has_at_least_one_row(rows: str, cli: Cli, tmp_path: Path) -> 
     cli.invert("--out", tmp_path / "images")
     ended = cli("inspect", tmp_path / "images", "--preview", tmp_path / "p.png", "--rows", rows)
     assert ended.code == 2
-    assert f"rows is {rows}" in ended.stderr
+    assert f"--rows is {rows}" in ended.stderr
 
 
 def test_a_name_too_long_is_a_message(cli: Cli) -> None:
     ended = cli("inspect", "a" * 300, "--json")
     assert ended.code == 2
-    assert ended.json["error"]["message"].startswith("path is 'aaa")
+    assert ended.json["error"]["message"].startswith("PATH is 'aaa")
     assert "300 bytes" in ended.json["error"]["message"]

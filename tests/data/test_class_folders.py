@@ -98,7 +98,7 @@ def test_any_names_are_ordered_as_timm_orders_them(
     ids=str,
 )
 def test_names_that_timm_does_not_order_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"whose order timm does not define.*--class-map"):
+    with pytest.raises(DataError, match=r"whose order timm does not define.*class_map"):
         numbered(made(tmp_path, names))
 
 

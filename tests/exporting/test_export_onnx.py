@@ -237,5 +237,5 @@ def test_inputs_and_outputs_are_named(classes: int) -> None:
 
 def test_a_model_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_model, "LIMIT", 1000)
-    with pytest.raises(UnsupportedModelError, match=r"ends at 2 GB.*--format torch"):
+    with pytest.raises(UnsupportedModelError, match=r"ends at 2 GB.*format='torch'"):
         quantized_bytes(quantized(FAMILIES[0], **W8))

@@ -68,7 +68,7 @@ class Brightness(ImageLoss):
 
 
 class BoundBrightness:
-    def place(self, positions: torch.Tensor) -> None:
+    def set_positions(self, positions: torch.Tensor) -> None:
         pass
 
     def gradient(self, patches: torch.Tensor) -> torch.Tensor:
@@ -141,9 +141,9 @@ def test_kernels_are_used_for_total_variation_alone(loaded: LoadedModel) -> None
         for fits, losses in ((True, [tv]), (False, [tv, other]))
     }
     for fits, engine in engines.items():
-        assert DeviceRunner(engine.problem, graphs=False, fused=True).fused is fits
+        assert DeviceRunner(engine.setup, graphs=False, fused=True).fused is fits
     host = run(engines[False])
-    engines[False].runner = DeviceRunner(engines[False].problem, graphs=False, fused=True)
+    engines[False].runner = DeviceRunner(engines[False].setup, graphs=False, fused=True)
     for here, there in zip(run(engines[False]), host, strict=True):
         assert (here.patches.float() - there.patches.float()).abs().max() <= 1
 
@@ -194,7 +194,7 @@ class PixelNorm(ImageLoss):
 
 
 class Bound:
-    def place(self, positions):
+    def set_positions(self, positions):
         pass
 
     def gradient(self, patches):
@@ -279,7 +279,7 @@ def test_settings_are_those_that_methods_and_losses_declare() -> None:
         for name, own in describe(kind).items():
             text = f"{label}: {own.description}" if label else own.description
             assert infos[name] == dataclasses.replace(own, description=text)
-        assert kind.of(InversionSettings()) == kind()
+        assert kind.from_settings(InversionSettings()) == kind()
     assert infos["method"].allowed == "pri, smi, dmi, noise"
     assert all(ORIGIN.fullmatch(name) for name in METHODS)
 
@@ -366,7 +366,7 @@ def test_held_out_images_are_those_of_one_unit(
 def test_the_documentation_has_a_row_for_every_method(name: str) -> None:
     kind = METHODS[name]
     (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |")]
-    assert all(f"`{field}`" in row for field in kind.fields())
+    assert all(f"`{field}`" in row for field in kind.field_names())
     assert kind.paper is None or kind.paper in row
 
 

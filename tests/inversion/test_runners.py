@@ -11,7 +11,14 @@ from conftest import make_vit
 from torch import Tensor
 
 from dfq.inversion import Callback, Engine, plan_units
-from dfq.inversion.iteration import Course, Fused, OnDevice, Plain, Update, make_step
+from dfq.inversion.iteration import (
+    BufferedUpdate,
+    EagerUpdate,
+    StepBuffer,
+    TritonUpdate,
+    Update,
+    make_step,
+)
 from dfq.inversion.jitter import Move
 from dfq.inversion.losses.total_variation import BoundTotalVariation, TotalVariation
 from dfq.inversion.runners import DeviceRunner
@@ -44,27 +51,27 @@ def make_state(grid: Grid, live: int, seed: int = 0) -> State:
     return state
 
 
-def make_course(settings: InversionSettings, grid: Grid) -> Course:
-    course = Course.empty(5, grid.patches, DEVICE)
-    course.fill(settings, grid, MOVES, 6)
-    return course
+def make_step_buffer(settings: InversionSettings, grid: Grid) -> StepBuffer:
+    step_buffer = StepBuffer.empty(5, grid.patches, DEVICE)
+    step_buffer.fill(settings, grid, MOVES, 6)
+    return step_buffer
 
 
 def updated(
-    update: Update, state: State, gradients: list[Tensor], course: Course | None = None
+    update: Update, state: State, gradients: list[Tensor], step_buffer: StepBuffer | None = None
 ) -> list[Tensor]:
     """What three iterations with given gradients leave, and what the model was given."""
     settings = chosen()
-    update.place()
+    update.positions_changed()
     given: list[Tensor] = []
     for index, gradient in enumerate(gradients):
-        if course is None:
-            assert isinstance(update, Plain)
+        if step_buffer is None:
+            assert isinstance(update, EagerUpdate)
             update.step = make_step(settings, update.grid, MOVES[index], 7 + index)
-        given.extend(x.float() for x in update.enter(torch.float32))
+        given.extend(x.float() for x in update.model_input(torch.float32))
         update.descend(gradient)
-        if course is not None:
-            course.at.add_(1)
+        if step_buffer is not None:
+            step_buffer.at.add_(1)
     return [*given, state.patches, state.first, state.second]
 
 
@@ -77,10 +84,10 @@ SHAPES = [
 GRID = SHAPES[0][0]
 
 
-@pytest.mark.parametrize("kind", [OnDevice, Fused])
+@pytest.mark.parametrize("kind", [BufferedUpdate, TritonUpdate])
 @pytest.mark.parametrize(("grid", "live"), SHAPES)
 def test_updates_are_the_plain_one(kind: type[Any], grid: Grid, live: int) -> None:
-    if kind is Fused:
+    if kind is TritonUpdate:
         pytest.importorskip("triton")
     settings = chosen()
     low = -torch.rand(grid.patch_values, device=DEVICE) - 0.5
@@ -89,9 +96,11 @@ def test_updates_are_the_plain_one(kind: type[Any], grid: Grid, live: int) -> No
     shape = (2, live, grid.patch_values)
     gradients = [torch.randn(shape, generator=g).to(DEVICE) * 1e-2 for _ in MOVES]
     plain, state = make_state(grid, live), make_state(grid, live)
-    expected = updated(Plain(plain, grid, settings, bounds, TV), plain, gradients)
-    course = make_course(settings, grid)
-    found = updated(kind(state, grid, settings, bounds, TV, course), state, gradients, course)
+    expected = updated(EagerUpdate(plain, grid, settings, bounds, TV), plain, gradients)
+    step_buffer = make_step_buffer(settings, grid)
+    found = updated(
+        kind(state, grid, settings, bounds, TV, step_buffer), state, gradients, step_buffer
+    )
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=2e-6)
     assert not torch.equal(state.patches, make_state(grid, live).patches)
@@ -101,18 +110,18 @@ def test_a_place_takes_other_positions() -> None:
     grid, settings = GRID, chosen()
     bounds = torch.full((48,), -9.0, device=DEVICE), torch.full((48,), 9.0, device=DEVICE)
     state = make_state(grid, 4, seed=0)
-    course = make_course(settings, grid)
-    update = OnDevice(state, grid, settings, bounds, TV, course)
-    term = update.terms[0][1]
-    assert isinstance(term, BoundTotalVariation)
-    tensors = [pairs.data_ptr() for pairs in term.pairs]
+    step_buffer = make_step_buffer(settings, grid)
+    update = BufferedUpdate(state, grid, settings, bounds, TV, step_buffer)
+    bound = update.bound_losses[0][1]
+    assert isinstance(bound, BoundTotalVariation)
+    tensors = [pairs.data_ptr() for pairs in bound.pairs]
     state.copy_(make_state(grid, 4, seed=1))
     other = make_state(grid, 4, seed=1)
     gradients = [torch.zeros_like(state.patches) for _ in MOVES]
-    found = updated(update, state, gradients, course)
-    expected = updated(Plain(other, grid, settings, bounds, TV), other, gradients)
+    found = updated(update, state, gradients, step_buffer)
+    expected = updated(EagerUpdate(other, grid, settings, bounds, TV), other, gradients)
     torch.testing.assert_close(found, expected)
-    assert tensors == [pairs.data_ptr() for pairs in term.pairs]
+    assert tensors == [pairs.data_ptr() for pairs in bound.pairs]
 
 
 def test_corrections_are_those_of_torch_optim() -> None:
@@ -126,7 +135,7 @@ def test_corrections_are_those_of_torch_optim() -> None:
     optimizer = torch.optim.Adam([leaf], lr=0.1, betas=betas, eps=1e-8)
     no_tv = dataclasses.replace(settings, tv=0.0)
     bounds = torch.full((48,), -99.0, device=DEVICE), torch.full((48,), 99.0, device=DEVICE)
-    update = Plain(state, GRID, no_tv, bounds, ())
+    update = EagerUpdate(state, GRID, no_tv, bounds, ())
     for step in (1, 2, 3):
         leaf.grad = gradient * step
         optimizer.step()
@@ -138,7 +147,7 @@ def test_corrections_are_those_of_torch_optim() -> None:
 def on_device(loaded: LoadedModel, settings: InversionSettings, *, fused: bool) -> Engine:
     """An engine whose iterations read their steps from tables."""
     engine = Engine(loaded.vit, loaded.preprocessing, settings, DEVICE)
-    engine.runner = DeviceRunner(engine.problem, graphs=False, fused=fused)
+    engine.runner = DeviceRunner(engine.setup, graphs=False, fused=fused)
     return engine
 
 

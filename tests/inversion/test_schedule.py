@@ -151,7 +151,7 @@ def test_fitted_stages_are_the_most_that_can_be_and_no_more_than_asked(
     assert sum(unit.images for unit in plan_units(fitted, patches)) == images
     if fitted == asked:
         return
-    with pytest.raises(SettingError, match=rf"stages is {stages}, but there are only"):
+    with pytest.raises(SettingError, match=rf"There are {stages} stages, but only"):
         events(asked, patches)
 
 

@@ -113,7 +113,7 @@ def test_quantize_measures_agreement_on_unlabelled_images(
 
 def test_unlabelled_images_need_a_float_model(checkpoint: Path, tmp_path: Path) -> None:
     for data in (npz(tmp_path / "x.npz"), flat(tmp_path / "folder")):
-        with pytest.raises(SettingError, match=r"Without labels in .* agreement alone.*--float"):
+        with pytest.raises(SettingError, match=r"Without labels in .*give float_model"):
             dfq.evaluate(checkpoint, data=data)
 
 

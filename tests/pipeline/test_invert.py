@@ -66,7 +66,7 @@ def test_stages_that_were_asked_for_are_not_lowered(how: str, tmp_path: Path) ->
         "file": {"recipe": tmp_path / "r.toml"},
     }
     asked = ways[how]
-    message = r"stages is 3, but there are only 2 patches; give at most 2"
+    message = r"There are 3 stages, but only 2 patches; give at most stages=2"
     with pytest.raises(SettingError, match=message):
         dfq.invert(of_patches(2), images=4, threads=1, out=tmp_path / "images", **asked)
     if how == "settings":

@@ -103,7 +103,7 @@ def test_layers_above_the_threshold_are_not_warned_of() -> None:
 @pytest.mark.parametrize(
     ("noise", "bits", "advice"),
     [
-        (of("blocks.0.mlp.fc1", 8, 40), 4, "--bits 8"),
+        (of("blocks.0.mlp.fc1", 8, 40), 4, "bits=8"),
         (of("blocks.0.mlp.fc1", 8, 40), 8, "reduce_range = false"),
         (of("head", 8, 40), 4, "reduce_range = false"),
         (of("blocks.1.attn.proj", 40, 8), 4, "observer to mse"),
@@ -114,7 +114,7 @@ def test_the_advice_is_that_of_what_is_noisy(noise: LayerSqnr, bits: Any, advice
     (warning,) = low_sqnr_warnings([of("patch_embed", 40, 90), noise], scheme)
     assert f"below 15 dB in {noise.name} (8.0 dB): " in warning
     assert advice in warning
-    every = {"--bits 8", "reduce_range = false", "observer to mse"}
+    every = {"bits=8", "reduce_range = false", "observer to mse"}
     assert not any(other in warning for other in every - {advice})
 
 

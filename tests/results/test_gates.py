@@ -89,25 +89,25 @@ def test_a_bound_is_decided_by_images_that_could_keep_it(bound: float, images: i
 
 def test_a_bound_that_the_images_cannot_decide_is_refused_with_how_many_can() -> None:
     with pytest.raises(SettingError) as caught:
-        check_bounds_decidable("top1", 0.9, None, 35, "--eval")
+        check_bounds_decidable("top1", 0.9, None, 35, "eval")
     assert str(caught.value) == (
         "min_agreement is 0.9, which 35 images cannot decide: even if all of them count, the 95 % "
-        "interval begins at 0.900. It takes at least 36 images: give more data (--eval), or a "
+        "interval begins at 0.900. It takes at least 36 images: give more data (eval), or a "
         "lower bound."
     )
-    check_bounds_decidable("top1", 0.9, None, 36, "--eval")
+    check_bounds_decidable("top1", 0.9, None, 36, "eval")
     with pytest.raises(SettingError, match=r"min_accuracy is 0\.98, which 182 images cannot"):
-        check_bounds_decidable("top1", None, 0.98, 182, "--data")
-    check_bounds_decidable("top1", None, 0.98, 183, "--data")
+        check_bounds_decidable("top1", None, 0.98, 182, "data")
+    check_bounds_decidable("top1", None, 0.98, 183, "data")
 
 
 def test_a_bound_of_1_is_refused_whatever_the_images() -> None:
     with pytest.raises(SettingError, match=r"min_agreement is 1, which no number of images"):
-        check_bounds_decidable("threshold", 1.0, None, 10**9, "--eval")
+        check_bounds_decidable("threshold", 1.0, None, 10**9, "eval")
 
 
 def test_a_bound_of_a_mean_is_not_refused() -> None:
-    check_bounds_decidable("cosine", 0.999, None, 2, "--eval")
+    check_bounds_decidable("cosine", 0.999, None, 2, "eval")
 
 
 # ---- verdicts
@@ -179,7 +179,7 @@ def test_intervals_that_do_not_meet_contradict_each_other() -> None:
     assert found[-1] == (
         "Agreement with the float model is 1.0000 on 64 inverted images of another seed and "
         "0.7500 on 32 images of fractal noise: further apart than chance explains. Measure it on "
-        "real images (--eval DATA)."
+        "real images (eval)."
     )
 
 
@@ -203,7 +203,7 @@ def test_an_error_as_large_as_the_outputs_differ_is_named_where_images_are_made(
         if data == "val"
         else [
             "1.2 of what the float model's differ by between images. Measure it on real images "
-            "(--eval DATA)."
+            "(eval)."
         ]
     )
 
@@ -237,20 +237,20 @@ def test_a_bound_that_cannot_be_decided_is_refused_before_any_work(
 ) -> None:
     data = npz(tmp_path / "a.npz", 35, y=np.zeros(35, int))
     for bound in ("min_agreement", "min_accuracy"):
-        with pytest.raises(SettingError, match=f"{bound} is 0.9, which 35 images.*--eval"):
+        with pytest.raises(SettingError, match=f"{bound} is 0.9, which 35 images.*eval"):
             quantize(tiny, tmp_path / "out", eval=data, cache=tmp_path / "cache", **{bound: 0.9})
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     quantize(tiny, tmp_path / "out")
     for bound in ("min_agreement", "min_accuracy"):
         bounds: dict[str, Any] = {bound: 0.9}
-        with pytest.raises(SettingError, match=f"{bound} is 0.9, which 35 images.*--data"):
+        with pytest.raises(SettingError, match=f"{bound} is 0.9, which 35 images.*data"):
             dfq.evaluate(tmp_path / "out", data=data, float_model=tiny, **bounds)
 
 
 def test_without_data_as_many_images_are_made_as_a_bound_needs(
     tiny: VisionTransformer, tmp_path: Path
 ) -> None:
-    with pytest.raises(SettingError, match=r"min_agreement is 0\.9.*--images 36"):
+    with pytest.raises(SettingError, match=r"min_agreement is 0\.9.*images=36"):
         quantize(tiny, tmp_path / "out", images=35, min_agreement=0.9)
     with pytest.raises(GateError) as caught:
         quantize(tiny, tmp_path / "out", images=36, bits=4, min_agreement=0.9)

@@ -173,7 +173,7 @@ def test_weights_of_another_size_are_resampled_on_request_only(family: Family) -
     changed = [k for k, v in other.state_dict().items() if v.shape != state[k].shape]
     assert all(k.endswith(POSITION_TABLES) for k in changed)
     if changed:
-        with pytest.raises(WeightsError, match=r"another image size.*--img-size 16"):
+        with pytest.raises(WeightsError, match=r"another image size.*img_size=16"):
             put(state, other, family.name, resize=False)
     put(state, other, family.name, resize=True)
     assert convert(other, family.name).arch.grid.patches == 36
@@ -208,9 +208,9 @@ def test_names_take_a_file_of_weights_at_a_size(name: str, tmp_path: Path) -> No
     assert (loaded.vit.arch.image_size, loaded.vit.arch.num_classes) == ((32, 32), 3)
     with pytest.raises(WeightsError, match="another image size"):
         load_model(name, weights=tmp_path / "file.safetensors")
-    with pytest.raises(SettingError, match="--img-size 8 is less than a patch"):
+    with pytest.raises(SettingError, match="img_size is 8, less than a patch"):
         load_model(name, weights=tmp_path / "file.safetensors", img_size=8)
-    with pytest.raises(WeightsError, match="--num-classes 3"):
+    with pytest.raises(WeightsError, match="num_classes=3"):
         load_model(name, weights=tmp_path / "file.safetensors", img_size=32, num_classes=4)
     with pytest.raises(SettingError, match="3 channels"):
         load_model(name, weights=tmp_path / "file.safetensors", img_size=32, mean=(0.5,))

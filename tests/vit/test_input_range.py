@@ -226,17 +226,18 @@ def test_the_range_of_pixels_said_is_the_range_of_pixels_not_said(tiny: VisionTr
     [
         (
             {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)},
-            r"mean \(--mean\) is 123\.675.*std \(--std\) is 58\.395.*pixels / 255.*--mean "
-            r"0\.485,0\.456,0\.406 --std 0\.229,0\.224,0\.225, or --input-range 0,255",
+            r"mean is 123\.675.*std is 58\.395.*pixels / 255.*"
+            r"give mean=\[0\.485, 0\.456, 0\.406\] and std=\[0\.229, 0\.224, 0\.225\], "
+            r"or input_range=\(0, 255\)",
         ),
-        ({"mean": (123.675, 116.28, 103.53)}, r"units of 0 to 255, give --mean 0\.485"),
-        ({"std": (58.4, 57.1, 57.4)}, r"units of 0 to 255, give --std 0\.229"),
-        ({"mean": (-4.27,) * 3, "std": (4.57,) * 3}, r"-4\.27.*--input-range LOW,HIGH"),
+        ({"mean": (123.675, 116.28, 103.53)}, r"units of 0 to 255, give mean=\[0\.485"),
+        ({"std": (58.4, 57.1, 57.4)}, r"units of 0 to 255, give std=\[0\.229"),
+        ({"mean": (-4.27,) * 3, "std": (4.57,) * 3}, r"-4\.27.*with input_range"),
         ({"mean": (1.01,) * 3}, r"each mean is from 0 to 1"),
         ({"std": (1.01,) * 3}, r"each std from 0\.003922 to 1"),
         ({"std": (0.003,) * 3}, r"each std from 0\.003922 to 1"),
         ({"mean": MEAN, "input_range": (0, 255), "std": STD}, r"each std from 1 to 255"),
-        ({"input_range": (1, 1)}, r"\(--input-range\) is 1 to 1"),
+        ({"input_range": (1, 1)}, r"input_range is 1 to 1"),
         ({"input_range": (255, 0)}, "lowest and the highest"),
         ({"input_range": (0, float("inf"))}, "must be finite"),
         ({"input_range": (float("nan"), 1)}, "must be finite"),
@@ -256,7 +257,7 @@ def test_what_cannot_be_of_the_input_is_refused(
 
 def test_the_data_config_of_a_module_is_checked_too(tiny: Any) -> None:
     tiny.pretrained_cfg = {"mean": (123.675,) * 3, "std": (58.4,) * 3}
-    with pytest.raises(SettingError, match=r"--input-range 0,255"):
+    with pytest.raises(SettingError, match=r"input_range=\(0, 255\)"):
         load_model(tiny)
     load_model(tiny, mean=MEAN, std=STD)
 

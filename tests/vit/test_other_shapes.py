@@ -172,12 +172,12 @@ def test_a_student_is_pooled_as_its_teacher(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"img_size": [32, 64, 3]}, SettingError, "--img-size has 3 numbers"),
-        ({"img_size": [32, 0]}, SettingError, "--img-size is 0; it must be at least 1"),
-        ({"img_size": [32, 8]}, SettingError, "--img-size 32,8 is less than a patch of 16"),
-        ({"in_chans": 0}, SettingError, "--in-chans is 0; it must be at least 1"),
-        ({"in_chans": 4}, WeightsError, r"3 channels, not 4.*--in-chans out, or set it to 3"),
-        ({"global_pool": "max"}, SettingError, "--global-pool is 'max'; known: token, avg, map"),
+        ({"img_size": [32, 64, 3]}, SettingError, "img_size has 3 numbers"),
+        ({"img_size": [32, 0]}, SettingError, "img_size is 0; it must be at least 1"),
+        ({"img_size": [32, 8]}, SettingError, r"img_size is \(32, 8\), less than a patch of 16"),
+        ({"in_chans": 0}, SettingError, "in_chans is 0; it must be at least 1"),
+        ({"in_chans": 4}, WeightsError, r"3 channels, not 4.*in_chans out, or set it to 3"),
+        ({"global_pool": "max"}, SettingError, "global_pool is 'max'; known: token, avg, map"),
         ({"global_pool": "map"}, WeightsError, r"missing, such as 'attn_pool"),
     ],
     ids=str,

@@ -117,13 +117,13 @@ def test_another_number_of_classes_than_the_file_has_is_refused(
     state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     save_file(state, tmp_path / "five.safetensors")
-    with pytest.raises(WeightsError, match=r"head of 5 classes.*asked for 6.*--num-classes 5"):
+    with pytest.raises(WeightsError, match=r"head of 5 classes.*asked for 6.*num_classes=5"):
         load(tmp_path / "five.safetensors", num_classes=6)
 
 
 def test_another_image_size_needs_to_be_named(state: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(state, tmp_path / "small.safetensors")
-    with pytest.raises(WeightsError, match=r"image size.*5 entries, the model's 101.*--img-size"):
+    with pytest.raises(WeightsError, match=r"image size.*5 entries, the model's 101.*img_size="):
         load(tmp_path / "small.safetensors", img_size=None)
 
 

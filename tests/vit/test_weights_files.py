@@ -208,7 +208,7 @@ def test_a_norm_elsewhere_than_the_models_needs_the_pooling(tmp_path: Path) -> N
     assert_same(load(tmp_path / "w.safetensors", name, global_pool="avg"), model)
     other = timm_model("beit_base_patch16_224", use_fc_norm=False)
     save_file(other.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match=r"norm lies before the pooling.*--global-pool"):
+    with pytest.raises(WeightsError, match=r"norm lies before the pooling.*global_pool"):
         load(tmp_path / "w.safetensors", "beit_base_patch16_224")
     for pool in ("avg", "token"):
         expected = timm_model("beit_base_patch16_224", global_pool=pool, use_fc_norm=False)
@@ -299,7 +299,7 @@ def test_a_projection_of_several_layers_is_refused(tmp_path: Path) -> None:
     state = in_open_clip(clip_tower(CLIP))
     state["visual.head.mlp.fc1.weight"] = state.pop("visual.head.proj.weight")
     torch.save(state, tmp_path / "clip.pt")
-    with pytest.raises(WeightsError, match=r"projection of other layers.*--num-classes 0"):
+    with pytest.raises(WeightsError, match=r"projection of other layers.*num_classes=0"):
         load(tmp_path / "clip.pt", CLIP)
     assert load(tmp_path / "clip.pt", CLIP, num_classes=0).vit.arch.num_classes == 0
 
@@ -394,7 +394,7 @@ def test_jaxs_layer_before_the_head_is_not_left_out_without_a_word(tmp_path: Pat
     arrays = in_jax_names(timm_model(), "augreg")
     extra: dict[str, Any] = {"pre_logits/kernel": np.eye(48), "pre_logits/bias": np.zeros(48)}
     np.savez(tmp_path / "w.npz", **arrays, **extra)
-    with pytest.raises(WeightsError, match=r"a layer before its head.*--num-classes 0"):
+    with pytest.raises(WeightsError, match=r"a layer before its head.*num_classes=0"):
         load(tmp_path / "w.npz")
 
 
@@ -457,7 +457,7 @@ def with_positions(grid: tuple[int, int]) -> State:
 
 def test_another_grid_of_as_many_patches_is_not_taken_for_the_models(tmp_path: Path) -> None:
     torch.save(with_positions((7, 28)), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"7 x 28 patches, not 14 x 14.*--img-size 112,448"):
+    with pytest.raises(WeightsError, match=r"7 x 28 patches, not 14 x 14.*img_size=\(112, 448\)"):
         load(tmp_path / "w.pth", img_size=None)
     for size in ([112, 448], 224):  # a size that is named is what it is
         found = load(tmp_path / "w.pth", img_size=size).vit
@@ -466,9 +466,9 @@ def test_another_grid_of_as_many_patches_is_not_taken_for_the_models(tmp_path: P
 
 def test_a_grid_that_is_not_square_is_not_resampled_as_if_it_were(tmp_path: Path) -> None:
     torch.save(with_positions((4, 16)), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"4 x 16 patches, not 8 x 8.*--img-size 64,256"):
+    with pytest.raises(WeightsError, match=r"4 x 16 patches, not 8 x 8.*img_size=\(64, 256\)"):
         load(tmp_path / "w.pth", img_size=224)
     torch.save(with_positions((6, 9)), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"55 entries.*not square.*--img-size 96,144 or"):
+    with pytest.raises(WeightsError, match=r"55 entries.*not square.*img_size=\(96, 144\) or"):
         load(tmp_path / "w.pth", img_size=224)
     assert load(tmp_path / "w.pth", img_size=[96, 144]).vit.arch.image_size == (96, 144)

@@ -54,19 +54,19 @@ REFUSED: dict[str, tuple[Callable[[State], Any], str]] = {
     ),
     "other patches as a linear layer": (
         lambda s: {**s, "patch_embed.proj.weight": torch.zeros(48, 192)},
-        "patches of 192 values.*--in-chans",
+        "patches of 192 values.*in_chans",
     ),
     "another image size": (
         lambda _: random_vit(img_size=48),
-        r"image size .* 10 entries, the model's 197, .*--img-size 48",
+        r"image size .* 10 entries, the model's 197, .*img_size=48",
     ),
     "another number of classes": (
         lambda _: random_vit(num_classes=7),
-        "head of 7 classes.*--num-classes 7",
+        "head of 7 classes.*num_classes=7",
     ),
     "a layer before the head": (
         lambda s: {**s, "pre_logits.fc.weight": torch.zeros(48, 48)},
-        "a layer before its head.*--num-classes 0",
+        "a layer before its head.*num_classes=0",
     ),
     "a head of two layers": (
         lambda s: {
@@ -74,14 +74,14 @@ REFUSED: dict[str, tuple[Callable[[State], Any], str]] = {
             "head.0.weight": s["head.weight"],
             "head.2.weight": 1.0 * s["head.weight"],
         },
-        "a head of other layers than one linear one.*--num-classes 0",
+        "a head of other layers than one linear one.*num_classes=0",
     ),
     "a classifier beside the backbone": (
         lambda s: {
             **under("backbone.")(None, without(s, "head.")),
             "classifier.weight": torch.zeros(5, 48),
         },
-        "has 'classifier.weight' beside the model.*--num-classes 0",
+        "has 'classifier.weight' beside the model.*num_classes=0",
     ),
     "a student and its teacher": (
         lambda s: {"student": under("backbone.")(None, s), "teacher": under("backbone.")(None, s)},
@@ -175,7 +175,7 @@ def test_weights_that_do_not_fit_are_refused_by_their_cause(
 ) -> None:
     torch.save(made(timm_state), tmp_path / "weights.pth")
     named: dict[str, Any] = {"img_size": None} if "image size" in cause else {}
-    classes = 5 if "num-classes 7" in cause else None
+    classes = 5 if "num_classes=7" in cause else None
     with pytest.raises(WeightsError, match=cause) as caught:
         load(tmp_path / "weights.pth", num_classes=classes, **named)
     assert "weights.pth" in str(caught.value)
@@ -299,7 +299,7 @@ def test_a_folder_that_timm_saved_needs_its_prefix(timm_vit: Any, tmp_path: Path
 
 
 def test_a_folder_without_weights_asks_for_some(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"no file of weights.*--weights"):
+    with pytest.raises(WeightsError, match=r"no file of weights.*with weights"):
         load_model(f"local-dir:{tmp_path}")
     with pytest.raises(UnknownModelError, match="names no folder"):
         load_model(f"local-dir:{tmp_path / 'nothing'}")

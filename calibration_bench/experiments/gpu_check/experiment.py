@@ -117,7 +117,7 @@ def plan(options: Options, _: Bench) -> list[Key]:
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
-    """Part by part; a failure is a row too."""
+    """Component by part; a failure is a row too."""
     sizes, device = _sizes(options), resolve_device(options.device)
     loaded = random_model(sizes.model, options.seed)
     parts: dict[str, Callable[[Key], Row]] = {
@@ -156,7 +156,7 @@ def _iteration(key: Key, loaded: LoadedModel, sizes: Sizes, device: torch.device
     engine, live, count = _engine(key, loaded, device), key["live"], sizes.iterations
     runner = engine.runner
     seconds, graph = gpu.iterations(engine, runner, live, count)
-    host = DeviceRunner(engine.problem, graphs=False)
+    host = DeviceRunner(engine.setup, graphs=False)
     eager_seconds, eager = gpu.iterations(engine, host, live, count, repeats=1)
     again = gpu.iterations(engine, host, live, gpu.WARMUP, repeats=1)[1]
     gradient = gpu.gradient_seconds(engine, live, count)

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from dfq.sparse import Grid
 
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
-"""Right, down, and the two diagonals, in pixels (down, right)."""
+"""Right, down and the two diagonals, as (down, right) in pixels."""
 
 
 @settings
 class TotalVariation(ImageLoss):
-    """Sum over four directions of the L2 norm of neighbouring pixels' differences.
+    """Sum over four directions of the L2 norm of neighboring pixels' differences.
 
     The prior of DeepInversion (arXiv 1912.08795, section 3.1), but per image, so that its
     strength does not depend on the batch, and only over pairs of which both pixels are
-    in patches present, so that a missing neighbour is no border.
+    in patches present, so that a missing neighbor is no border.
     """
 
     name: ClassVar[str] = "total-variation"
@@ -46,8 +46,8 @@ class BoundTotalVariation:
         self.positions, self.grid = positions, grid
         self.pairs = self._pairs(positions)
 
-    def place(self, positions: Tensor) -> None:
-        """Take other positions, as many as before, without moving a tensor that is read."""
+    def set_positions(self, positions: Tensor) -> None:
+        """Replace the positions in place, so that captured CUDA graphs read the new ones."""
         self.positions = positions
         for pairs, new in zip(self.pairs, self._pairs(positions), strict=True):
             pairs.copy_(new)
@@ -58,40 +58,40 @@ class BoundTotalVariation:
         mask_grid = Grid(self.grid.image_size, self.grid.patch_size, 1)
         live = positions.new_ones(*positions.shape, 1).float()
         mask = unpatchify(live.expand(-1, -1, mask_grid.patch_values), positions, mask_grid)
-        views = (_neighbours(mask, direction) for direction in DIRECTIONS)
+        views = (_neighbors(mask, direction) for direction in DIRECTIONS)
         return [first * second for first, second in views]
 
     def gradient(self, patches: Tensor) -> Tensor:
-        """Gradient ``[B, L, D]`` of the sum over images, for patches ``[B, L, D]``."""
+        """Return the gradient ``[B, L, D]`` of the sum over images, for patches ``[B, L, D]``."""
         from dfq.sparse import patchify, unpatchify
 
         canvas = unpatchify(patches, self.positions, self.grid)
         result = canvas.new_zeros(canvas.shape)
         for direction, pairs in zip(DIRECTIONS, self.pairs, strict=True):
-            first, second = _neighbours(canvas, direction)
+            first, second = _neighbors(canvas, direction)
             difference = (first - second).mul_(pairs)
             norm = difference.flatten(1).norm(dim=1).clamp_min_(1e-8)
             difference.div_(norm[:, None, None, None])
-            first_out, second_out = _neighbours(result, direction)
+            first_out, second_out = _neighbors(result, direction)
             first_out.add_(difference)
             second_out.sub_(difference)
         dense = patchify(result, self.grid)
         return dense.gather(1, self.positions[..., None].expand_as(patches))
 
     def value(self, patches: Tensor) -> Tensor:
-        """The loss of each image, ``[B]``."""
+        """Return the loss of each image, ``[B]``."""
         from dfq.sparse import unpatchify
 
         canvas = unpatchify(patches, self.positions, self.grid)
         total = canvas.new_zeros(len(canvas))
         for direction, pairs in zip(DIRECTIONS, self.pairs, strict=True):
-            first, second = _neighbours(canvas, direction)
+            first, second = _neighbors(canvas, direction)
             total = total + ((first - second) * pairs).flatten(1).norm(dim=1)
         return total
 
 
-def _neighbours(image: Tensor, direction: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Two views of ``[B, C, H, W]`` whose entries are neighbours in a direction."""
+def _neighbors(image: Tensor, direction: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return two views of ``[B, C, H, W]`` whose entries are neighbors in a direction."""
     down, right = direction
     height, width = image.shape[-2:]
     left = max(0, -right)

@@ -1,4 +1,4 @@
-"""Inversion methods, one file each: which fields they read, and when patches leave.
+"""Inversion methods, one file each: their fields, and their schedules of patch removal.
 
 A file that defines a subclass of :class:`Method` adds a method; its fields become keys of a
 recipe's ``[inversion]``.  Nothing here imports PyTorch: recipes are read without it.

@@ -1,4 +1,4 @@
-"""Dense model inversion: all patches stay to the end."""
+"""Dense model inversion: no patch is removed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from dfq.validation import settings
 
 @settings
 class Dmi(Method):
-    """Dense model inversion, as DeepInversion (arXiv 1912.08795): all patches stay to the end;
-    with ``snapshots`` an image of all is saved on the way as often as that."""
+    """Dense model inversion, as DeepInversion (arXiv 1912.08795): no patch is removed.
+
+    ``snapshots`` dense images are saved of each trajectory.
+    """
 
     name: ClassVar[str] = "dmi"
     summary: ClassVar[str] = "dense"

@@ -1,27 +1,28 @@
-"""What an inversion method is: its fields, and the events of a trajectory."""
+"""Base class of inversion methods, and the events of a trajectory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
-from dfq.inversion.registry import Part
+from dfq.inversion.registry import Component
 
 LeaveFirst = Literal["most", "least"]
 
 OPTIMIZATION = frozenset({"iterations", "lr", "beta1", "beta2", "jitter", "flip", "plateau"})
-"""Fields of the settings that every method reads which optimizes images."""
+"""Fields that all methods with ``optimizes`` read."""
 
 RANKING = frozenset({"importance"})
-"""Fields that every method reads which ranks patches."""
+"""Fields that all methods with ``ranks`` read."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """After ``iteration`` steps ``count`` patches of each trajectory leave.
+    """Removal of ``count`` patches from each trajectory after ``iteration`` iterations.
 
-    ``kept`` events make an image of them; the others drop them.  With ``stays`` the image
-    is a copy, and its patches go on.  ``leave_first`` are the most or the least important.
+    With ``kept`` the removed patches become an image, otherwise they are discarded.  With
+    ``stays`` the image is a copy, and its patches remain.  ``leave_first``: whether the most or
+    the least important patches are removed.
     """
 
     iteration: int
@@ -31,25 +32,25 @@ class Event:
     leave_first: LeaveFirst = "least"
 
 
-class Method(Part):
+class Method(Component):
     """An inversion method; a subclass is decorated with :func:`dfq.validation.settings`.
 
     Its fields are keys of a recipe; methods may share a field by inheriting it.
     """
 
     summary: ClassVar[str]
-    """What it is, in a few words."""
+    """Description in a few words."""
     paper: ClassVar[str | None] = None
     """arXiv number."""
     optimizes: ClassVar[bool] = True
-    """Whether there are iterations; where not, fields of optimization and losses are not read."""
+    """Whether images are optimized; if not, fields of optimization and losses are not read."""
     ranks: ClassVar[bool] = True
-    """Whether patches leave by importance."""
+    """Whether patches are removed by importance."""
 
     def events(self, iterations: int, patches: int) -> tuple[Event, ...]:
-        """The events of a trajectory of so many iterations that starts with so many patches.
+        """Return the events of a trajectory of ``iterations`` that starts with ``patches`` patches.
 
-        Their iterations do not fall; the last is at the end.
+        Their iterations do not decrease; the last event is at the end.
 
         Raises:
             SettingError: the fields do not fit so many iterations or patches.
@@ -57,6 +58,6 @@ class Method(Part):
         raise NotImplementedError
 
     def fitted(self, iterations: int, patches: int) -> Self:
-        """This method with no more images of a trajectory than ``events`` can give."""
+        """Return a copy with at most as many images per trajectory as ``events`` can give."""
         del iterations, patches
         return self

@@ -13,7 +13,7 @@ class Noise(Method):
     """Gaussian noise within the bounds of pixels, whole images without any optimization."""
 
     name: ClassVar[str] = "noise"
-    summary: ClassVar[str] = "no optimisation"
+    summary: ClassVar[str] = "no optimization"
     optimizes: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
 

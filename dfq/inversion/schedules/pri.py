@@ -1,4 +1,4 @@
-"""Patch Rebirth Inversion: patches leave as images on the way."""
+"""Patch Rebirth Inversion: groups of patches become sparse images along a trajectory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from dfq.argument_names import option
 from dfq.errors import SettingError
 from dfq.inversion.schedules.method import Event, LeaveFirst, Method
 from dfq.validation import Shares, settings
@@ -40,8 +41,8 @@ class Pri(Method):
         for limit, what in ((patches, "patches"), (iterations, "iterations")):
             if stages > limit:
                 raise SettingError(
-                    f"stages is {stages}, but there are only {limit} {what}; "
-                    f"give at most {limit} (stages = {limit}, --stages {limit})."
+                    f"There are {stages} stages, but only {limit} {what}; give at most "
+                    f"{option('stages', limit)}."
                 )
         bounds = [round(k * patches / stages) for k in range(stages + 1)]
         return tuple(
@@ -50,7 +51,7 @@ class Pri(Method):
         )
 
     def times(self, iterations: int) -> list[int]:
-        """After how many iterations each image leaves."""
+        """Return the iteration after which each image is finished."""
         stages = self.stages
         if not self.leave_at:
             return [round(k * iterations / stages) for k in range(1, stages + 1)]
@@ -64,7 +65,10 @@ class Pri(Method):
         return times
 
     def fitted(self, iterations: int, patches: int) -> Pri:
-        """With no more stages than patches and iterations; times of other stages are dropped."""
+        """Return a copy with at most as many stages as patches and iterations.
+
+        ``leave_at`` is dropped if the number of stages changes.
+        """
         stages = min(self.stages, iterations, patches)
         if stages == self.stages:
             return self

@@ -1,4 +1,4 @@
-"""Sparse Model Inversion: unimportant patches are dropped early."""
+"""Sparse Model Inversion: unimportant patches are discarded early."""
 
 from __future__ import annotations
 
