@@ -174,8 +174,8 @@ def _onnx(job: _Job, format: str = "onnx") -> tuple[bytes, list[str]]:
     if job.weights == "int4" and not any(blocks):
         raise SettingError(
             f"{option('weights', 'int4')} needs a layer of 4 bits whose inputs are blocks of "
-            f"{SMALLEST_BLOCK} or more with one scale; this checkpoint has none. Leave it out, or quantize with "
-            "group = 32."
+            f"{SMALLEST_BLOCK} or more with one scale; this checkpoint has none. Leave it out, or "
+            "quantize with group = 32."
         )
     products = QuantizedProducts(job.model, job.weights)
     return onnx_bytes(job.model, products, job.facts), integer_products(job.model)
