@@ -33,8 +33,8 @@ def unit_of(task: str) -> str:
 class Stage:
     """Stage of a job.
 
-    ``task``: first word of its task's name.  ``work``: forward passes of an image that it takes
-    at least; 0 where that is unknown.
+    ``task``: first word of its task's name.  ``work``: its share of work of a kind that stages have
+    in common, such as passes of an image; 0 where it is of another kind, or unknown.
     """
 
     task: str
@@ -73,9 +73,8 @@ class Timer:
 class Job:
     """Time of several stages, of which some may be skipped.
 
-    Stages to come are assumed to take as many seconds per forward pass as those before.  They run
-    at other precisions and batch sizes, usually slower, and some have work that is unknown, so
-    the sum is a lower bound until the last stage, whose own speed is measured.
+    Stages to come are assumed to take as many seconds for their work as those before.  Some have
+    work that is unknown, so the sum is a lower bound until the last stage.
     """
 
     def __init__(self, stages: Sequence[Stage] = ()) -> None:

@@ -166,7 +166,7 @@ def distill(
     if eval is not None:
         tested = open_evaluation(eval, arch, loaded.preprocessing, class_map)
     made, count = data is None or method is not None, 0 if tested is None else len(tested)
-    to_come = distill_stages(chosen, plan, arch.grid.patches, inverts=made, tested=count)
+    to_come = distill_stages(chosen, arch.grid.patches, inverts=made, tested=count)
     announce(progress, to_come)
     source = calibration_set(
         loaded, chosen, None if method else data, target, cache, progress, images

@@ -1,12 +1,15 @@
-"""Stages of a verb, and how many forward passes of an image each takes at least."""
+"""Stages of a verb, and how much work inversion, whose speed is measured first, has in each.
+
+Other work is left out of the time of the whole: a step of calibration is no measure of one of
+evaluation.
+"""
 
 from __future__ import annotations
 
 from dfq.inversion import plan_units
 from dfq.inversion.schedule import events
 from dfq.job import Stage
-from dfq.pipeline.calibration_set import OUTSIDE_IMAGES
-from dfq.recipe import DistillationSettings, InversionSettings, Recipe
+from dfq.recipe import InversionSettings, Recipe
 
 BACKWARD = 2
 """Forward passes that a backward pass takes."""
@@ -28,27 +31,23 @@ def quantize_stages(
     """Return the stages of :func:`dfq.quantize`.
 
     ``inverts``: the calibration set is inverted and not the caller's.  ``measured_on``: settings
-    of images that are inverted to measure agreement, the number of the caller's, or None.  Of a
-    comparison only the float model's passes are counted, as the quantized model's are faster or
-    slower by processor.
+    of images that are inverted to measure agreement, the number of the caller's, or None.
     """
     stages = [inverting(recipe.inversion, patches)] if inverts else []
-    stages += [Stage("Calibrating", recipe.inversion.images if inverts else 0)]
+    stages += [Stage("Calibrating", 0)]
     stages += [Stage("Quantizing", 0)]
     if recipe.quantization.reconstruct:
         stages += [Stage("Reconstructing", 0)]
     if measured_on is None:
         return stages
     if isinstance(measured_on, int):
-        return [*stages, Stage("Evaluating", measured_on)]
-    return [*stages, inverting(measured_on, patches), Stage("Comparing", OUTSIDE_IMAGES)]
+        return [*stages, Stage("Evaluating", 0)]
+    return [*stages, inverting(measured_on, patches), Stage("Comparing", 0)]
 
 
-def distill_stages(
-    recipe: Recipe, plan: DistillationSettings, patches: int, *, inverts: bool, tested: int
-) -> list[Stage]:
-    """Return the stages of :func:`dfq.distill`, of whose training only the teacher's passes are
-    counted; ``tested``: number of images that both are compared on."""
+def distill_stages(recipe: Recipe, patches: int, *, inverts: bool, tested: int) -> list[Stage]:
+    """Return the stages of :func:`dfq.distill`; ``tested``: number of images that teacher and
+    student are compared on."""
     stages = [inverting(recipe.inversion, patches)] if inverts else []
-    stages += [Stage("Training", plan.steps * plan.batch)]
-    return [*stages, Stage("Evaluating", tested)] if tested else stages
+    stages += [Stage("Training", 0)]
+    return [*stages, Stage("Evaluating", 0)] if tested else stages
