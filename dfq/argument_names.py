@@ -9,6 +9,7 @@ from typing import Any
 
 FLAGS = {
     "checkpoint": "CHECKPOINT",
+    "evaluate": "--no-evaluate",
     "float_model": "--float",
     "model": "MODEL",
     "name": "NAME",
@@ -60,7 +61,7 @@ def option(name: str, value: Any = None, *, metavar: str = "") -> str:
         return name if value is None else f"{name}={value!r}"
     flag = flags.get(name, f"--{name.replace('_', '-')}")
     if value is False:
-        return flag.replace("--", "--no-", 1)
+        return flag
     text = metavar if value is None else _flag_value(value)
     return f"{flag} {text}".rstrip()
 

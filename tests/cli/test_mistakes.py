@@ -221,7 +221,7 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
                            "none' is not a dfq checkpoint", "dfq quantize MODEL --out DIR"),
     "missing data of evaluate": (evaluate_with("--data", "none.npz"),
                                  "'none.npz' does not exist", "give an image folder"),
-    "backend": (evaluate_with("--backend", "cublas"), "'cublas'", "['onednn', 'reference']"),
+    "backend": (evaluate_with("--backend", "cublas"), "'cublas'", "['float', 'onednn', 'reference']"),
     "agreement without a model": (evaluate_with("--min-agreement", "0.5"),
                                   "--min-agreement", "--float MODEL"),
     "weights without a model": (evaluate_with("--weights", "w.pth"), "--weights", "--float MODEL"),
