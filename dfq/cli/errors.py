@@ -20,7 +20,7 @@ from dfq.failures import first_line, is_out_of_memory
 from dfq.progress import is_first
 from dfq.text import escape
 
-KEEPS = ("invert", "quantize", "distill")
+INVERTING = ("invert", "quantize", "distill")
 """Commands that invert, unit by unit."""
 
 OSERROR = 2
@@ -37,7 +37,7 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             message = MESSAGE
-            if ctx.invoked_subcommand in KEEPS:
+            if ctx.invoked_subcommand in INVERTING:
                 message += " Finished units of inversion are kept; run it again to go on."
             _report("KeyboardInterrupt", message, wants_json(ctx))
             err_console.print(message)
@@ -105,7 +105,7 @@ def explain(
         _fail(message, OSERROR)
     elif is_out_of_memory(error):
         smaller = "model or --img-size, or in a recipe a smaller unit_size or batch"
-        advice = f"Use a smaller {smaller if verb in KEEPS else 'model, or more memory'}."
+        advice = f"Use a smaller {smaller if verb in INVERTING else 'model, or more memory'}."
         message = f"Out of memory ({first_line(error)}). {advice}"
         _report("MemoryError", message, as_json)
         _fail(message, 1)

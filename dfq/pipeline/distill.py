@@ -15,7 +15,7 @@ from dfq.arguments import checked
 from dfq.catalog import ALIASES
 from dfq.data.images import ImageSource, load_batches
 from dfq.device import resolve_device
-from dfq.distillation.inherit import begin
+from dfq.distillation.inherit import initialize
 from dfq.distillation.student import create, student_arguments
 from dfq.distillation.training import Images, train
 from dfq.errors import OutputError, SettingError, UnsupportedModelError
@@ -160,7 +160,7 @@ def distill(
     named = None if student is None else ALIASES.get(student, student)
     arguments = student_arguments(named, arch, loaded.timm_name, loaded.directory, **shape)
     model, student_arch = create(arguments, arch, plan.seed)
-    begun = begin(model, student_arch, loaded.vit, plan.start)
+    begun = initialize(model, student_arch, loaded.vit, plan.start)
     model.to(target)
     tested = None
     if eval is not None:
