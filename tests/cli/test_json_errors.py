@@ -20,7 +20,7 @@ MISTAKES = [
     (["quantize", "demo", "--bits", "four"], "UsageError"),
     (["quantize", "demo", "--bits", "99"], "SettingError"),
     (["quantize", "demo", "--out="], "UsageError"),
-    (["inspect", "nothing"], "DatasetError"),
+    (["inspect", "nothing"], "UnknownModelError"),
     (["cache", "remove"], "UsageError"),
     (["cache", "lost"], "UsageError"),
 ]
