@@ -44,7 +44,7 @@ from dfq.cli.options import (
     sides,
 )
 from dfq.cli.terminal import Shown, is_first, print_json, print_text
-from dfq.errors import GateError, SettingError
+from dfq.errors import BenchmarkError, BenchmarkInterrupt, GateError, SettingError
 from dfq.inversion.schedules import METHODS
 from dfq.recipe_files import shipped_recipes, summary
 from dfq.results.tables import (
@@ -257,6 +257,9 @@ def evaluate(
     backend: Annotated[
         str | None, typer.Option(help="onednn, float or reference.", show_default="fastest")
     ] = None,
+    runtime: Annotated[
+        str, typer.Option(help="torch, openvino, onnxruntime; auto: what dfq.load takes here.")
+    ] = "torch",
     min_agreement: MinAgreement = None,
     min_accuracy: MinAccuracy = None,
     json_: Json = False,
@@ -275,6 +278,7 @@ def evaluate(
             global_pool=global_pool,
             device=device,
             backend=backend,
+            runtime=runtime,
             min_agreement=min_agreement,
             min_accuracy=min_accuracy,
             progress=Shown(quiet),
@@ -409,30 +413,50 @@ def export(
 def benchmark(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
     batch: Annotated[str, typer.Option(help="Numbers of images at once.")] = "1,16",
-    seconds: Annotated[float, typer.Option(help="Of each runtime and batch.")] = 5.0,
+    seconds: Annotated[
+        float, typer.Option(help="Limit of each runtime and batch; one call may exceed it.")
+    ] = 5.0,
+    total_seconds: Annotated[
+        float | None, typer.Option(help="Limit of the whole run.", show_default="none")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Of every runtime.", show_default="torch's")
     ] = None,
+    device: Device = "cpu",
     runtimes: Annotated[
         str | None,
-        typer.Option(help="Some of them, with commas.", show_default="all but dfq-compiled"),
+        typer.Option(
+            help="Some of them, with commas.", show_default="all but the -compiled of a CPU"
+        ),
     ] = None,
     cold: Annotated[
         bool, typer.Option("--cold", help="Also processes that have loaded nothing.")
     ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Record the fastest runtime; dfq.load then uses it.")
+    ] = False,
+    cache: Cache = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a checkpoint's speed beside PyTorch, ONNX Runtime and OpenVINO."""
-    result = dfq.benchmark(
-        checkpoint,
-        batch=counts(batch, "--batch", "1,16"),
-        seconds=seconds,
-        threads=threads,
-        runtimes=None if runtimes is None else runtimes.split(","),
-        cold=cold,
-        progress=Shown(quiet),
-    )
+    """Measure a checkpoint's speed beside PyTorch, torchao, ONNX Runtime and OpenVINO."""
+    try:
+        result = dfq.benchmark(
+            checkpoint,
+            batch=counts(batch, "--batch", "1,16"),
+            seconds=seconds,
+            total_seconds=total_seconds,
+            threads=threads,
+            device=device,
+            runtimes=None if runtimes is None else runtimes.split(","),
+            cold=cold,
+            save=save,
+            cache=cache,
+            progress=Shown(quiet),
+        )
+    except (BenchmarkError, BenchmarkInterrupt) as error:
+        _show(error.result, json_, quiet, benchmark_table)
+        raise
     _show(result, json_, quiet, benchmark_table)
 
 

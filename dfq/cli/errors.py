@@ -12,7 +12,14 @@ from typer.core import TyperGroup
 
 from dfq.cli.interrupts import INTERRUPTED
 from dfq.cli.terminal import check_output, err_console, is_first, print_json, wants_json
-from dfq.errors import DfqError, GateError, OutputError, UsageError
+from dfq.errors import (
+    BenchmarkError,
+    BenchmarkInterrupt,
+    DfqError,
+    GateError,
+    OutputError,
+    UsageError,
+)
 from dfq.failures import first_line, is_out_of_memory
 from dfq.text import escape
 
@@ -31,11 +38,12 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             message = "Interrupted."
             if ctx.invoked_subcommand in KEEPS:
                 message += " Finished units of inversion are kept; run it again to go on."
-            _report("KeyboardInterrupt", message)
+            if not isinstance(error, BenchmarkInterrupt):  # its result has been printed
+                _report("KeyboardInterrupt", message)
             err_console.print(message)
             raise typer.Exit(INTERRUPTED) from None
         except (DfqError, PARSER_ERROR, MemoryError, RuntimeError, OSError) as error:
@@ -79,7 +87,7 @@ def explain(error: Exception, outermost: bool, verb: str | None = None) -> None:
     if isinstance(error, PARSER_ERROR):
         if outermost:
             _report("UsageError", cast(Any, error).format_message())
-    elif isinstance(error, GateError):
+    elif isinstance(error, GateError | BenchmarkError):
         _fail(str(error), error.exit_code)
     elif isinstance(error, DfqError):
         _report(type(error).__name__, str(error))

@@ -11,10 +11,11 @@ import torch
 
 from dfq import checkpoint, demo, runtime
 from dfq.arguments import checked
-from dfq.data.cache import cache_directory
+from dfq.cache import cache_directory
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.settings import SETTINGS
 from dfq.device import resolve_precision
+from dfq.engines.load import recorded_runtime
 from dfq.environment import instructions, processor, versions
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
@@ -91,6 +92,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "scheme": Scheme(info.recipe.quantization).name,
         "attention": info.recipe.quantization.attention,
         "backend": model.backend,
+        "runtime": recorded_runtime(path),
         "compiler": opaque.compiler(),
         "architecture": to_json(info.arch),
         "preprocessing": _preprocessing(info.preprocessing),

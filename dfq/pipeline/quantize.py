@@ -15,7 +15,7 @@ from torch import nn
 
 from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
-from dfq.data.cache import cache_directory
+from dfq.cache import cache_directory
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.images import DenseImages, ImageSource, load_batches
 from dfq.device import resolve_device
