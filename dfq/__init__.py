@@ -14,11 +14,12 @@ from dfq._version import __version__
 
 if TYPE_CHECKING:
     from dfq.benchmarking.compare import benchmark
-    from dfq.checkpoint import load
     from dfq.data.augmentation import fractal_noise
     from dfq.data.cache import CacheEntry, list_cache, remove_cached, verify_cache
     from dfq.data.dataset import SparseImageDataset
     from dfq.data.preview import preview
+    from dfq.engines.load import load
+    from dfq.engines.module import EngineModel
     from dfq.errors import DfqError, GateError, RunError, UsageError
     from dfq.exporting.formats import export
     from dfq.pipeline.distill import distill
@@ -53,6 +54,7 @@ _MODULES = {
     "DistillResult": "dfq.results.values",
     "DistillationSettings": "dfq.recipe",
     "DoctorReport": "dfq.pipeline.inspect",
+    "EngineModel": "dfq.engines.module",
     "EvaluateResult": "dfq.results.values",
     "ExportResult": "dfq.results.values",
     "GateError": "dfq.errors",
@@ -77,7 +79,7 @@ _MODULES = {
     "inspect": "dfq.pipeline.inspect",
     "invert": "dfq.pipeline.invert",
     "list_cache": "dfq.data.cache",
-    "load": "dfq.checkpoint",
+    "load": "dfq.engines.load",
     "load_model": "dfq.vit.load",
     "load_recipe": "dfq.recipe",
     "models": "dfq.pipeline.inspect",
@@ -95,6 +97,7 @@ __all__ = [
     "DistillResult",
     "DistillationSettings",
     "DoctorReport",
+    "EngineModel",
     "EvaluateResult",
     "ExportResult",
     "GateError",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dfq.arguments import checked
 from dfq.device import resolve_device
 from dfq.errors import CheckpointError, SettingError, UsageError
 from dfq.files import (
@@ -42,6 +42,8 @@ FORMAT = "dfq-checkpoint"
 FORMAT_VERSION = 7
 READABLE = (5, 6, 7)
 CONFIG, MODEL, REPORT, RECIPE = "config.json", "model.safetensors", "report.json", "recipe.toml"
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 _SAFETENSORS_NAMES = {
     "F32": torch.float32,
@@ -136,6 +138,37 @@ def read_info(path: str | Path) -> CheckpointInfo:
     return CheckpointInfo(config["model"], arch, preprocessing, recipe, source)
 
 
+def recorded_digest(path: str | Path) -> str:
+    """Return the SHA-256 in ``config.json``, as :func:`verified_digest` does, without reading the
+    weights.
+
+    Raises:
+        CheckpointError: the directory is no checkpoint, or the digest is malformed.
+    """
+    digest = _read_config(Path(path)).get("sha256")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise CheckpointError(f"{CONFIG} of {str(path)!r} lacks a field 'sha256' of 64 digits.")
+    return digest
+
+
+def verified_digest(path: str | Path) -> str:
+    """Return the SHA-256 (hex) of a checkpoint's weights, architecture and preprocessing.
+
+    Raises:
+        CheckpointError: the directory is no checkpoint, or its files have another digest than
+            the recorded one.
+    """
+    path = Path(path)
+    info, expected = read_info(path), recorded_digest(path)
+    try:
+        _check_bytes(path / MODEL, info, expected)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{str(path / MODEL)!r} is missing.") from error
+    except OSError as error:
+        raise CheckpointError(f"{str(path / MODEL)!r} cannot be read: {error}.") from error
+    return expected
+
+
 def _check_arch(arch: Architecture, preprocessing: Preprocessing) -> None:
     positive = (arch.in_channels, arch.embed_dim, arch.num_heads, arch.head_dim, arch.mlp_hidden)
     heads = arch.pool_heads
@@ -189,11 +222,10 @@ def _say_full_range(config: dict[str, Any]) -> None:
         settings.setdefault("reduce_range", False)
 
 
-@checked
 def load(
     path: str | Path, *, device: torch.device | str = "cpu", compiled: bool = False
 ) -> QuantizedViT:
-    """Load a checkpoint: an ordinary module that takes normalised images ``[B, C, H, W]``.
+    """Load a checkpoint as a module on PyTorch.
 
     Nothing is unpickled or downloaded.  Names, types and shapes of all tensors are
     compared with what the architecture asks for before any of them is read.

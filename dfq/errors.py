@@ -19,6 +19,7 @@
     │   └── ExtraError           an optional package that is not installed
     └── RunError                                             1
         ├── GateError            a result below the caller's bound
+        ├── BenchmarkError       a runtime of dfq's own that failed in a benchmark
         └── WorkerError          another process of the same run has died
 """
 
@@ -123,6 +124,25 @@ class GateError(RunError):
 
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)
+        self.result = result
+
+
+class BenchmarkError(RunError):
+    """A runtime of dfq's own failed in a benchmark.
+
+    ``result`` is the result with the rows of the other runtimes.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class BenchmarkInterrupt(KeyboardInterrupt):
+    """A benchmark was interrupted; ``result`` is the result with the rows measured so far."""
+
+    def __init__(self, result: Any = None) -> None:
+        super().__init__("the benchmark was interrupted")
         self.result = result
 
 

@@ -17,7 +17,13 @@ EXTRAS = {
     "report": ("matplotlib>=3.8",),
     "onnx": ("onnx>=1.17", "onnxruntime>=1.20"),
     "openvino": ("onnx>=1.17", "openvino>=2025.0"),
-    "benchmark": ("onnx>=1.17", "onnxruntime>=1.20", "openvino>=2025.0", "nncf>=2.15"),
+    "benchmark": (
+        "onnx>=1.17",
+        "onnxruntime>=1.20",
+        "openvino>=2025.0",
+        "nncf>=2.15",
+        "torchao>=0.15",
+    ),
 }
 """Requirements of each extra, as in pyproject.toml."""
 

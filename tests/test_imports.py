@@ -16,6 +16,7 @@ BASE = {
     "argument_names",
     "arguments",
     "bars",
+    "cache",
     "catalog",
     "device",
     "environment",
@@ -34,6 +35,7 @@ BASE = {
     "recipe_files",
     "sparse",
     "text",
+    "timing",
     "validation",
 }
 """Modules that every room may import, and that import none of the rooms.  Methods and losses are
@@ -51,12 +53,14 @@ MAY = {
     "slow": {"runtime"},
     "distillation": {"vit", "inversion", "demo"},
     "exporting": {"vit", "runtime", "quantization", "checkpoint", "results"},
+    "engines": {"vit", "runtime", "quantization", "checkpoint", "exporting"},
     "benchmarking": {
-        *("vit", "runtime", "quantization", "checkpoint", "results", "exporting", "demo", "slow"),
+        *("vit", "runtime", "quantization", "checkpoint", "results", "exporting", "engines"),
+        *("demo", "slow"),
     },
     "pipeline": {
         *("vit", "runtime", "data", "inversion", "quantization", "checkpoint", "results"),
-        *("distillation", "demo", "slow"),
+        *("distillation", "engines", "demo", "slow"),
     },
     "cli": {"results", "demo"},
 }

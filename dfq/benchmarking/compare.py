@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,16 +15,16 @@ from dfq import checkpoint as checkpoints
 from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.benchmarking import cold as cold_processes
-from dfq.benchmarking.quiet import quiet
-from dfq.benchmarking.runtimes import RUNTIMES, BenchmarkInputs, Predict
-from dfq.benchmarking.timing import interleaved, row_of, turns_of
+from dfq.benchmarking.measuring import Measurement
+from dfq.benchmarking.runtimes import RECORDED, RUNTIMES, BenchmarkInputs
+from dfq.cache import cache_directory
 from dfq.checkpoint import CheckpointInfo
-from dfq.device import thread_count
-from dfq.environment import instructions, processor, versions
-from dfq.errors import DfqError, SettingError, nearest
+from dfq.device import resolve_device, thread_count
+from dfq.engines.sessions import TORCH
+from dfq.engines.tuning import Choices, fastest
+from dfq.environment import instructions, isa, processor, versions
+from dfq.errors import BenchmarkError, BenchmarkInterrupt, SettingError, nearest
 from dfq.extras import installed
-from dfq.failures import first_line
-from dfq.installation import install_command
 from dfq.progress import Progress, resolve_progress, warn
 from dfq.quantization.scheme import Scheme
 from dfq.results.values import BenchmarkResult, BenchmarkRow, ColdStart, SkippedRuntime
@@ -34,7 +32,8 @@ from dfq.slow import slow_integers
 
 BATCHES = (1, 16)
 SECONDS = 5.0
-MAX_SECONDS, MAX_BATCH, MAX_THREADS = 3600.0, 4096, 1024
+MAX_SECONDS, MAX_TOTAL_SECONDS = 3600.0, 86400.0
+MAX_BATCH, MAX_THREADS = 4096, 1024
 
 
 @checked
@@ -43,56 +42,86 @@ def benchmark(
     *,
     batch: Sequence[int] = BATCHES,
     seconds: float = SECONDS,
+    total_seconds: float | None = None,
     threads: int | None = None,
+    device: str | torch.device = "cpu",
     runtimes: Sequence[str] | None = None,
     cold: bool = False,
+    save: bool = False,
+    cache: str | Path | None = None,
     progress: Progress | bool | None = None,
 ) -> BenchmarkResult:
-    """Measure a checkpoint's speed on the CPU, compared with the same model on other runtimes.
+    """Measure a checkpoint's speed, compared with the same model on other runtimes.
 
-    ``dfq`` is the checkpoint as loaded; ``dfq-compiled`` is compiled by ``torch.compile``, which
-    takes a minute, so it is measured only if it is named.  ``torch-fp32`` and ``torch-bf16`` run
-    the dequantized weights in PyTorch, with fused attention where that is faster.
-    ``onnxruntime-int8`` and ``openvino-int8`` are that float model quantized by the runtime's
-    own tools on random images (their speed is comparable, their accuracy is not);
-    ``onnxruntime-dfq`` and ``openvino-dfq`` run what :func:`dfq.export` writes.  All get the
-    same random images and number of threads and take turns in one process.
+    ``dfq`` is the checkpoint on PyTorch; ``dfq-compiled`` is compiled by ``torch.compile``, which
+    takes a minute, so it is measured only if it is named.  ``torch-fp32``, ``torch-fp16`` (GPUs),
+    ``torch-bf16`` and ``torch-bf16-compiled`` (GPUs) run the dequantized weights in PyTorch, with
+    fused attention where that is faster.  ``torchao-int8``, ``torchao-int8-int4`` (CPUs),
+    ``torchao-int8-weights`` (GPUs), ``onnxruntime-int8`` and ``openvino-int8`` are that float model
+    quantized by other tools (their speed is comparable, their accuracy is not);
+    ``onnxruntime-dfq`` and ``openvino-dfq`` are :func:`dfq.load` with that ``runtime``.  All get
+    the same random images and number of threads and take turns in one process.
 
     Args:
         batch: batch sizes to measure.
-        seconds: duration of the measurement of each runtime and batch size.
+        seconds: time limit of all calls of a runtime at a batch size, exceeded by one call at most.
+        total_seconds: time limit of the whole run; a build or call that has begun is finished.
         threads: threads of every runtime; PyTorch's number by default.
-        runtimes: some of them; all but ``dfq-compiled`` by default.  Those that are not
-            installed or cannot run the model are listed as absent.
+        device: ``cpu``, or a GPU, on which PyTorch's runtimes are measured alone.
+        runtimes: some of them; all of the device but those that are opt-in by default.  Those that
+            are not installed or cannot run the model are listed as absent.
         cold: also measure cold starts of dfq and of timm's model.
+        save: record the speeds, so that ``dfq.load`` runs the checkpoint on the fastest of ``dfq``,
+            ``onnxruntime-dfq`` and ``openvino-dfq`` on this machine with these threads.
+        cache: cache directory of the record and the engines' files; else ``$DFQ_CACHE``, else the
+            user's.  Without ``save`` nothing is kept there.
 
     Raises:
-        DfqError: one of its subclasses says what is wrong.
+        BenchmarkError: a runtime of dfq's own failed; its ``result`` has the other rows.
+        BenchmarkInterrupt: Ctrl-C; its ``result`` has the rows that were measured before.
+        DfqError: one of its other subclasses says what is wrong.
     """
-    names, batches = _names(runtimes), _batches(batch)
+    target = resolve_device(device)
+    names, batches = _names(runtimes, target), _batches(batch)
     _check_range("seconds", seconds, 0, MAX_SECONDS)
+    if total_seconds is not None:
+        _check_range("total_seconds", total_seconds, 0, MAX_TOTAL_SECONDS)
     threads = torch.get_num_threads() if threads is None else threads
     _check_range("threads", threads, 0, MAX_THREADS)
-    info = checkpoints.read_info(checkpoint)
+    _check_for_device(target, names, cold, save)
+    info, digest = checkpoints.read_info(checkpoint), checkpoints.recorded_digest(checkpoint)
     progress = resolve_progress(progress)
+    starts: list[ColdStart] | None = None
+    saved: dict[int, str] | None = None
+    interrupted = False
     with tempfile.TemporaryDirectory(prefix="dfq-") as temporary, thread_count(threads):
-        model = checkpoints.load(checkpoint)
-        warn(progress, slow_integers(torch.device("cpu"), model.max_weight()))
-        inputs = BenchmarkInputs(model, threads, Path(temporary))
-        ready, skipped = _build(names, inputs, progress)
-        rows = [row for n in batches for row in _measure(ready, inputs, n, seconds, progress)]
-        starts: list[ColdStart] | None = None
-        if cold:
-            starts, missing = _cold(Path(checkpoint), info, inputs, progress)
-            skipped += missing
-    return BenchmarkResult(
+        directory = Path(temporary)
+        model = checkpoints.load(checkpoint, device=target)
+        warn(progress, slow_integers(target, model.max_weight()))
+        place = cache_directory(cache) if save else directory
+        inputs = BenchmarkInputs(Path(checkpoint), model, threads, directory, place, target)
+        run = Measurement(inputs, seconds, total_seconds, progress)
+        try:
+            run.build(names)
+            for count in batches:
+                run.measure(count)
+            if save:
+                saved = _save(run.rows, Choices(digest, place, threads))
+            if cold:
+                starts, missing = _cold(Path(checkpoint), info, inputs, progress)
+                run.skipped += missing
+        except KeyboardInterrupt:
+            interrupted = True
+            if not run.rows:
+                raise
+    result = BenchmarkResult(
         checkpoint=str(checkpoint),
         model=info.model,
         scheme=Scheme(info.recipe.quantization).name,
         attention=info.recipe.quantization.attention,
-        backend=inputs.model.backend,
-        rows=rows,
-        absent=skipped,
+        backend=model.backend,
+        rows=run.rows,
+        absent=run.skipped,
         cold=starts,
         threads=threads,
         seconds=seconds,
@@ -100,7 +129,45 @@ def benchmark(
         instructions=list(instructions()),
         cores=os.cpu_count() or 1,
         versions={**versions(), **_versions()},
+        device=_device_name(target),
+        isa={} if interrupted or target.type != "cpu" else isa(),
+        saved=saved,
+        stopped="it was interrupted" if interrupted else "; ".join(run.failures) or None,
     )
+    if interrupted:
+        raise BenchmarkInterrupt(result)
+    if run.failures:
+        raise BenchmarkError(f"{run.failures[0]}. The other rows were measured.", result)
+    return result
+
+
+def _check_for_device(device: torch.device, names: list[str], cold: bool, save: bool) -> None:
+    if device.type == "cpu":
+        if save and "dfq" not in names:
+            raise SettingError("save compares with 'dfq'; name it among the runtimes.")
+        return
+    for name, given in {"cold": cold, "save": save}.items():
+        if given:
+            raise SettingError(f"{name} is of the CPU; leave it out with device {str(device)!r}.")
+
+
+def _save(rows: list[BenchmarkRow], choices: Choices) -> dict[int, str]:
+    """Record the speeds of what :func:`dfq.load` can run; return its choice by batch size."""
+    saved = {}
+    for batch in dict.fromkeys(row.batch for row in rows):
+        speeds = {
+            RECORDED[row.runtime]: batch / row.median_ms * 1e3
+            for row in rows
+            if row.batch == batch and row.runtime in RECORDED and row.warm
+        }
+        if TORCH in speeds:
+            choices.save(batch, speeds)
+            saved[batch] = fastest(speeds)
+    return saved
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _cold(
@@ -112,17 +179,20 @@ def _cold(
         )
 
 
-def _names(runtimes: Sequence[str] | None) -> list[str]:
-    usual = [name for name, runtime in RUNTIMES.items() if not runtime.opt_in]
+def _names(runtimes: Sequence[str] | None, device: torch.device) -> list[str]:
+    here = {name: r for name, r in RUNTIMES.items() if device.type in r.devices}
+    usual = [name for name, runtime in here.items() if not runtime.opt_in]
     names = usual if runtimes is None else list(dict.fromkeys(runtimes))
     for name in names:
-        if name not in RUNTIMES:
+        if name not in here:
+            what = (
+                f"{name!r} does not run on" if name in RUNTIMES else f"Unknown runtime {name!r} for"
+            )
             raise SettingError(
-                f"Unknown runtime {name!r}; there are {', '.join(RUNTIMES)}."
-                f"{nearest(name, RUNTIMES)}"
+                f"{what} {device.type!r}; there are {', '.join(here)}.{nearest(name, here)}"
             )
     if not names:
-        raise SettingError(f"{option('runtimes')} names none; there are {', '.join(RUNTIMES)}.")
+        raise SettingError(f"{option('runtimes')} names none; there are {', '.join(here)}.")
     return names
 
 
@@ -144,61 +214,8 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         )
 
 
-def _build(
-    names: list[str], inputs: BenchmarkInputs, progress: Progress
-) -> tuple[dict[str, Predict], list[SkippedRuntime]]:
-    """Build the runtimes; return those that run, and those that do not with the reason."""
-    ready: dict[str, Predict] = {}
-    skipped: list[SkippedRuntime] = []
-    with progress.task("Building", len(names)) as advance:
-        for name in names:
-            runtime = RUNTIMES[name]
-            missing = [package for package in runtime.packages if not installed(package)]
-            if missing:
-                reason = f"{', '.join(missing)} not installed: {install_command(runtime.extra)}"
-                skipped.append(SkippedRuntime(name, reason))
-            else:
-                _build_one(name, inputs, ready, skipped)
-            advance(1)
-    return ready, skipped
-
-
-def _build_one(
-    name: str, inputs: BenchmarkInputs, ready: dict[str, Predict], skipped: list[SkippedRuntime]
-) -> None:
-    """Build one runtime; any failure of another tool is recorded, not raised."""
-    own = not RUNTIMES[name].packages
-    try:
-        with quiet():
-            predict = RUNTIMES[name].build(inputs)
-            predict(inputs.images(1))
-        ready[name] = predict
-    except DfqError as error:
-        skipped.append(SkippedRuntime(name, str(error)))
-    except Exception as error:  # other tools document no list of errors
-        if own:
-            raise
-        skipped.append(SkippedRuntime(name, f"it failed: {first_line(error)}"))
-
-
-def _measure(
-    ready: dict[str, Predict],
-    inputs: BenchmarkInputs,
-    batch: int,
-    seconds: float,
-    progress: Progress,
-) -> list[BenchmarkRow]:
-    images = inputs.images(batch)
-    runs: dict[str, Callable[[], Any]] = {n: partial(p, images) for n, p in ready.items()}
-    with progress.task(
-        f"Measuring batch {batch}", turns_of(seconds) * max(1, len(runs))
-    ) as advance:
-        times = interleaved(runs, seconds, advance)
-    return [row_of(name, batch, taken) for name, taken in times.items()]
-
-
 def _versions() -> dict[str, str]:
-    packages = ("onnx", "onnxruntime", "openvino", "nncf")
+    packages = ("onnx", "onnxruntime", "openvino", "nncf", "torchao")
     found = {}
     for name in filter(installed, packages):
         with suppress(metadata.PackageNotFoundError):  # the module of another distribution

@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dfq import checkpoint as checkpoints
+from dfq.engines.inputs import random_images
+from dfq.engines.module import EngineModel, open_engine
 from dfq.exporting.forms import dequantized
 from dfq.extras import require
 from dfq.quantization.model import QuantizedViT
-from dfq.sparse import images_to_input
 from dfq.vit import ViT
 
 Run = Callable[[], Any]
@@ -29,22 +31,31 @@ CALIBRATION_IMAGES = 8
 
 TRIALS = 3
 
+GROUP = 32
+"""Inputs that share a scale in torchao's 4-bit weights."""
+
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class BenchmarkInputs:
     """The forms of a checkpoint from which runtimes are built.
 
-    ``threads``: threads of each runtime.  ``directory``: place for temporary files.
+    ``model``: the checkpoint as loaded on ``device``.  ``threads``: threads of each runtime.
+    ``directory``: place for temporary files.  ``cache``: cache directory of the engines' files.
     """
 
+    checkpoint: Path
     model: QuantizedViT
     threads: int
     directory: Path
+    cache: Path
+    device: torch.device = CPU
 
     @cached_property
     def float_model(self) -> ViT:
         """The checkpoint's dequantized weights in float32."""
-        return dequantized(self.model)
+        return dequantized(self.model).to(self.device)
 
     @cached_property
     def float_onnx(self) -> bytes:
@@ -53,19 +64,21 @@ class BenchmarkInputs:
 
         return onnx_bytes(self.float_model, FloatProducts(self.float_model))
 
-    @cached_property
-    def quantized_onnx(self) -> bytes:
-        from dfq.exporting.onnx_model import onnx_bytes
-        from dfq.exporting.products import QuantizedProducts
-
-        return onnx_bytes(self.model, QuantizedProducts(self.model))
+    def engine(self, name: str) -> EngineModel:
+        """Return the checkpoint on an engine, as ``dfq.load(..., runtime=name)``."""
+        info = checkpoints.read_info(self.checkpoint)
+        digest = checkpoints.verified_digest(self.checkpoint)
+        return open_engine(self.checkpoint, info, digest, name, self.cache)
 
     def images(self, count: int, seed: int = 0) -> Tensor:
         """Return normalized random pixels, float32 ``[count, C, H, W]``."""
-        arch, prepared = self.model.arch, self.model.preprocessing
-        generator = torch.Generator().manual_seed(seed)
-        shape = (count, arch.in_channels, *arch.image_size)
-        return images_to_input(torch.randint(0, 256, shape, generator=generator), prepared)
+        images = random_images(self.model.arch, self.model.preprocessing, count, seed)
+        return images.to(self.device)
+
+    def wait(self) -> None:
+        """Wait until the device has computed what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 Predict = Callable[[Tensor], Any]
@@ -103,19 +116,42 @@ class _FusedAttention(torch.nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
 
 
+def _torch_fp16(inputs: BenchmarkInputs) -> Predict:
+    return _attention_by_speed(inputs, torch.float16)
+
+
 def _torch_bf16(inputs: BenchmarkInputs) -> Predict:
-    """Use fused or separate attention kernels, whichever is faster on this processor."""
-    forms = []
-    for fused in (False, True):
-        vit = dequantized(inputs.model).bfloat16()
-        for index in range(vit.arch.depth if fused else 0):
-            vit.block(index).attn.product = _FusedAttention()
-        forms.append(_in_bfloat16(_inference(vit)))
+    return _attention_by_speed(inputs, torch.bfloat16)
+
+
+def _attention_by_speed(inputs: BenchmarkInputs, dtype: torch.dtype) -> Predict:
+    """Use fused or separate attention kernels, whichever is faster on this device."""
+    forms = [_half(inputs, dtype, fused) for fused in (False, True)]
     images = inputs.images(1)
-    return min(forms, key=lambda form: _fastest(lambda: form(images)))
+
+    def once(form: Predict) -> None:
+        form(images)
+        inputs.wait()
+
+    return min(forms, key=lambda form: _fastest(lambda: once(form)))
 
 
-def _in_bfloat16(predict: Predict) -> Predict:
+def _half(inputs: BenchmarkInputs, dtype: torch.dtype, fused: bool) -> Predict:
+    predict = _inference(_half_model(inputs, dtype, fused))
+    return lambda images: predict(images.to(dtype))
+
+
+def _half_model(inputs: BenchmarkInputs, dtype: torch.dtype, fused: bool) -> ViT:
+    vit = copy.deepcopy(inputs.float_model).to(dtype)
+    for index in range(vit.arch.depth if fused else 0):
+        vit.block(index).attn.product = _FusedAttention()
+    return vit
+
+
+def _torch_bf16_compiled(inputs: BenchmarkInputs) -> Predict:
+    vit = _half_model(inputs, torch.bfloat16, fused=True)
+    vit.compile()
+    predict = _inference(vit)
     return lambda images: predict(images.bfloat16())
 
 
@@ -129,6 +165,47 @@ def _fastest(run: Run) -> float:
     return min(times)
 
 
+def _torchao(inputs: BenchmarkInputs, config: str, compiled: bool, **options: Any) -> Predict:
+    """Quantize the float model's linear layers by a configuration of torchao; 4-bit weights where
+    their groups divide the inputs."""
+    tools = require("torchao.quantization", "benchmark")
+    dtype = torch.bfloat16 if inputs.device.type == "cuda" else torch.float32
+    vit = _half_model(inputs, dtype, fused=compiled)
+    group = GROUP if options else 1
+
+    def chosen(module: torch.nn.Module, _: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and module.in_features % group == 0
+
+    tools.quantize_(vit, getattr(tools, config)(**options), filter_fn=chosen)
+    if compiled:
+        vit.compile()
+
+    def predict(images: Tensor) -> Tensor:
+        with torch.no_grad():  # torchao's tensors are no inference tensors
+            logits: Tensor = vit(images.to(dtype))
+            return logits
+
+    return predict
+
+
+def _torchao_int8(inputs: BenchmarkInputs) -> Predict:
+    compiled = inputs.device.type == "cuda"
+    return _torchao(inputs, "Int8DynamicActivationInt8WeightConfig", compiled)
+
+
+def _torchao_int8_compiled(inputs: BenchmarkInputs) -> Predict:
+    return _torchao(inputs, "Int8DynamicActivationInt8WeightConfig", True)
+
+
+def _torchao_int8_weights(inputs: BenchmarkInputs) -> Predict:
+    return _torchao(inputs, "Int8WeightOnlyConfig", inputs.device.type == "cuda")
+
+
+def _torchao_int8_int4(inputs: BenchmarkInputs) -> Predict:
+    int4 = torch.int4  # type: ignore[attr-defined]
+    return _torchao(inputs, "Int8DynamicActivationIntxWeightConfig", False, weight_dtype=int4)
+
+
 def _session(inputs: BenchmarkInputs, model: bytes | str) -> Predict:
     ort = require("onnxruntime", "onnx")
     options = ort.SessionOptions()
@@ -139,7 +216,7 @@ def _session(inputs: BenchmarkInputs, model: bytes | str) -> Predict:
 
 
 def _onnxruntime_dfq(inputs: BenchmarkInputs) -> Predict:
-    return _session(inputs, inputs.quantized_onnx)
+    return inputs.engine("onnxruntime")
 
 
 def _onnxruntime_int8(inputs: BenchmarkInputs) -> Predict:
@@ -172,22 +249,13 @@ class _CalibrationReader:
         return None if image is None else {"images": image}
 
 
-def _compiled(inputs: BenchmarkInputs, model: Any) -> Predict:
-    from dfq.exporting.openvino_model import compile_model
-
-    compiled = compile_model(require("openvino", "openvino"), model, inputs.threads)
-    return lambda images: compiled(images.numpy())
-
-
 def _openvino_dfq(inputs: BenchmarkInputs) -> Predict:
-    from dfq.exporting.openvino_model import read_model
-
-    return _compiled(inputs, read_model(require("openvino", "openvino"), inputs.quantized_onnx))
+    return inputs.engine("openvino")
 
 
 def _openvino_int8(inputs: BenchmarkInputs) -> Predict:
     """Quantize with NNCF's post-training quantization for transformers."""
-    from dfq.exporting.openvino_model import read_model
+    from dfq.exporting.openvino_model import compile_model, read_model
 
     nncf = require("nncf", "benchmark")
     model = read_model(require("openvino", "openvino"), inputs.float_onnx)
@@ -198,7 +266,8 @@ def _openvino_int8(inputs: BenchmarkInputs) -> Predict:
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=CALIBRATION_IMAGES,
     )
-    return _compiled(inputs, quantized)
+    compiled = compile_model(require("openvino", "openvino"), quantized, inputs.threads)
+    return lambda images: compiled(images.numpy())
 
 
 @dataclass(frozen=True)
@@ -206,23 +275,39 @@ class Runtime:
     """A runtime of the benchmark.
 
     ``packages``: packages that it needs, installed by ``extra``.  ``opt_in``: measured only if it
-    is named.
+    is named.  ``devices``: types of the devices that it runs on.  ``compiles``: whether the first
+    call of a batch size compiles; its time does not count.
     """
 
     build: Callable[[BenchmarkInputs], Predict]
     packages: tuple[str, ...] = ()
     extra: str = ""
     opt_in: bool = False
+    devices: tuple[str, ...] = ("cpu",)
+    compiles: bool = False
 
+
+ANYWHERE, GPU = ("cpu", "cuda"), ("cuda",)
+ONNXRUNTIME, OPENVINO = ("onnx", "onnxruntime"), ("onnx", "openvino")
+TORCHAO = (("torchao",), "benchmark")
 
 RUNTIMES: dict[str, Runtime] = {
-    "dfq": Runtime(_dfq),
-    "dfq-compiled": Runtime(_dfq_compiled, opt_in=True),
-    "torch-fp32": Runtime(_torch_fp32),
-    "torch-bf16": Runtime(_torch_bf16),
-    "onnxruntime-int8": Runtime(_onnxruntime_int8, ("onnx", "onnxruntime"), "onnx"),
-    "onnxruntime-dfq": Runtime(_onnxruntime_dfq, ("onnx", "onnxruntime"), "onnx"),
-    "openvino-int8": Runtime(_openvino_int8, ("onnx", "openvino", "nncf"), "benchmark"),
-    "openvino-dfq": Runtime(_openvino_dfq, ("onnx", "openvino"), "openvino"),
+    "dfq": Runtime(_dfq, devices=ANYWHERE),
+    "dfq-compiled": Runtime(_dfq_compiled, opt_in=True, devices=ANYWHERE, compiles=True),
+    "torch-fp32": Runtime(_torch_fp32, devices=ANYWHERE),
+    "torch-fp16": Runtime(_torch_fp16, devices=GPU),
+    "torch-bf16": Runtime(_torch_bf16, devices=ANYWHERE),
+    "torch-bf16-compiled": Runtime(_torch_bf16_compiled, devices=GPU, compiles=True),
+    "onnxruntime-int8": Runtime(_onnxruntime_int8, ONNXRUNTIME, "onnx"),
+    "onnxruntime-dfq": Runtime(_onnxruntime_dfq, ONNXRUNTIME, "onnx"),
+    "openvino-int8": Runtime(_openvino_int8, (*OPENVINO, "nncf"), "benchmark"),
+    "openvino-dfq": Runtime(_openvino_dfq, OPENVINO, "openvino"),
+    "torchao-int8": Runtime(_torchao_int8, *TORCHAO, devices=ANYWHERE, compiles=True),
+    "torchao-int8-compiled": Runtime(_torchao_int8_compiled, *TORCHAO, opt_in=True, compiles=True),
+    "torchao-int8-int4": Runtime(_torchao_int8_int4, *TORCHAO),
+    "torchao-int8-weights": Runtime(_torchao_int8_weights, *TORCHAO, devices=GPU, compiles=True),
 }
 """Runtimes in the order in which they are shown."""
+
+RECORDED = {"dfq": "torch", "onnxruntime-dfq": "onnxruntime", "openvino-dfq": "openvino"}
+"""Values of ``runtime`` of :func:`dfq.load`, by the runtime that measures them."""

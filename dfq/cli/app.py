@@ -29,6 +29,7 @@ from dfq.cli.options import (
     DatasetOut,
     Depth,
     Device,
+    Engine,
     Eval,
     ExportFormat,
     ExportOut,
@@ -60,6 +61,7 @@ from dfq.cli.options import (
     Runtimes,
     RuntimeSeconds,
     RuntimeThreads,
+    SaveSpeeds,
     Seed,
     Stages,
     Start,
@@ -69,6 +71,7 @@ from dfq.cli.options import (
     StudentOut,
     TestData,
     Threads,
+    TotalSeconds,
     TrainingData,
     TrainingImages,
     Weights,
@@ -79,7 +82,7 @@ from dfq.cli.options import (
 )
 from dfq.cli.panels import App
 from dfq.cli.terminal import print_json, print_text, shown
-from dfq.errors import GateError, SettingError
+from dfq.errors import BenchmarkError, BenchmarkInterrupt, GateError, SettingError
 from dfq.progress import is_first
 from dfq.recipe_files import shipped_recipes, summary
 from dfq.results.tables import (
@@ -258,6 +261,7 @@ def evaluate(
     global_pool: GlobalPool = None,
     device: Device = "cpu",
     backend: Backend = None,
+    runtime: Engine = "torch",
     min_agreement: MinAgreement = None,
     min_accuracy: MinAccuracy = None,
     json_: Json = False,
@@ -276,6 +280,7 @@ def evaluate(
             global_pool=global_pool,
             device=device,
             backend=backend,
+            runtime=runtime,
             min_agreement=min_agreement,
             min_accuracy=min_accuracy,
             progress=shown(quiet),
@@ -373,22 +378,34 @@ def benchmark(
     checkpoint: Checkpoint,
     batch: Batch = "1,16",
     seconds: RuntimeSeconds = 5.0,
+    total_seconds: TotalSeconds = None,
     threads: RuntimeThreads = None,
+    device: Device = "cpu",
     runtimes: Runtimes = None,
     cold: Cold = False,
+    save: SaveSpeeds = False,
+    cache: Cache = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a checkpoint's speed beside PyTorch, ONNX Runtime and OpenVINO."""
-    result = dfq.benchmark(
-        checkpoint,
-        batch=counts(batch, "--batch", "1,16"),
-        seconds=seconds,
-        threads=threads,
-        runtimes=None if runtimes is None else runtimes.split(","),
-        cold=cold,
-        progress=shown(quiet),
-    )
+    """Measure a checkpoint's speed beside PyTorch, torchao, ONNX Runtime and OpenVINO."""
+    try:
+        result = dfq.benchmark(
+            checkpoint,
+            batch=counts(batch, "--batch", "1,16"),
+            seconds=seconds,
+            total_seconds=total_seconds,
+            threads=threads,
+            device=device,
+            runtimes=None if runtimes is None else runtimes.split(","),
+            cold=cold,
+            save=save,
+            cache=cache,
+            progress=shown(quiet),
+        )
+    except (BenchmarkError, BenchmarkInterrupt) as error:
+        _show(error.result, json_, quiet, benchmark_table)
+        raise
     _show(result, json_, quiet, benchmark_table)
 
 

@@ -15,7 +15,14 @@ from dfq.argument_names import flag_names
 from dfq.cli.flags import JSON, QUIET, has_flag, keep_json, wants_json
 from dfq.cli.interrupts import INTERRUPTED, MESSAGE
 from dfq.cli.terminal import check_output, err_console, print_json
-from dfq.errors import DfqError, GateError, OutputError, UsageError
+from dfq.errors import (
+    BenchmarkError,
+    BenchmarkInterrupt,
+    DfqError,
+    GateError,
+    OutputError,
+    UsageError,
+)
 from dfq.failures import first_line, is_out_of_memory
 from dfq.progress import is_first
 from dfq.text import escape
@@ -35,11 +42,12 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             message = MESSAGE
             if ctx.invoked_subcommand in INVERTING:
                 message += " Finished units of inversion are kept; run it again to go on."
-            _report("KeyboardInterrupt", message, wants_json(ctx))
+            if not isinstance(error, BenchmarkInterrupt):  # its result has been printed
+                _report("KeyboardInterrupt", message, wants_json(ctx))
             err_console.print(message)
             raise typer.Exit(INTERRUPTED) from None
         except (DfqError, PARSER_ERROR, MemoryError, RuntimeError, OSError) as error:
@@ -93,7 +101,7 @@ def explain(
     if isinstance(error, PARSER_ERROR):
         if outermost:
             _report("UsageError", cast(Any, error).format_message(), as_json)
-    elif isinstance(error, GateError):
+    elif isinstance(error, GateError | BenchmarkError):
         _fail(str(error), error.exit_code)
     elif isinstance(error, DfqError):
         _report(type(error).__name__, str(error), as_json)

@@ -139,6 +139,16 @@ Device = Annotated[
         complete=one_of(("cpu", "cuda")),
     ),
 ]
+Engine = Annotated[
+    str,
+    _choice(
+        MODEL,
+        ("torch", "openvino", "onnxruntime", "auto"),
+        "Runtime of the checkpoint; auto: what dfq.load takes here.",
+        "--runtime",
+        default=True,
+    ),
+]
 Backend = Annotated[
     str | None,
     _choice(
@@ -308,8 +318,16 @@ Batch = Annotated[str, _option(EVALUATION, "N,...", "Batch sizes, each at least 
 RuntimeSeconds = Annotated[
     float,
     _option(
-        EVALUATION, "SECONDS", "Time of each runtime and batch size.", "--seconds", default=True
+        EVALUATION,
+        "SECONDS",
+        "Limit of each runtime and batch size, above 0; one call may exceed it.",
+        "--seconds",
+        default=True,
     ),
+]
+TotalSeconds = Annotated[
+    float | None,
+    _option(EVALUATION, "SECONDS", "Limit of the whole run, above 0.", default="none"),
 ]
 RuntimeThreads = Annotated[
     int | None,
@@ -317,7 +335,13 @@ RuntimeThreads = Annotated[
 ]
 Runtimes = Annotated[
     str | None,
-    _option(EVALUATION, "NAME,...", "Runtimes to measure.", default="all but dfq-compiled"),
+    _option(
+        EVALUATION, "NAME,...", "Runtimes to measure.", default="all but the -compiled of a CPU"
+    ),
+]
+SaveSpeeds = Annotated[
+    bool,
+    _option(OUTPUT, None, "Record the fastest runtime; dfq.load then takes it.", "--save"),
 ]
 Cold = Annotated[
     bool, _option(EVALUATION, None, "Also measure processes that have loaded nothing.", "--cold")

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from dfq.arguments import checked
+from dfq.cache import cache_directory
 from dfq.data.dataset import SHARD_NAME, SparseImageDataset
 from dfq.data.settings import FORMAT, MANIFEST, SETTINGS, read_settings
 from dfq.errors import DatasetError
 from dfq.files import explain
-
-
-def cache_directory(path: str | Path | None = None) -> Path:
-    """Return ``path``, else ``$DFQ_CACHE``, else ``dfq`` in the user's cache directory."""
-    if path is not None:
-        return Path(path)
-    if os.environ.get("DFQ_CACHE"):
-        return Path(os.environ["DFQ_CACHE"])
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "dfq"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from operator import methodcaller
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfq.results.intervals import mean_interval, share_interval
 from dfq.results.values import Metric
@@ -80,13 +80,13 @@ class Comparison:
     constant: bool = False
 
 
-Outputs = Callable[[ViT], Tensor]
+Outputs = Callable[[nn.Module], Tensor]
 
 
 @torch.inference_mode()
 def compare(
-    quantized: ViT,
-    reference: ViT | None,
+    quantized: nn.Module,
+    reference: nn.Module | None,
     batches: Iterable[tuple[Outputs, Tensor | None]],
     advance: Callable[[int], None] | None = None,
     *,

@@ -14,6 +14,9 @@ from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.data.images import ImageSource, load_batches, open_images
 from dfq.device import resolve_device
+from dfq.engines.load import load
+from dfq.engines.module import EngineModel
+from dfq.engines.sessions import TORCH
 from dfq.errors import SettingError, WeightsError
 from dfq.pipeline.comparison import (
     EVALUATION_BATCH,
@@ -54,6 +57,7 @@ def evaluate(
     float_model: str | nn.Module | LoadedModel | None = None,
     device: str | torch.device = "cpu",
     backend: str | None = None,
+    runtime: str = TORCH,
     min_agreement: float | None = None,
     min_accuracy: float | None = None,
     class_map: str | Path | None = None,
@@ -70,7 +74,8 @@ def evaluate(
             with ``x`` (and ``y``), or ``"demo"``.
         float_model, weights, img_size, in_chans, global_pool: the float model, as for
             :func:`dfq.load_model`; what is left out is the checkpoint's.
-        backend: integer kernels, ``onednn``, ``float`` or ``reference``.
+        backend: integer kernels of PyTorch, ``onednn``, ``float`` or ``reference``.
+        runtime: what executes the checkpoint, as for :func:`dfq.load`.
         min_agreement, min_accuracy: bounds from 0 to 1, of the lower ends of 95 % intervals.
         class_map: a file that numbers the class folders; see
             :func:`dfq.data.image_files.read_class_map`.
@@ -94,8 +99,9 @@ def evaluate(
     progress = resolve_progress(progress)
     target = resolve_device(device)
     info = checkpoints.read_info(path)
-    model = checkpoints.load(path, device=target).set_backend(backend)
-    slow = [] if backend else slow_integers(target, model.max_weight())
+    model = load(path, device=target, runtime=runtime).set_backend(backend)
+    chosen = backend or isinstance(model, EngineModel)
+    slow = [] if chosen else slow_integers(target, model.max_weight())
     warn(progress, slow)
     metric = metric_of(model.arch)
     source = open_evaluation(data, model.arch, model.preprocessing, class_map)
@@ -147,7 +153,9 @@ def evaluate(
 
 
 def _load_float(
-    model: QuantizedViT, float_model: str | nn.Module | LoadedModel, options: WeightsOptions
+    model: QuantizedViT | EngineModel,
+    float_model: str | nn.Module | LoadedModel,
+    options: WeightsOptions,
 ) -> LoadedModel:
     """Load the float model with the checkpoint's shape, where it is open, and preprocessing."""
     if isinstance(float_model, LoadedModel):
@@ -180,7 +188,7 @@ def _load_float(
         raise SettingError(f"{facts} {_name_it()}") from error
 
 
-def _check_same(loaded: LoadedModel, model: QuantizedViT) -> None:
+def _check_same(loaded: LoadedModel, model: QuantizedViT | EngineModel) -> None:
     """Raise :class:`SettingError` if a float model takes other images than the checkpoint."""
     preprocessing = {name: getattr(model.preprocessing, name) for name in NORMALIZATION}
     pairs = (

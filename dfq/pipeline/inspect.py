@@ -14,11 +14,12 @@ import torch
 from dfq import checkpoint, demo, runtime
 from dfq.argument_names import option
 from dfq.arguments import checked
+from dfq.cache import cache_directory
 from dfq.catalog import ALIASES, HOMES, known_names, read_catalog
-from dfq.data.cache import cache_directory
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.settings import SETTINGS
 from dfq.device import resolve_precision
+from dfq.engines.load import recorded_runtime
 from dfq.environment import instructions, processor, versions
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
@@ -135,6 +136,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "scheme": Scheme(info.recipe.quantization).name,
         "attention": info.recipe.quantization.attention,
         "backend": model.backend,
+        "runtime": recorded_runtime(path),
         "compiler": opaque.compiler(),
         "architecture": to_json(info.arch),
         "preprocessing": preprocessing_facts(info.preprocessing),

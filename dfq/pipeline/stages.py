@@ -20,7 +20,7 @@ from torch import nn
 
 from dfq import checkpoint as checkpoints
 from dfq.arguments import checked
-from dfq.data.cache import cache_directory
+from dfq.cache import cache_directory
 from dfq.data.images import ImageSource, load_batches
 from dfq.device import resolve_device
 from dfq.environment import versions
@@ -397,7 +397,9 @@ def make_evaluation_set(
 
 @checked
 def measure(
-    plan: Plan, quantized: QuantizedViT, data: ImageSource | InversionSettings | None = None
+    plan: Plan,
+    quantized: QuantizedViT,
+    data: ImageSource | InversionSettings | None = None,
 ) -> Measured:
     """Compare the quantized model with the float one.
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from dfq.data.cache import cache_directory
+from dfq.cache import cache_directory
 from dfq.data.dataset import DatasetWriter, SparseImageDataset
 from dfq.data.settings import (
     FORMAT,

@@ -269,15 +269,10 @@ def distill_table(r: dict[str, Any]) -> Table:
 def benchmark_table(r: dict[str, Any]) -> Table:
     """Table of speeds, also relative to torch-fp32 at the same batch size."""
     threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
-    notes = [f"{a['runtime']} absent: {a['reason']}" for a in r["absent"]]
-    notes += [
-        f"{c['runtime']} from a cold process to its first prediction: "
-        f"{duration(c['seconds'], 2)}, at most {_size(c['peak_bytes'])}"
-        for c in r["cold"] or ()
-    ]
+    where = threads if r["device"] == "cpu" else r["device"]
     table = Table(
-        title=escape(f"{r['model']}, {r['scheme']}, attention {r['attention']}, {threads}"),
-        caption=escape("\n".join(notes)),
+        title=escape(f"{r['model']}, {r['scheme']}, attention {r['attention']}, {where}"),
+        caption=escape("\n".join(_benchmark_notes(r))),
         caption_justify="left",
     )
     table.add_column("runtime", no_wrap=True)
@@ -288,8 +283,27 @@ def benchmark_table(r: dict[str, Any]) -> Table:
         speed, batch = row["images_per_second"], row["batch"]
         ratio = f"{speed / base[batch]:.2f}" if batch in base else ""
         times = (f"{row['median_ms']:.2f}", f"{row['p95_ms']:.2f}")
-        table.add_row(row["runtime"], str(batch), f"{speed:.1f}", *times, ratio)
+        name = row["runtime"] if row["warm"] else f"{row['runtime']} *"
+        table.add_row(name, str(batch), f"{speed:.1f}", *times, ratio)
     return table
+
+
+def _benchmark_notes(r: dict[str, Any]) -> list[str]:
+    notes = [f"Stopped early: {r['stopped']}"] if r["stopped"] else []
+    if not all(row["warm"] for row in r["rows"]):
+        notes.append(f"* its first call alone, as another did not fit into {r['seconds']:g} s")
+    if r["isa"]:
+        notes.append("ISA: " + ", ".join(f"{library} {name}" for library, name in r["isa"].items()))
+    for batch, runtime in (r["saved"] or {}).items():
+        notes.append(f"dfq.load runs on {runtime} from now on (measured at batch {batch})")
+    for a in r["absent"]:
+        at = "" if a["batch"] is None else f" at batch {a['batch']}"
+        notes.append(f"{a['runtime']} absent{at}: {a['reason']}")
+    return notes + [
+        f"{c['runtime']} from a cold process to its first prediction: "
+        f"{duration(c['seconds'], 2)}, at most {_size(c['peak_bytes'])}"
+        for c in r["cold"] or ()
+    ]
 
 
 def _size(count: int) -> str:

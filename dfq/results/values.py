@@ -308,21 +308,28 @@ class ExportResult(Result, table=field_table):
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """Speed of one runtime: latency of a batch in milliseconds, throughput over all calls."""
+    """Speed of one runtime: latency of a batch in milliseconds, throughput over all calls.
+
+    ``calls``: number of calls that were counted.  ``warm``: False if the time limit left room for
+    the first call only.
+    """
 
     runtime: str
     batch: int
     images_per_second: float
     median_ms: float
     p95_ms: float
+    calls: int = 0
+    warm: bool = True
 
 
 @dataclass(frozen=True)
 class SkippedRuntime:
-    """Runtime that was not measured, with the reason."""
+    """Runtime that was not measured, with the reason; ``batch``: at this batch size only."""
 
     runtime: str
     reason: str
+    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -336,8 +343,14 @@ class ColdStart:
 
 @dataclass(frozen=True, repr=False)
 class BenchmarkResult(Result, table=benchmark_table):
-    """Result of :func:`dfq.benchmark`; ``seconds``: duration of each row's measurement;
-    ``absent``: runtimes that were not measured; ``cold``: None unless requested."""
+    """Result of :func:`dfq.benchmark`.
+
+    ``seconds``: time limit of each row.  ``absent``: runtimes that were not measured.  ``cold``:
+    None unless requested.  ``instructions``: those of the processor; ``isa``: those that kernels
+    ran on, by library (:func:`dfq.environment.isa`).  ``saved``: by batch size, the runtime that
+    ``dfq.load`` uses from now on; None unless requested.  ``stopped``: why measurements are
+    missing, None if none are.
+    """
 
     checkpoint: str
     model: str
@@ -353,6 +366,10 @@ class BenchmarkResult(Result, table=benchmark_table):
     instructions: list[str]
     cores: int
     versions: dict[str, str]
+    device: str = "cpu"
+    isa: dict[str, str] = field(default_factory=dict)
+    saved: dict[int, str] | None = None
+    stopped: str | None = None
 
 
 def to_json(result: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ every linear layer.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -206,6 +206,19 @@ class AttentionPool(nn.Module):
         return (y + cast(Tensor, self.mlp(self.norm(y))))[:, 0]
 
 
+def check_images(images: Any, arch: Architecture) -> None:
+    """Raise :class:`DataError` unless ``images`` are floating-point ``[B, C, H, W]``."""
+    wanted = (arch.in_channels, *arch.image_size)
+    tensor = isinstance(images, Tensor)
+    if not tensor or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
+        got = f"{images.dtype} {list(images.shape)}" if tensor else type(images).__name__
+        raise DataError(
+            f"The model takes normalized images, a floating-point tensor "
+            f"[B, {', '.join(map(str, wanted))}]; got {got}. Resize and normalize them as "
+            "its preprocessing says."
+        )
+
+
 class ViT(nn.Module):
     """Vision transformer that also runs on subsets of patches.
 
@@ -243,20 +256,8 @@ class ViT(nn.Module):
         Raises:
             DataError: the images are of another size or type.
         """
-        self.check_images(images)
+        check_images(images, self.arch)
         return self.forward_sparse(patchify(images, self.arch.grid))
-
-    def check_images(self, images: Tensor) -> None:
-        """Raise :class:`DataError` unless ``images`` are floating-point ``[B, C, H, W]``."""
-        wanted = (self.arch.in_channels, *self.arch.image_size)
-        tensor = isinstance(images, Tensor)
-        if not tensor or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
-            got = f"{images.dtype} {list(images.shape)}" if tensor else type(images).__name__
-            raise DataError(
-                f"The model takes normalized images, a floating-point tensor "
-                f"[B, {', '.join(map(str, wanted))}]; got {got}. Resize and normalize them as "
-                "its preprocessing says."
-            )
 
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the logits of the given patches; without ``positions``, of all patches in order.

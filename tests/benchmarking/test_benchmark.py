@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,21 @@ import pytest
 import torch
 from exported_models import MEMBERS, checkpoint_of, quantized, spread
 from families import Family
+from saved_checkpoints import save
 from typer.testing import CliRunner
 
 import dfq
-from dfq.benchmarking import cold, compare, timing
+from dfq.benchmarking import cold, measuring
+from dfq.benchmarking.measuring import row_of
 from dfq.benchmarking.quiet import quiet
 from dfq.benchmarking.runtimes import RUNTIMES, BenchmarkInputs, Runtime
-from dfq.benchmarking.timing import interleaved, row_of
 from dfq.cli.app import app
 from dfq.errors import SettingError
 from dfq.extras import installed
 from dfq.installation import install_command
 
 OWN = ["dfq", "torch-fp32", "torch-bf16"]
+USUAL = [n for n, runtime in RUNTIMES.items() if "cpu" in runtime.devices and not runtime.opt_in]
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +50,9 @@ def result(checkpoint: Path) -> dfq.BenchmarkResult:
 
 
 def test_every_runtime_is_measured_or_named(result: dfq.BenchmarkResult) -> None:
-    measured = [name for name, runtime in RUNTIMES.items() if not runtime.opt_in and here(name)]
+    measured = [name for name in USUAL if here(name)]
     assert [(r.runtime, r.batch) for r in result.rows] == [(n, b) for b in (1, 3) for n in measured]
-    assert {a.runtime for a in result.absent} >= set(RUNTIMES) - set(measured) - {"dfq-compiled"}
+    assert {a.runtime for a in result.absent} >= set(USUAL) - set(measured)
     assert set(OWN) <= set(measured)
 
 
@@ -100,13 +101,14 @@ def test_threads_of_the_caller_are_left_alone(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("family", MEMBERS[::5])
-@pytest.mark.parametrize("name", [n for n, runtime in RUNTIMES.items() if not runtime.opt_in])
+@pytest.mark.parametrize("name", [n for n, r in RUNTIMES.items() if not r.compiles])
 @torch.no_grad()
 def test_every_runtime_runs_the_model(name: str, family: Family, tmp_path: Path) -> None:
     if not here(name):
         pytest.skip(f"{RUNTIMES[name].extra} is not installed")
     model = quantized(family, bits=8, attention="float")
-    given = BenchmarkInputs(model, 1, tmp_path)
+    save(tmp_path / "checkpoint", model)
+    given = BenchmarkInputs(tmp_path / "checkpoint", model, 1, tmp_path, tmp_path / "cache")
     images = given.images(4)
     with quiet():
         found = RUNTIMES[name].build(given)(images)
@@ -116,7 +118,8 @@ def test_every_runtime_runs_the_model(name: str, family: Family, tmp_path: Path)
 
 def test_images_are_random_pixels(tmp_path: Path) -> None:
     model = quantized(MEMBERS[0].values[0], bits=8, attention="float")
-    pixels = (BenchmarkInputs(model, 1, tmp_path).images(4) * 0.25 + 0.4) * 255
+    given = BenchmarkInputs(tmp_path, model, 1, tmp_path, tmp_path)
+    pixels = (given.images(4) * 0.25 + 0.4) * 255
     torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=1e-3)
     assert 0 <= float(pixels.min().round()) < 3
     assert 252 < float(pixels.max().round()) <= 255
@@ -125,9 +128,9 @@ def test_images_are_random_pixels(tmp_path: Path) -> None:
 def test_an_absent_package_is_named_with_its_extra(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed = compare.installed
+    installed = measuring.installed
     monkeypatch.setattr(
-        compare, "installed", lambda package: package != "onnxruntime" and installed(package)
+        measuring, "installed", lambda package: package != "onnxruntime" and installed(package)
     )
     names = ["dfq", "onnxruntime-dfq"]
     found = dfq.benchmark(checkpoint, batch=[1], seconds=0.01, runtimes=names)
@@ -158,23 +161,6 @@ def test_other_tools_are_kept_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # ---- timing
-
-
-def test_runtimes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, calls = count(), []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) / 10)
-    runs = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
-    times = interleaved(runs, 1.0, lambda _: None)
-    warm, timed = calls[: 2 * timing.WARM_UP], calls[2 * timing.WARM_UP :]
-    assert warm == ["a"] * timing.WARM_UP + ["b"] * timing.WARM_UP
-    assert timed == (["a"] * 4 + ["b"] * 4) * 4
-    assert {name: len(taken) for name, taken in times.items()} == {"a": 12, "b": 12}
-    assert times["a"] == pytest.approx([0.1] * 12)
-
-
-def test_slow_runtimes_are_timed_twice_at_least() -> None:
-    times = interleaved({"a": lambda: None}, 1e-9, lambda _: None)
-    assert len(times["a"]) == 2
 
 
 def test_a_row_is_throughput_and_quantiles() -> None:
@@ -216,9 +202,9 @@ def test_json_is_the_result_and_nothing_else(checkpoint: Path) -> None:
     ended = command("benchmark", str(checkpoint), *args)
     found = json.loads(ended.stdout)
     assert [r["runtime"] for r in found["rows"]] == ["dfq", "torch-fp32"]
-    fields = {"runtime", "batch", "images_per_second", "median_ms", "p95_ms"}
+    fields = {"runtime", "batch", "images_per_second", "median_ms", "p95_ms", "calls", "warm"}
     assert set(found["rows"][0]) == fields
-    assert {"absent", "cold", "processor", "versions", "threads"} <= set(found)
+    assert {"absent", "cold", "processor", "versions", "threads", "isa", "stopped"} <= set(found)
 
 
 def test_the_table_has_ratios(checkpoint: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from dfq.data.cache import cache_directory, list_cache, remove_cached, verify_cache
+from dfq.cache import cache_directory
+from dfq.data.cache import list_cache, remove_cached, verify_cache
 from dfq.data.dataset import DatasetWriter, shard_name
 from dfq.errors import DatasetError, OutputError, SettingError
 from dfq.sparse import SparseImages

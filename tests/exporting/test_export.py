@@ -174,7 +174,7 @@ def test_exceptions_by_layer_are_exported(
     result = dfq.export(mixed, format=format, out=out, weights=weights)
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     found, kept = READERS[format](out, images)
-    assert spread(found, reference_form(dfq.load(mixed))(images)) < 0.01
+    assert spread(found, reference_form(dfq.load(mixed, runtime="torch"))(images)) < 0.01
     assert (result.weights, kept) == (said.rpartition(" ")[2], said)
 
 
@@ -182,7 +182,8 @@ def test_four_bit_layers_alone_are_int4(mixed: Path, tmp_path: Path) -> None:
     dfq.export(mixed, out=tmp_path / "model.onnx", weights="int4")
     constants = onnx.load(tmp_path / "model.onnx").graph.initializer
     kinds = {c.name: onnx.TensorProto.DataType.Name(c.data_type) for c in constants}
-    expected = {n: f"INT{layer.bits}" for n, layer in integer_layers(dfq.load(mixed)).items()}
+    layers = integer_layers(dfq.load(mixed, runtime="torch"))
+    expected = {n: f"INT{layer.bits}" for n, layer in layers.items()}
     assert {name: kinds[f"{name}/weight"] for name in expected} == expected
     assert set(expected.values()) == {"INT4", "INT8"}
 

@@ -58,7 +58,7 @@ def test_stages_one_by_one_give_the_checkpoint_of_quantize(
     saved = run(plan, tmp_path / "stages")
     assert content(tmp_path / "stages") == content(tmp_path / "whole")
     assert (saved.agreement, saved.agreement_on) == (None, None)
-    measured = stages.measure(plan, dfq.load(tmp_path / "stages"))
+    measured = stages.measure(plan, dfq.load(tmp_path / "stages", runtime="torch"))
     result = stages.report(plan, saved, measured)
     same = {"seconds": whole.seconds, "checkpoint": whole.checkpoint, "calibration": None}
     assert dataclasses.replace(result, **same) == dataclasses.replace(whole, calibration=None)  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_was_loaded_is_measured(
     whole = quantize(tiny, tmp_path / "out", eval=labelled_npz)
     plan = prepare(tiny)
     data = stages.make_evaluation_set(plan, labelled_npz)
-    measured = stages.measure(plan, dfq.load(tmp_path / "out"), data)
+    measured = stages.measure(plan, dfq.load(tmp_path / "out", runtime="torch"), data)
     assert measured.agreement_on == whole.agreement_on
     assert (measured.accuracy, measured.class_order) == (whole.accuracy, "y")
     assert measured.agreement_outside is None

@@ -424,8 +424,8 @@ def test_ranges_that_cut_activations_off_are_distrusted(
     def outside(model: QuantizedViT) -> list[str]:
         return doubts(agreement_on(compare_outside(loaded, model, Silent()), "fractal noise"))
 
-    assert outside(dfq.load(tmp_path / "out")) == []
-    cut = dfq.load(tmp_path / "out")
+    assert outside(dfq.load(tmp_path / "out", runtime="torch")) == []
+    cut = dfq.load(tmp_path / "out", runtime="torch")
     state = cut.state_dict()
     for name, value in state.items():
         if name.startswith("blocks.") and name.endswith("input_scale"):

@@ -59,7 +59,7 @@ def test_a_compiler_may_be_the_first_to_meet_a_model(bits: int, tmp_path: Path) 
     """Inputs of 48 are no multiple of a group of 32."""
     module = make_vit(embed_dim=48, num_heads=3)
     result = dfq.quantize(module, bits=bits, calibration="noise", images=4, out=tmp_path / "out")
-    fresh, x = dfq.load(result.checkpoint), images(dfq.load(result.checkpoint), 2)
+    fresh, x = dfq.load(result.checkpoint), images(dfq.load(result.checkpoint, runtime="torch"), 2)
     expected = dfq.load(result.checkpoint)(x)
     found = torch.compile(fresh, fullgraph=True)(x)
     assert float((found - expected).norm()) <= 1e-3 * float(expected.norm())
@@ -72,7 +72,7 @@ def test_an_exporter_may_be_the_first_to_meet_a_model(tmp_path: Path) -> None:
     result = dfq.quantize(
         module, bits=4, attention="int8", calibration="noise", images=4, out=tmp_path / "out"
     )
-    x = images(dfq.load(result.checkpoint), 2)
+    x = images(dfq.load(result.checkpoint, runtime="torch"), 2)
     expected = dfq.load(result.checkpoint).set_backend("reference")(x)
     program = torch.export.export(dfq.load(result.checkpoint), (x,)).module()
     for found in (program(x), torch.compile(program)(x)):

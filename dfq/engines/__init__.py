@@ -1,0 +1,1 @@
+"""Other runtimes below :func:`dfq.load`, behind the same ``nn.Module``."""
