@@ -43,7 +43,7 @@ class Measurement:
 
     def build(self, names: list[str]) -> None:
         """Build the runtimes that run here; each is tried on one image."""
-        with self._progress.task("build", len(names)) as advance:
+        with self._progress.task("Building", len(names)) as advance:
             for name in names:
                 reason = self._missing(RUNTIMES[name]) or self._too_late()
                 if reason is None:
@@ -64,7 +64,7 @@ class Measurement:
         samplers = {name: Sampler(run, seconds) for name, run in runs.items()}
         try:
             steps = turns_of(seconds) * max(1, len(runs))
-            with self._progress.task(f"batch {batch}", steps) as advance:
+            with self._progress.task(f"Measuring batch {batch}", steps) as advance:
                 interleave(list(samplers.values()), seconds, advance)
         finally:
             for name, sampler in samplers.items():
