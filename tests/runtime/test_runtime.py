@@ -377,7 +377,10 @@ def test_a_reduced_range_runs_on_onednn_and_as_the_reference_does(bits: int) -> 
     exact = model(images)
     model.set_backend(None)
     assert model.backend == "onednn"
-    assert spread(model(images), exact) < 1e-5
+    logits = model(images)
+    same = (logits - exact).abs().amax(1) < 1e-4
+    assert float(same.float().mean()) >= 0.75, "an activation may round to the next level, rarely"
+    assert spread(logits, exact) < 0.02, "saturation gives 0.14"
     model.set_backend("reference")
 
 
