@@ -109,7 +109,8 @@ class Lines:
         before, timer.done = timer.done, timer.done + steps
         if before * 10 // timer.total == timer.done * 10 // timer.total:
             return None
-        return f"{self.name}: {', '.join([counted(self.name, timer), *times(timer, self.job)])}"
+        texts = [counted(self.name, timer), *task_times(timer), *job_time(self.job)]
+        return f"{self.name}: {', '.join(texts)}"
 
 
 def counted(name: str, timer: Timer) -> str:
@@ -117,23 +118,27 @@ def counted(name: str, timer: Timer) -> str:
     return f"{timer.done}/{timer.total} {unit_of(name)}"
 
 
-def times(timer: Timer, job: Job) -> list[str]:
-    """Return the task's elapsed and remaining time, and the remaining time of the job."""
+def task_times(timer: Timer) -> list[str]:
+    """Return the task's elapsed time, and its remaining time where that is known."""
     texts, left = [clock_time(timer.elapsed)], timer.remaining
     if left is not None and timer.done < timer.total:
         texts.append(f"{clock_time(left)} left")
-    whole = job.remaining
-    if whole is not None and not whole.exact:
-        texts.append(f"in all at least {clock_time(whole.seconds)} left")
     return texts
+
+
+def job_time(job: Job) -> list[str]:
+    """Return the remaining time of the job, if it is more than that of its task."""
+    whole = job.remaining
+    if whole is None or whole.exact:
+        return []
+    return [f"in all at least {clock_time(whole.seconds)} left"]
 
 
 def drawn(name: str, timer: Timer, job: Job, width: int) -> Iterator[RenderableType]:
     """Yield the lines of a task's bar for a console of ``width`` columns."""
     name = printable(name)
     bar = ProgressBar(total=max(1, timer.total), completed=timer.done)
-    own, *rest = _own_and_job(timer, job)
-    count = f"{counted(name, timer)}  {own}"
+    count = f"{counted(name, timer)}  {', '.join(task_times(timer))}"
     if width >= WIDE:
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(no_wrap=True, overflow="ellipsis")
@@ -147,17 +152,9 @@ def drawn(name: str, timer: Timer, job: Job, width: int) -> Iterator[RenderableT
         table = Table.grid(expand=True)
         table.add_row(bar)
         yield table
-    for text in rest:
-        yield _line(text)
-
-
-def _own_and_job(timer: Timer, job: Job) -> list[str]:
-    own, *rest = times(timer, job)
-    whole = [text for text in rest if text.startswith("in all")]
-    left = [text for text in rest if text not in whole]
-    position = [job.position] if job.position else []
-    line = ", ".join([*position, *whole])
-    return [", ".join([own, *left]), *([line] if line else [])]
+    of_job = [*([job.position] if job.position else []), *job_time(job)]
+    if of_job:
+        yield _line(", ".join(of_job))
 
 
 def _line(text: str) -> Text:

@@ -18,6 +18,7 @@ import torch
 from conftest import make_vit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from malformed_json import MALFORMED
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from saved_checkpoints import change_config, quantized, save, some_images
@@ -281,21 +282,7 @@ def test_weights_of_another_checkpoint_are_refused(
         load(w4a8)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b"{}",
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"format": "dfq-checkpoint", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"format_version": ' + b"1" * 5000 + b"}",
-    ],
-    ids=["empty", "cut", "array", "null", "object", "binary", "deep", "deep-value", "long-number"],
-)
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
 def test_malformed_configuration_is_refused_by_name(w4a8: Path, content: bytes) -> None:
     (w4a8 / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):

@@ -118,11 +118,10 @@ def recorded_runtime(path: str | Path, batch: int = 1, cache: str | Path | None 
 
 def _recorded(path: str | Path, batch: int, cache: str | Path | None) -> QuantizedViT | EngineModel:
     """Load with the recorded runtime; with PyTorch if that does not open any more."""
-    info = checkpoints.read_info(path)
     name = recorded_runtime(path, batch, cache)
     if name == TORCH:
         return checkpoints.load(path)
-    digest = checkpoints.verified_digest(path)
+    info, digest = checkpoints.read_info(path), checkpoints.verified_digest(path)
     try:
         return open_engine(path, info, digest, name, cache)
     except (DfqError, RuntimeError, OSError) as error:  # engines document no list of errors

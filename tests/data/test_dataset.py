@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from malformed_json import MALFORMED
 from safetensors.torch import save
 from sparse_datasets import (
     GRID,
@@ -193,21 +194,7 @@ def test_directory_that_is_no_dataset_is_refused(tmp_path: Path, place: str) -> 
 
 
 @pytest.mark.parametrize("file", ["settings.json", "manifest.json"])
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b'"text"',
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"format": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"format_version": ' + b"1" * 5000 + b"}",
-    ],
-    ids=["empty", "cut", "array", "null", "string", "binary", "deep", "deep-value", "long-number"],
-)
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
 def test_malformed_json_is_refused_by_name(small_dataset: Path, file: str, content: bytes) -> None:
     (small_dataset / file).write_bytes(content)
     with pytest.raises(DatasetError, match=re.escape(file)):

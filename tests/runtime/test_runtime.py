@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dfq import device, runtime
 from dfq.errors import SettingError
+from dfq.quantization.layers import IntegerLinear
 from dfq.runtime import elementwise, float_gemm, onednn, reference, registry
 from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
 from dfq.runtime.qtype import QParams, QType
@@ -378,6 +379,13 @@ def test_a_reduced_range_runs_on_onednn_and_as_the_reference_does(bits: int) -> 
     model.set_backend(None)
     assert model.backend == "onednn"
     logits = model(images)
+    g = torch.Generator().manual_seed(0)
+    for layer in (m for m in model.modules() if isinstance(m, IntegerLinear)):
+        x = torch.randint(0, 256, (9, layer.in_features), generator=g, dtype=torch.uint8)
+        _, params, packed = layer.prepare()
+        fast = onednn.linear(x, params, packed, OutputFormat())
+        slow = reference.linear(x, params, reference.prepack(params), OutputFormat())
+        assert spread(fast, slow) < 1e-5
     same = (logits - exact).abs().amax(1) < 1e-4
     assert float(same.float().mean()) >= 0.75, "an activation may round to the next level, rarely"
     assert spread(logits, exact) < 0.02, "saturation gives 0.14"
