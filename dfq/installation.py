@@ -1,4 +1,4 @@
-"""How this copy of dfq was installed, and so how its optional packages are."""
+"""Detection of how dfq was installed, for commands that install optional packages."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ EXTRAS = {
     "openvino": ("onnx>=1.17", "openvino>=2025.0"),
     "benchmark": ("onnx>=1.17", "onnxruntime>=1.20", "openvino>=2025.0", "nncf>=2.15"),
 }
-"""Requirements of each extra for users, as pyproject.toml has them."""
+"""Requirements of each extra, as in pyproject.toml."""
 
 
 def install_command(extra: str) -> str:
-    """The shell command that adds an extra to this copy, wherever it came from (PEP 610)."""
+    """Return the shell command that installs an extra, wherever dfq came from (PEP 610)."""
     words = _requirement(extra, _installed(Path(__file__).parent))
     return " ".join(["pip", "install", *map(shlex.quote, words)])
 
 
 def _requirement(extra: str, installed: metadata.Distribution | None) -> list[str]:
-    """Arguments of ``pip install``; the packages themselves where the origin is not known."""
+    """Return arguments of ``pip install``; the packages themselves if the origin is unknown."""
     if installed is None:
         return list(EXTRAS[extra])
     origin = _origin(installed)
@@ -50,18 +50,20 @@ def _requirement(extra: str, installed: metadata.Distribution | None) -> list[st
 
 
 def _installed(package: Path) -> metadata.Distribution | None:
-    """The distribution whose modules are those in ``package``; None if they are not installed.
+    """Return the distribution whose modules are in ``package``; None if they are not installed.
 
     Builds leave metadata beside the sources too, which does not make them installed.
     """
-    for found in metadata.distributions(name=DISTRIBUTION):
-        if found.read_text("WHEEL") is not None and package.resolve() in _packages(found):
-            return found
+    for distribution in metadata.distributions(name=DISTRIBUTION):
+        if distribution.read_text("WHEEL") is not None and package.resolve() in _packages(
+            distribution
+        ):
+            return distribution
     return None
 
 
 def _packages(installed: metadata.Distribution) -> list[Path]:
-    """Where a distribution's package may lie: beside its metadata, or in an editable directory."""
+    """Return where a distribution's package may be: beside its metadata, or editable."""
     places = [Path(str(installed.locate_file("")))]
     origin = _origin(installed)
     if origin is not None and origin.get("dir_info", {}).get("editable"):
@@ -70,7 +72,7 @@ def _packages(installed: metadata.Distribution) -> list[Path]:
 
 
 def _origin(installed: metadata.Distribution) -> dict[str, Any] | None:
-    """What ``direct_url.json`` says; None of what came from an index."""
+    """Return the content of ``direct_url.json``; None for a package from an index."""
     text = installed.read_text("direct_url.json")
     return None if text is None else json.loads(text)
 

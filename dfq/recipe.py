@@ -1,4 +1,4 @@
-"""Settings as frozen values, and recipes: the same settings as a TOML file."""
+"""Settings as frozen values, and recipes: settings in TOML files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dfq.inversion.losses import LOSSES
 from dfq.inversion.schedules import METHODS
 from dfq.inversion.schedules.method import LeaveFirst
 from dfq.recipe_files import read_toml
-from dfq.validation import OWNED, OneOf, Shares, describe, made_of, settings
+from dfq.validation import FROM_COMPONENT, OneOf, Shares, describe, settings, with_component_fields
 
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -33,9 +33,9 @@ Classes = Annotated[tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Stric
 
 
 @settings
-@made_of([*METHODS.items(), *(("", loss) for loss in LOSSES.values())])
+@with_component_fields([*METHODS.items(), *(("", loss) for loss in LOSSES.values())])
 class InversionSettings:
-    """How synthetic images are made.  Bounds are checked on construction.
+    """Settings of inversion.  Bounds are checked on construction.
 
     Fields of a method or a loss are declared by it, in :mod:`dfq.inversion.schedules` and
     :mod:`dfq.inversion.losses`.
@@ -51,7 +51,7 @@ class InversionSettings:
     images: int = Field(
         default=32, ge=1, le=10_000_000, description="images to make (pri: sparse images)"
     )
-    stages: int = OWNED
+    stages: int = FROM_COMPONENT
     iterations: int = Field(
         default=48, ge=1, le=1_000_000, description="iterations T of a trajectory"
     )
@@ -62,7 +62,7 @@ class InversionSettings:
     beta2: float = Field(
         default=0.99, ge=0.0, le=0.9999, description="decay of Adam's second moment"
     )
-    tv: float = OWNED
+    tv: float = FROM_COMPONENT
     jitter: float = Field(
         default=0.125,
         ge=0.0,
@@ -77,9 +77,9 @@ class InversionSettings:
             "random where neither exists"
         ),
     )
-    leave_first: LeaveFirst = OWNED
-    leave_at: Shares = OWNED
-    snapshots: int = OWNED
+    leave_first: LeaveFirst = FROM_COMPONENT
+    leave_at: Shares = FROM_COMPONENT
+    snapshots: int = FROM_COMPONENT
     plateau: int = Field(
         default=0,
         ge=0,
@@ -89,8 +89,8 @@ class InversionSettings:
             "iterations to the next; 0: never"
         ),
     )
-    prune_at: Shares = OWNED
-    prune_share: float = OWNED
+    prune_at: Shares = FROM_COMPONENT
+    prune_share: float = FROM_COMPONENT
     classes: Classes = Field(
         default=(), description="classes to make images of, in turn; empty: all"
     )
@@ -116,7 +116,7 @@ class InversionSettings:
 
 @settings
 class LayerSettings:
-    """An exception for some layers; what it leaves out is that of the other layers.
+    """Exception for some layers; fields left out are those of the other layers.
 
     Raises:
         SettingError: a value is out of its range.
@@ -131,17 +131,17 @@ class LayerSettings:
     observer: Observer | None = Field(default=None, description="how the input's range is found")
 
     def over(self, other: LayerSettings) -> LayerSettings:
-        """These settings, with those of ``other`` where they say nothing."""
-        said = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return dataclasses.replace(other, **said)
+        """Return these settings, completed by those of ``other``."""
+        explicit = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return dataclasses.replace(other, **explicit)
 
 
 PATTERN = "pattern"
-"""Key of an exception's pattern in JSON, beside its settings."""
+"""Key of the pattern of an exception in JSON."""
 
 
 class LayerTable(dict[str, LayerSettings]):
-    """Exceptions by name of layer, in an order that counts; hashable, as settings are."""
+    """Exceptions by name of layer, compared with their order; hashable."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, dict) and [*self.items()] == [*other.items()]
@@ -154,23 +154,22 @@ class LayerTable(dict[str, LayerSettings]):
 
 
 def _layers(value: Any) -> Any:
-    """Exceptions by pattern as :class:`LayerSettings`, from tables as TOML has them or from an
-    array as JSON has it (:func:`to_dict`)."""
+    """Convert exceptions to :class:`LayerSettings`, from tables of TOML or an array of JSON."""
     if isinstance(value, list):
         value = _by_pattern(value)
     if not isinstance(value, dict):
         return value
-    made: dict[Any, Any] = {}
-    for pattern, said in value.items():
+    layers: dict[Any, Any] = {}
+    for pattern, entry in value.items():
         try:
-            made[pattern] = LayerSettings(**said) if isinstance(said, dict) else said
+            layers[pattern] = LayerSettings(**entry) if isinstance(entry, dict) else entry
         except SettingError as error:
             raise SettingError(f"layers.{pattern!r}: {error}") from error
-    return made
+    return layers
 
 
 def _by_pattern(entries: list[Any]) -> dict[str, Any]:
-    """An array of exceptions as a dict in its order."""
+    """Convert an array of exceptions to a dict in the same order."""
     made: dict[str, Any] = {}
     for entry in entries:
         pattern = entry.get(PATTERN) if isinstance(entry, dict) else None
@@ -185,7 +184,7 @@ def _by_pattern(entries: list[Any]) -> dict[str, Any]:
 
 @settings
 class QuantizationSettings:
-    """What is quantized to what.  Bounds are checked on construction.
+    """Settings of quantization.  Bounds are checked on construction.
 
     Raises:
         SettingError: a value is out of its range.
@@ -279,7 +278,7 @@ class QuantizationSettings:
 
 @settings
 class DistillationSettings:
-    """How a student is trained on a teacher's images.  Bounds are checked on construction.
+    """Settings of distillation.  Bounds are checked on construction.
 
     Raises:
         SettingError: a value is out of its range.
@@ -360,9 +359,9 @@ class DistillationSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what a checkpoint holds, given the model.
+    """Settings that determine a checkpoint, given the model.
 
-    ``distillation`` is that of a recipe for ``dfq distill``; nothing else reads it.
+    Only ``dfq distill`` reads ``distillation``.
     """
 
     inversion: InversionSettings = InversionSettings()
@@ -410,12 +409,12 @@ def recipe_from_dict(content: Any, source: str = "Recipe") -> Recipe:
                 raise RecipeError(f"{source}: [{LAYERS}] holds tables, got {values!r:.60}.")
             continue
         if section not in SECTIONS:
-            homes = [
+            tables = [
                 f"[{name}]"
                 for name, kind in SECTIONS.items()
                 if section in (f.name for f in dataclasses.fields(kind))
             ]
-            hint = f" It belongs under {' or '.join(homes)}." if homes else ""
+            hint = f" It belongs under {' or '.join(tables)}." if tables else ""
             raise RecipeError(
                 f"{source}: unknown key {section!r}; tables are {sorted([*SECTIONS, LAYERS])}."
                 f"{hint or nearest(section, [*SECTIONS, LAYERS])}"
@@ -443,11 +442,11 @@ def _section(section: str, values: dict[str, Any], source: str) -> Any:
 
 
 def override(recipe: Recipe, section: str, **values: Any) -> Recipe:
-    """The recipe with the values that are not None put in place of its own."""
-    given = {k: v for k, v in values.items() if v is not None}
+    """Return the recipe with the values that are not None in one of its sections."""
+    overrides = {k: v for k, v in values.items() if v is not None}
     before = getattr(recipe, section) or SECTIONS[section]()
     fields = {name: getattr(before, name) for name in describe(SECTIONS[section])}
-    changed = SECTIONS[section](**{**fields, **given})
+    changed = SECTIONS[section](**{**fields, **overrides})
     return dataclasses.replace(recipe, **{section: changed})
 
 
@@ -458,10 +457,11 @@ def make_recipe(
     quantization: dict[str, Any] | None = None,
     distillation: dict[str, Any] | None = None,
 ) -> Recipe:
-    """A recipe (a file, a name, a value or the defaults) with single settings overridden.
+    """Return a recipe (a file, a name, a value or the defaults) with settings overridden.
 
     Raises:
-        RecipeError, SettingError: as their names say.
+        RecipeError: the file is missing or malformed.
+        SettingError: a value is out of its range.
     """
     if recipe is None:
         recipe = Recipe()
@@ -499,9 +499,9 @@ def given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
 
 
 def to_dict(value: Any) -> dict[str, Any]:
-    """Nested dicts of JSON types; fields that are None are left out.
+    """Convert settings to nested dicts of JSON types; fields that are None are left out.
 
-    Exceptions by layer become an array: their order counts, that of the keys of an object does not.
+    Exceptions by layer become an array, as their order matters.
     """
     result: dict[str, Any] = {}
     for f in dataclasses.fields(value):
@@ -517,7 +517,7 @@ def to_dict(value: Any) -> dict[str, Any]:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML, every field with a comment that says what it is."""
+    """Return the recipe as TOML, with the description of every field as a comment."""
     lines: list[str] = []
     for section, kind in SECTIONS.items():
         chosen = getattr(recipe, section)

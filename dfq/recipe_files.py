@@ -1,4 +1,4 @@
-"""Recipe files: those of a user by their path, those that ship with dfq by their name."""
+"""Recipe files: the user's by path, shipped ones by name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Files of the recipes that ship with dfq, by name, in alphabetical order."""
+    """Return the files of the recipes that ship with dfq, by name, in alphabetical order."""
     return dict(sorted((path.stem, path) for path in SHIPPED.glob(f"*{SUFFIX}")))
 
 
 def recipe_file(recipe: str | Path) -> Path:
-    """The file of a recipe.  Text without a dot and a separator names one that ships with dfq.
+    """Return the file of a recipe.
+
+    Text without a dot and a separator names one that ships with dfq.
 
     Raises:
         RecipeError: no recipe of this name ships with dfq.
@@ -39,7 +41,7 @@ def recipe_file(recipe: str | Path) -> Path:
 
 
 def read_toml(recipe: str | Path) -> dict[str, Any]:
-    """The content of a recipe's file.
+    """Read the content of a recipe's file.
 
     Raises:
         RecipeError: there is no such recipe, or its file cannot be read.
@@ -57,7 +59,7 @@ def read_toml(recipe: str | Path) -> dict[str, Any]:
 
 
 def summary(path: Path) -> str:
-    """The first sentence of the comment that a recipe begins with."""
+    """Return the first sentence of the comment at the start of a recipe."""
     comment = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("# "):

@@ -1,4 +1,4 @@
-"""What this processor is slow at, with what to do: one sentence a cause."""
+"""Warnings about slow kernels on this processor, with advice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WITHOUT_AVX2 = (
 
 
 def slow_floats(device: torch.device, *precisions: str) -> list[str]:
-    """What to know before work in these precisions, as settings name them; nothing on a GPU."""
+    """Return warnings about inversion or training in these precisions; none on a GPU."""
     if device.type != "cpu" or multiplies_bfloat16(device):
         return []
     slow = {"auto": FLOAT32, "bfloat16": EMULATED}
@@ -42,8 +42,9 @@ def slow_floats(device: torch.device, *precisions: str) -> list[str]:
 
 
 def slow_integers(device: torch.device, largest: int = onednn.MAX_WEIGHT_WITHOUT_VNNI) -> list[str]:
-    """What to know before a quantized model runs whose weights reach ``largest`` in magnitude,
-    as they are multiplied; nothing on a GPU."""
+    """Return warnings about a quantized model with weights up to ``largest`` in magnitude; none on
+    a GPU.
+    """
     if device.type != "cpu" or int8_is_exact(device):
         return []
     if onednn.unsupported_reason(device, KernelRequirements(largest)) is None:

@@ -15,21 +15,21 @@ from dfq.argument_names import option
 from dfq.errors import SettingError, nearest
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""No conversion: ``"1"`` and ``True`` are not numbers, ``1.0`` is not an integer."""
+"""Configuration without conversion: ``"1"`` and ``True`` are no numbers, ``1.0`` no integer."""
 
 T = TypeVar("T")
 
 Shares = Annotated[tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...], Strict(False)]
 """Numbers from 0 to 1; a list counts as a tuple."""
 
-OWNED: Any = object()
-"""The default of a field that a part of the class declares (:func:`made_of`), and which has only
-its place and its type in the class itself."""
+FROM_COMPONENT: Any = object()
+"""Default of a field that a component declares (:func:`with_component_fields`); the class itself
+gives only its position and its type."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneOf:
-    """Metadata of text that must be one of ``names``, which may grow."""
+    """Metadata of text that must be one of ``names``."""
 
     names: Collection[str]
 
@@ -72,7 +72,7 @@ class SettingInfo:
         number = {int: "a whole number", float: "a number", tuple[int, ...]: "whole numbers"}
         return f"{number.get(self.kind, 'numbers')} from {self.low} to {self.high}"
 
-    def refuse(self, value: Any) -> SettingError:
+    def error(self, value: Any) -> SettingError:
         """Return the error for a value that is not allowed."""
         close = ""
         if isinstance(value, str) and get_origin(self.kind) is Literal:
@@ -99,33 +99,35 @@ def settings(cls: type[T]) -> type[T]:
         try:
             construct(self, *args, **kwargs)
         except ValidationError as error:
-            raise _refusal(made, args, kwargs, error) from error
+            raise _convert_error(made, args, kwargs, error) from error
 
     made.__init__ = __init__
     return cast("type[T]", made)
 
 
-def made_of(parts: Iterable[tuple[str, type[Any]]]) -> Callable[[type[T]], type[T]]:
-    """Give a class the fields of settings classes, each with a label for its descriptions.
+def with_component_fields(
+    components: Iterable[tuple[str, type[Any]]],
+) -> Callable[[type[T]], type[T]]:
+    """Decorate a class to add the fields of settings classes, each with a label for descriptions.
 
-    A field may be declared by several parts that mean the same by it.  Those that the class
-    annotates with the default :data:`OWNED` stay in their places, the others come last.
+    Several components may declare the same field.  Fields that the class annotates with the
+    default :data:`FROM_COMPONENT` keep their position, the others come last.
 
     Raises:
-        TypeError: a name means two things, or no part declares it.
+        TypeError: two components declare a field differently, or none declares it.
     """
     owners: dict[str, list[str]] = {}
     fields: dict[str, FieldInfo] = {}
-    for label, part in parts:
-        for name, field in cast("dict[str, FieldInfo]", part.__pydantic_fields__).items():
-            if name in fields and _facts(fields[name]) != _facts(field):
-                raise TypeError(f"{part.__name__}.{name} means something else elsewhere.")
+    for label, component in components:
+        for name, field in cast("dict[str, FieldInfo]", component.__pydantic_fields__).items():
+            if name in fields and _declaration(fields[name]) != _declaration(field):
+                raise TypeError(f"{component.__name__}.{name} is declared differently elsewhere.")
             owners.setdefault(name, []).append(label)
             fields[name] = field
 
     def fill(cls: type[T]) -> type[T]:
         for name in cls.__annotations__:
-            if (getattr(cls, name, None) is OWNED) != (name in fields):
+            if (getattr(cls, name, None) is FROM_COMPONENT) != (name in fields):
                 raise TypeError(f"{cls.__name__}.{name} is declared twice or nowhere.")
         for name, field in fields.items():
             label = ", ".join(filter(None, owners[name]))
@@ -138,11 +140,11 @@ def made_of(parts: Iterable[tuple[str, type[Any]]]) -> Callable[[type[T]], type[
     return fill
 
 
-def _facts(field: FieldInfo) -> tuple[Any, ...]:
+def _declaration(field: FieldInfo) -> tuple[Any, ...]:
     return field.annotation, field.metadata, field.default, field.description
 
 
-def _refusal(
+def _convert_error(
     kind: type[Any], args: tuple[Any, ...], values: Mapping[str, Any], error: ValidationError
 ) -> SettingError:
     first = error.errors(include_url=False, include_context=False)[0]
@@ -153,7 +155,7 @@ def _refusal(
     given = {**dict(zip(infos, args, strict=False)), **values}
     if name not in infos:
         return SettingError(unknown("setting", str(name), infos))
-    return infos[str(name)].refuse(given.get(str(name), first["input"]))
+    return infos[str(name)].error(given.get(str(name), first["input"]))
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

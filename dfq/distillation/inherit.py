@@ -1,4 +1,4 @@
-"""Students that begin with their teacher's own weights."""
+"""Initialization of a student from its teacher's weights."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ PARTS = (
     "mlp.fc1",
     "mlp.fc2",
 )
-"""Modules of a block that timm and dfq name and lay out alike."""
+"""Modules of a block with the same names and shapes in timm and dfq."""
 
 
-def begin(model: nn.Module, arch: Architecture, teacher: ViT, start: Start) -> Start:
-    """Give a timm student of architecture ``arch`` the weights it begins with; returns which.
+def initialize(model: nn.Module, arch: Architecture, teacher: ViT, start: Start) -> Start:
+    """Initialize a timm student of architecture ``arch``; returns ``teacher`` or ``random``.
 
-    ``teacher``: the teacher's own, of as many of its blocks, evenly spaced (DistilBERT,
-    arXiv 1910.01108, section 3).  ``random``: those it has.  ``auto``: the teacher's where they
-    fit and are fewer, for with all of them there is nothing left to learn.
+    ``teacher``: copy evenly spaced blocks of the teacher (DistilBERT, arXiv 1910.01108,
+    section 3).  ``random``: keep the weights.  ``auto``: copy if the blocks fit and the student
+    has fewer; with all of them it would equal the teacher.
 
     Raises:
-        SettingError: the teacher's are asked for and do not fit.
+        SettingError: ``start`` is ``teacher``, and the blocks do not fit.
     """
     if start == "random" or (start == "auto" and arch.depth == teacher.arch.depth):
         return "random"
-    reason = _misfit(arch, teacher.arch)
+    reason = _mismatch(arch, teacher.arch)
     if reason is None and not _has_biases(model, teacher):
         reason = "it has no biases where the teacher has"
     if reason is None:
-        _inherit(model, teacher)
+        _copy_weights(model, teacher)
         return "teacher"
     if start == "teacher":
         raise SettingError(
@@ -54,15 +54,15 @@ def begin(model: nn.Module, arch: Architecture, teacher: ViT, start: Start) -> S
     return "random"
 
 
-def spaced(count: int, depth: int) -> list[int]:
-    """So many of ``depth`` blocks, evenly spaced, the first and the last among them."""
+def spaced_blocks(count: int, depth: int) -> list[int]:
+    """Return the indices of ``count`` of ``depth`` blocks, evenly spaced, with first and last."""
     if count == 1:
         return [depth - 1]
     return [round(index * (depth - 1) / (count - 1)) for index in range(count)]
 
 
-def _misfit(student: Architecture, teacher: Architecture) -> str | None:
-    """Why the teacher's blocks cannot be the student's, if they cannot."""
+def _mismatch(student: Architecture, teacher: Architecture) -> str | None:
+    """Return why the teacher's blocks cannot be copied, None if they can."""
     theirs = dataclasses.asdict(teacher)
     for name, value in dataclasses.asdict(student).items():
         if name != "depth" and value != theirs[name]:
@@ -75,13 +75,13 @@ def _misfit(student: Architecture, teacher: Architecture) -> str | None:
 
 
 def _pairs(model: Any, teacher: ViT) -> Iterator[tuple[Any, Any]]:
-    """Modules with a weight and a bias: timm's, and the teacher's that fills it."""
+    """Yield modules with a weight and a bias: the student's, and the teacher's to copy."""
     yield model.patch_embed.proj, teacher.patch_embed
     yield model.patch_embed.norm, teacher.patch_norm
     for name in ("norm_pre", "norm", "fc_norm", "head"):
         yield getattr(model, name), getattr(teacher, name)
     for theirs, index in zip(
-        model.blocks, spaced(len(model.blocks), teacher.arch.depth), strict=True
+        model.blocks, spaced_blocks(len(model.blocks), teacher.arch.depth), strict=True
     ):
         for part in PARTS:
             yield theirs.get_submodule(part), teacher.block(index).get_submodule(part)
@@ -95,7 +95,7 @@ def _has_biases(model: Any, teacher: ViT) -> bool:
 
 
 @torch.no_grad()
-def _inherit(model: Any, teacher: ViT) -> None:
+def _copy_weights(model: Any, teacher: ViT) -> None:
     for theirs, ours in _pairs(model, teacher):
         if not isinstance(ours, nn.Identity):
             theirs.weight.copy_(ours.weight.reshape(theirs.weight.shape))

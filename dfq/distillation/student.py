@@ -1,4 +1,4 @@
-"""Students: fresh timm models with a token-sparse forward."""
+"""Students: new timm models with a token-sparse forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dfq.vit.options import matching_pool_keywords
 from dfq.vit.saved import SHAPE_BOUNDS, TIMM_MODULES, building_arguments
 
 SHAPE = {"depth": "depth", "embed_dim": "width", "num_heads": "heads"}
-"""timm's names of what can be changed about a student, and dfq's."""
+"""Arguments of a student's size: timm's names, and dfq's."""
 
 
 def student_arguments(
@@ -32,14 +32,14 @@ def student_arguments(
     saved: Path | None = None,
     **shape: int | None,
 ) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` for a student that reads the teacher's images.
+    """Return arguments of ``timm.create_model`` for a student that reads the teacher's images.
 
-    Without a name it is the teacher's model, pooled as it is, which is in the directory
-    ``saved`` where dfq wrote it; ``depth``, ``embed_dim`` and ``num_heads`` change its size.
+    Without ``name`` the student is the teacher's model, with the same pooling; ``saved`` is its
+    directory if dfq wrote it.  ``depth``, ``embed_dim`` and ``num_heads`` change its size.
 
     Raises:
         UnknownModelError: timm has no model of that name.
-        SettingError: the shape has a number that no model can have.
+        SettingError: a number is out of range.
     """
     _check(shape)
     base: dict[str, Any] = {"model_name": name or timm_name.partition(".")[0]}
@@ -80,7 +80,7 @@ def _check(shape: Mapping[str, int | None]) -> None:
 def create(
     arguments: dict[str, Any], teacher: Architecture, seed: int
 ) -> tuple[nn.Module, Architecture]:
-    """A student with random weights of that seed, and its architecture.
+    """Create a student with random weights; returns it with its architecture.
 
     Raises:
         SettingError: it cannot be built, or does not read the teacher's patches.
@@ -121,7 +121,7 @@ def _not_a_student(name: str) -> SettingError:
 
 
 def tokens(model: Any, patches: Tensor, positions: Tensor) -> Tensor:
-    """Tokens ``[B, prefix + L, width]`` of a timm ViT after its last norm, for patches
+    """Return tokens ``[B, prefix + L, width]`` of a timm ViT after its last norm, for patches
     ``[B, L, D]`` at ``positions`` ``[B, L]``.
 
     Trains timm's own parameters; with timm's ``forward_head`` equal to
@@ -138,5 +138,5 @@ def tokens(model: Any, patches: Tensor, positions: Tensor) -> Tensor:
             table = table[first.shape[1] :]
         x = x + F.embedding(positions, table)
     x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-    found: Tensor = model.norm(model.blocks(model.norm_pre(x)))
-    return found
+    normed: Tensor = model.norm(model.blocks(model.norm_pre(x)))
+    return normed

@@ -1,4 +1,4 @@
-"""The training loop: a student learns a teacher's soft labels on sparse images."""
+"""Training loop: a student learns a teacher's soft labels on sparse images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dfq.vit import Preprocessing, ViT
 from dfq.vit.logits import class_logits
 
 RECORDS = 50
-"""Values of the loss that are kept, evenly spaced over the run."""
+"""Number of recorded losses, each the mean over an equal part of the run."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,26 @@ class Images:
 
     @classmethod
     def gather(cls, batches: Iterator[SparseImages]) -> Images:
-        """All images of some batches."""
-        found: dict[int, list[SparseImages]] = {}
+        """Collect the images of batches."""
+        groups: dict[int, list[SparseImages]] = {}
         for batch in batches:
-            found.setdefault(batch.patches.shape[1], []).append(batch)
-        return cls([join(parts) for _, parts in sorted(found.items())])
+            groups.setdefault(batch.patches.shape[1], []).append(batch)
+        return cls([join(parts) for _, parts in sorted(groups.items())])
 
     def draw(self, size: int, generator: torch.Generator) -> SparseImages:
-        """A random batch of at most ``size`` images of one number of patches; each image is
-        as likely as any other."""
+        """Draw at most ``size`` images with the same number of patches, each equally likely."""
         share = torch.tensor([float(len(group)) for group in self.groups])
         group = self.groups[int(torch.multinomial(share, 1, generator=generator))]
         return group[torch.randperm(len(group), generator=generator)[:size]]
 
 
-def moved(
+def random_jitter(
     images: SparseImages, grid: Grid, share: float, flip: bool, g: torch.Generator
 ) -> SparseImages:
-    """The images rolled by whole patches and mirrored, all of a batch alike."""
+    """Return the images rolled by whole patches and mirrored, the same for the whole batch.
+
+    ``share``: largest roll, as a share of the grid's side.  ``flip``: mirror half of the batches.
+    """
     down, right, mirrored = draw(grid, share, flip, g)
     table = move_table(grid, down, right, mirrored).to(images.positions.device)
     patches = mirror(images.patches, grid) if mirrored else images.patches
@@ -64,9 +66,10 @@ def moved(
     )
 
 
-def stretched(images: SparseImages, contrast: float, g: torch.Generator) -> SparseImages:
-    """The images with each one's contrast multiplied by a random factor between ``1 / contrast``
-    and ``contrast`` about a random level, and clipped to what pixels can be.
+def random_contrast(images: SparseImages, contrast: float, g: torch.Generator) -> SparseImages:
+    """Return the images with random contrast: pixels are scaled about a random level and clipped.
+
+    The factor of each image is between ``1 / contrast`` and ``contrast``.
 
     Inverted images are textured everywhere; photographs have flat, dark and bright areas.
     """
@@ -86,12 +89,12 @@ def train(
     settings: DistillationSettings,
     advance: Callable[[int], None],
 ) -> list[float]:
-    """Train a timm student in place; returns the mean loss of each of :data:`RECORDS` stretches.
+    """Train a timm student in place; returns :data:`RECORDS` mean losses.
 
     The loss is the Kullback-Leibler divergence of the student's from the teacher's
     prediction at ``temperature``, times its square (arXiv 1503.02531, section 2), on the same
-    patches at the same places; and ``features`` times the distance of their last patch tokens
-    (arXiv 1412.6550, section 2.1) where they are of one width.
+    patches at the same positions; and ``features`` times the distance of their last patch tokens
+    (arXiv 1412.6550, section 2.1) if the models have the same width.
 
     Raises:
         RunError: the loss is no longer finite.
@@ -99,9 +102,9 @@ def train(
     device, grid = teacher.prefix.device, teacher.arch.grid
     precision = resolve_precision(settings.precision, device)
     generator = seeded(settings.seed, "distillation", 0)
-    optimizer = torch.optim.AdamW(_decayed(student, settings.weight_decay), lr=settings.lr)
+    optimizer = torch.optim.AdamW(_parameter_groups(student, settings.weight_decay), lr=settings.lr)
     if device.type == "cpu":
-        _unfuse(student)
+        _disable_fused_attention(student)
     weight = settings.features if student.embed_dim == teacher.arch.embed_dim else 0.0
     student.train()
     losses: list[float] = []
@@ -109,19 +112,20 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * rate(step, settings)
         batch = images.draw(settings.batch, generator).to(device)
-        batch = moved(batch, grid, settings.jitter, settings.flip, generator)
-        batch = stretched(batch, settings.contrast, generator)
+        batch = random_jitter(batch, grid, settings.jitter, settings.flip, generator)
+        batch = random_contrast(batch, settings.contrast, generator)
         x = pixels_to_input(batch.patches, preprocessing, grid)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             with torch.no_grad():
-                aim = teacher.tokens(x, batch.positions)
-                target, aim = teacher.classify(aim), teacher.norm(aim)
+                target_tokens = teacher.tokens(x, batch.positions)
+                target = teacher.classify(target_tokens)
+                target_tokens = teacher.norm(target_tokens)
             features = tokens(student, x, batch.positions)
-            found = student.forward_head(features)
-        loss = divergence(found, target, settings.temperature)
+            logits = student.forward_head(features)
+        loss = divergence(logits, target, settings.temperature)
         if weight:
-            kept = x.shape[1]
-            loss = loss + weight * distance(features[:, -kept:], aim[:, -kept:])
+            patches = x.shape[1]
+            loss = loss + weight * distance(features[:, -patches:], target_tokens[:, -patches:])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
@@ -134,47 +138,52 @@ def train(
             )
         advance(1)
     student.eval()
-    return _thinned(losses)
+    return _binned_means(losses)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean divergence of logits ``[B, classes]`` at a temperature, times its square."""
+    """Return the mean Kullback-Leibler divergence of logits ``[B, classes]``.
+
+    It is taken at a temperature and multiplied by its square.
+    """
     p = (class_logits(teacher.float()) / temperature).log_softmax(-1)
     q = (class_logits(student.float()) / temperature).log_softmax(-1)
     return F.kl_div(q, p, log_target=True, reduction="batchmean") * temperature**2
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean square of the difference of tokens ``[B, L, width]``, each scaled to mean 0 and
-    variance 1: from 0 to 4, about 2 where they have nothing to do with each other."""
+    """Return the mean squared difference of layer-normalized tokens ``[B, L, width]``.
+
+    It is from 0 to 4, and about 2 for unrelated tokens.
+    """
     width = student.shape[-1:]
     return F.mse_loss(F.layer_norm(student.float(), width), F.layer_norm(teacher.float(), width))
 
 
 def rate(step: int, settings: DistillationSettings) -> float:
-    """Share of the step size: a linear warm-up, then half a cosine to 0."""
+    """Return the factor of the step size: a linear warm-up, then cosine decay to 0."""
     warm = max(1, round(settings.warmup * settings.steps))
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, settings.steps - warm)))
 
 
-def _unfuse(model: nn.Module) -> None:
-    """Attention of timm's modules as two products: PyTorch's fused one takes longer on CPUs."""
+def _disable_fused_attention(model: nn.Module) -> None:
+    """Turn off fused attention in timm's modules, which takes longer on CPUs."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             cast(Any, module).fused_attn = False
 
 
-def _decayed(model: nn.Module, decay: float) -> list[dict[str, object]]:
-    """Matrices decay; biases, norms and tokens do not."""
+def _parameter_groups(model: nn.Module, decay: float) -> list[dict[str, object]]:
+    """Return parameter groups: weight decay for matrices, none for biases, norms and tokens."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if p.ndim < 2 or n.endswith(("token", "pos_embed"))]
     matrices = [p for n, p in named if not (p.ndim < 2 or n.endswith(("token", "pos_embed")))]
     return [{"params": matrices, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def _thinned(losses: list[float]) -> list[float]:
+def _binned_means(losses: list[float]) -> list[float]:
     edges = [round(i * len(losses) / RECORDS) for i in range(RECORDS + 1)]
     parts = [losses[a:b] for a, b in pairwise(edges) if b > a]
     return [sum(part) / len(part) for part in parts]

@@ -15,7 +15,7 @@ from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.data.images import ImageSource, load_batches
 from dfq.device import resolve_device
-from dfq.distillation.inherit import begin
+from dfq.distillation.inherit import initialize
 from dfq.distillation.student import create, student_arguments
 from dfq.distillation.training import Images, train
 from dfq.errors import OutputError, SettingError, UnsupportedModelError
@@ -176,7 +176,7 @@ def distill(
     written = Path(teacher) if isinstance(teacher, str) and is_saved(teacher) else None
     arguments = student_arguments(named, arch, loaded.timm_name, written, **shape)
     model, student_arch = create(arguments, arch, plan.seed)
-    begun = begin(model, student_arch, loaded.vit, plan.start)
+    begun = initialize(model, student_arch, loaded.vit, plan.start)
     model.to(target)
     tested = None
     if eval is not None:

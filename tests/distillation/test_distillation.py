@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
 import dfq
-from dfq.distillation.inherit import begin, spaced
+from dfq.distillation.inherit import initialize, spaced_blocks
 from dfq.distillation.student import tokens
-from dfq.distillation.training import RECORDS, distance, divergence, rate, stretched
+from dfq.distillation.training import RECORDS, distance, divergence, random_contrast, rate
 from dfq.errors import DfqError, OutputError, RunError, SettingError, WeightsError
 from dfq.progress import Silent
 from dfq.recipe import DistillationSettings, Recipe, says
@@ -100,7 +100,7 @@ def test_a_student_sees_what_its_converted_form_sees(changes: dict[str, Any]) ->
 def test_a_student_of_the_teachers_depth_begins_as_the_teacher(changes: dict[str, Any]) -> None:
     teacher, other = make_vit(**changes), make_vit(seed=1, **changes)
     vit = load_model(teacher, mean=(0.5,) * 3, std=(0.5,) * 3).vit
-    assert begin(other, vit.arch, vit, "teacher") == "teacher"
+    assert initialize(other, vit.arch, vit, "teacher") == "teacher"
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(other.eval()(images), teacher.eval()(images))
@@ -109,7 +109,7 @@ def test_a_student_of_the_teachers_depth_begins_as_the_teacher(changes: dict[str
 def test_a_shallower_student_begins_with_blocks_of_the_teachers() -> None:
     teacher, other = make_vit(depth=5), make_vit(seed=1, depth=3)
     vit, arch = (load_model(m, mean=(0.5,) * 3, std=(0.5,) * 3).vit for m in (teacher, other))
-    assert begin(other, arch.arch, vit, "auto") == "teacher"
+    assert initialize(other, arch.arch, vit, "auto") == "teacher"
     for mine, index in zip(other.blocks, (0, 2, 4), strict=True):
         for name, value in teacher.blocks[index].state_dict().items():
             assert torch.equal(mine.state_dict()[name], value)
@@ -117,20 +117,20 @@ def test_a_shallower_student_begins_with_blocks_of_the_teachers() -> None:
 
 def test_what_does_not_fit_begins_with_random_weights() -> None:
     vit = load_model(make_vit(), mean=(0.5,) * 3, std=(0.5,) * 3).vit
-    assert begin(make_vit(seed=1), vit.arch, vit, "auto") == "random"
+    assert initialize(make_vit(seed=1), vit.arch, vit, "auto") == "random"
     for changes in ({"embed_dim": 48}, {"depth": 9}, {"act_layer": "silu"}, {"qkv_bias": False}):
         other = make_vit(seed=1, **{"depth": 1, **changes})
         arch = load_model(other, mean=(0.5,) * 3, std=(0.5,) * 3).vit.arch
         before = {k: v.clone() for k, v in other.state_dict().items()}
-        assert begin(other, arch, vit, "auto") == "random"
+        assert initialize(other, arch, vit, "auto") == "random"
         assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
         with pytest.raises(SettingError, match="cannot start with its teacher's weights"):
-            begin(other, arch, vit, "teacher")
+            initialize(other, arch, vit, "teacher")
 
 
 @given(count=st.integers(1, 40), more=st.integers(0, 40))
 def test_blocks_are_spaced_evenly(count: int, more: int) -> None:
-    found = spaced(count, count + more)
+    found = spaced_blocks(count, count + more)
     steps = [b - a for a, b in pairwise(found)]
     assert len(found) == count
     assert found[-1] == count + more - 1
@@ -141,7 +141,7 @@ def test_blocks_are_spaced_evenly(count: int, more: int) -> None:
 @settings(deadline=None, derandomize=True, max_examples=50)
 def test_contrast_keeps_the_order_of_pixels(seed: int, contrast: float) -> None:
     images = dfq.fractal_noise(3, load_model("demo").vit.arch.grid, first=seed)
-    found = stretched(images, contrast, torch.Generator().manual_seed(seed))
+    found = random_contrast(images, contrast, torch.Generator().manual_seed(seed))
     assert torch.equal(found.positions, images.positions)
     for before, after in zip(images.patches.flatten(1), found.patches.flatten(1), strict=True):
         order = before.argsort(stable=True)

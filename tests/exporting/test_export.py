@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weights of a program": (
         {"weights": "int8", "format": "torch"},
         SettingError,
-        "choice of format 'onnx' alone",
+        "choice of format='onnx' alone",
     ),
 }
 

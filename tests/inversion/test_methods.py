@@ -31,7 +31,7 @@ from dfq.inversion.schedules.smi import Smi
 from dfq.pipeline.calibration_set import held_out_settings
 from dfq.recipe import InversionSettings, load_recipe, to_dict, to_toml
 from dfq.sparse import Grid, SparseImages
-from dfq.validation import OWNED, describe, made_of, settings
+from dfq.validation import FROM_COMPONENT, describe, settings, with_component_fields
 from dfq.vit.load import LoadedModel
 
 ROOT = Path(__file__).parents[2]
@@ -307,20 +307,20 @@ def test_the_first_name_of_a_field_is_its_meaning() -> None:
     class Pri:
         stages: int = Field(default=4, description="images")
 
-    with pytest.raises(TypeError, match=r"Pri.stages means something else"):
-        made_of([("other", Other), ("pri", Pri)])
+    with pytest.raises(TypeError, match=r"Pri.stages is declared differently"):
+        with_component_fields([("other", Other), ("pri", Pri)])
     with pytest.raises(TypeError, match="declared twice or nowhere"):
 
         @settings
-        @made_of([("pri", Pri)])
+        @with_component_fields([("pri", Pri)])
         class Nowhere:
-            stages: int = OWNED
-            images: int = OWNED
+            stages: int = FROM_COMPONENT
+            images: int = FROM_COMPONENT
 
     with pytest.raises(TypeError, match="declared twice or nowhere"):
 
         @settings
-        @made_of([("pri", Pri)])
+        @with_component_fields([("pri", Pri)])
         class Twice:
             stages: int = 3
 
