@@ -9,6 +9,7 @@ import sys
 PROGRAM = """
 import os, signal, sys
 from dfq.cli.interrupts import end_at_once, raise_again
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 sys.argv[1:] = {words}
 end_at_once()
 {then}
