@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,15 +16,24 @@ from calibration_bench.core import registry
 from calibration_bench.core.notes import Lines
 from calibration_bench.core.options import function
 from calibration_bench.core.report import markdown, report
+from dfq.cli.flags import JSON, has_flag, keep_json, parsed_json, wants_json
 from dfq.cli.streams import settle
-from dfq.cli.terminal import check_output, print_json, print_text, wants_json
+from dfq.cli.terminal import check_output, print_json, print_text
 from dfq.errors import DfqError, OutputError
 from dfq.text import escape
 
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Results = Annotated[Path, typer.Option(help="Directory of the results.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="One JSON object on stdout, nothing else.",
+        is_eager=True,
+        callback=parsed_json,
+    ),
+]
 Again = Annotated[bool, typer.Option("--again", help="Measure also the rows already there.")]
 Plots = Annotated[
     Path | None, typer.Option(help="Draw plots into this directory; takes the extra `report`.")
@@ -44,12 +52,20 @@ ALL_HELP = "Every experiment that runs on the demo model, with its defaults."
 class _Group(TyperGroup):
     """Turns dfq's errors into messages and exit codes."""
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        as_json = has_flag(args, JSON)
+        ctx = super().make_context(info_name, args, parent, **extra)
+        keep_json(ctx, as_json)
+        return ctx
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            check_output(sys.argv[1:])
+            check_output(json=wants_json(ctx), quiet=False)
             return super().invoke(ctx)
         except DfqError as error:
-            if wants_json():
+            if wants_json(ctx):
                 kind = type(error).__name__
                 with suppress(OutputError):
                     print_json({"error": {"type": kind, "message": str(error)}})
@@ -57,7 +73,7 @@ class _Group(TyperGroup):
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             text = "Interrupted. Finished rows are kept; run it again to go on."
-            if wants_json():
+            if wants_json(ctx):
                 print_json({"error": {"type": "KeyboardInterrupt", "message": text}})
             err_console.print(text)
             raise typer.Exit(130) from None

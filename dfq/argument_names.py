@@ -9,6 +9,7 @@ from typing import Any
 
 FLAGS = {
     "checkpoint": "CHECKPOINT",
+    "evaluate": "--no-evaluate",
     "float_model": "--float",
     "model": "MODEL",
     "name": "NAME",
@@ -51,13 +52,16 @@ def option(name: str, value: Any = None, *, metavar: str = "") -> str:
 
     Args:
         name: parameter of a public function.
-        value: value to suggest: ``stages=4``, or ``--stages 4``; None for the name alone.
+        value: value to suggest: ``stages=4``, or ``--stages 4``; None for the name alone, False for
+            ``evaluate=False``, or ``--no-evaluate``.
         metavar: placeholder of the value on the command line: ``eval``, or ``--eval DATA``.
     """
     flags = _flags.get()
     if flags is None:
         return name if value is None else f"{name}={value!r}"
     flag = flags.get(name, f"--{name.replace('_', '-')}")
+    if value is False:
+        return flag
     text = metavar if value is None else _flag_value(value)
     return f"{flag} {text}".rstrip()
 

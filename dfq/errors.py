@@ -65,7 +65,14 @@ class UnknownModelError(UsageError):
 
 
 class UnsupportedModelError(UsageError):
-    """The model is not a patch vision transformer that dfq knows."""
+    """The model is not a patch vision transformer that dfq knows.
+
+    ``reason``: what about the model is not supported, without its name.
+    """
+
+    def __init__(self, facts: str, advice: str = "", *, reason: str = "") -> None:
+        super().__init__(facts, advice)
+        self.reason = reason
 
 
 class WeightsError(UsageError):

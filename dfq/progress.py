@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
+
+from dfq.job import Stage
 
 Advance = Callable[[int], None]
 
 
 @runtime_checkable
 class Progress(Protocol):
-    """Shows long work; the command line has bars, the API is silent by default."""
+    """Shows long work.
+
+    Public functions take an object with these two methods, ``True`` for the bars of the command
+    line, or ``False`` or None for none.  If it also has a method ``announce``, that gets the
+    :class:`~dfq.job.Stage` list of a job with several stages before the first one.
+    """
 
     def task(self, name: str, total: int, /) -> AbstractContextManager[Advance]:
         """A stage of ``total`` steps, as a context whose value advances it."""
 
     def note(self, text: str) -> None:
         """A line about what is going on."""
+
+
+@runtime_checkable
+class Announced(Protocol):
+    """Progress that is told the stages of a job."""
+
+    def announce(self, stages: Sequence[Stage], /) -> None:
+        """Take the stages to come, in their order; some may be skipped."""
+
+
+def resolve_progress(progress: Progress | bool | None) -> Progress:
+    """Return the progress that a caller asked for: bars for True, none for False and None.
+
+    Of the processes that ``torchrun`` started, only the first has bars.
+    """
+    if progress is True and is_first():
+        from dfq.bars import Bars
+
+        return Bars()
+    return Silent() if progress is None or isinstance(progress, bool) else progress
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all that ``torchrun`` started."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def announce(progress: Progress, stages: Sequence[Stage]) -> None:
+    """Tell the stages of a job to progress that takes them."""
+    if isinstance(progress, Announced):
+        progress.announce(stages)
 
 
 def note_all(progress: Progress, texts: Iterable[str]) -> None:

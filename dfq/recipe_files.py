@@ -21,9 +21,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def recipe_file(recipe: str | Path) -> Path:
-    """Return the file of a recipe.
-
-    Text without a dot and a separator names one that ships with dfq.
+    """Return the file of a recipe.  Text without a dot and a separator names a shipped one.
 
     Raises:
         RecipeError: no recipe of this name ships with dfq.

@@ -19,17 +19,18 @@ EMULATED = (
 )
 WITHOUT_VNNI = (
     "This processor has no 8-bit dot products (VNNI): quantized models take almost twice as long "
-    "as with them, still less than in floating point. Those of reduce_range = false run on the "
-    "reference kernels, slower than in floating point."
+    "as with them, still less than in floating point. Those of reduce_range = false take about as "
+    "long as in floating point."
 )
 TOO_WIDE = (
-    "Without 8-bit dot products (VNNI) weights of the full range would saturate, so this model "
-    "runs on the reference kernels, slower than in floating point. Quantize with "
-    "reduce_range = true (the default)."
+    "Without 8-bit dot products (VNNI) weights of the full range would saturate, so this model's "
+    "integers are multiplied as float32: exact, but about as slow as in floating point. Quantize "
+    "with reduce_range = true (the default)."
 )
 WITHOUT_AVX2 = (
-    "8-bit products are exact neither with VNNI nor with AVX2 here, so quantized models run on the "
-    "reference kernels, slower than in floating point. An export runs on what its runtime offers."
+    "8-bit products are exact neither with VNNI nor with AVX2 here, so integers are multiplied as "
+    "float32: quantized models take about as long as in floating point. An export runs on what its "
+    "runtime offers."
 )
 
 

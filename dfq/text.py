@@ -1,4 +1,4 @@
-"""Escaping of untrusted text, such as file names, for terminals and rich."""
+"""Text for people: untrusted text made safe to print, and durations."""
 
 from __future__ import annotations
 
@@ -21,3 +21,16 @@ def printable(text: str) -> str:
 def escape(text: str) -> str:
     """Escape unprintable characters and rich's markup."""
     return escape_markup(printable(text))
+
+
+def clock_time(seconds: float) -> str:
+    """Format seconds as ``m:ss``, from an hour on as ``h:mm:ss``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def duration(seconds: float, digits: int = 1) -> str:
+    """Format seconds with ``digits`` decimals and their unit, from a minute on as ``m:ss``."""
+    text = f"{seconds:.{digits}f}"
+    return f"{text} s" if float(text) < 60 else clock_time(seconds)

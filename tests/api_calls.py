@@ -17,7 +17,9 @@ from dfq.results.values import QuantizeResult
 FAST: dict[str, Any] = {"iterations": 4, "stages": 2, "threads": 1}
 
 
-def quantize(model: VisionTransformer, out: Path, **changes: Any) -> QuantizeResult:
+def quantize(
+    model: VisionTransformer | dfq.LoadedModel, out: Path, **changes: Any
+) -> QuantizeResult:
     args: dict[str, Any] = {"images": 4, "settings": {"inversion": FAST}, "out": out}
     return dfq.quantize(model, **{**args, **changes})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -40,8 +39,8 @@ class Outcome:
 class Cli:
     """Runs commands in this process, as ``dfq`` would."""
 
-    def __init__(self, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.weights, self.monkeypatch = weights, monkeypatch
+    def __init__(self, weights: Path) -> None:
+        self.weights = weights
 
     @property
     def model(self) -> list[str]:
@@ -49,7 +48,6 @@ class Cli:
 
     def __call__(self, *args: str | Path) -> Outcome:
         texts = [str(a) for a in args]
-        self.monkeypatch.setattr(sys, "argv", ["dfq", *texts])
         result = CliRunner().invoke(app, texts)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -63,8 +61,8 @@ class Cli:
 
 
 @pytest.fixture
-def cli(small_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    return Cli(small_weights, monkeypatch)
+def cli(small_weights: Path) -> Cli:
+    return Cli(small_weights)
 
 
 @pytest.fixture(scope="session")

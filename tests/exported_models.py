@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ from dfq import demo
 from dfq.quantization import QuantizedViT, calibrate, quantize_vit
 from dfq.quantization.scheme import LayerScheme, Scheme
 from dfq.recipe import QuantizationSettings
-from dfq.runtime.qtype import INT8, QType
+from dfq.runtime import reference
+from dfq.runtime.qtype import INT8, QParams
 from dfq.sparse import SparseImages, patchify
 from dfq.vit import ViT
 from dfq.vit.load import load_model
@@ -28,16 +29,64 @@ W8: dict[str, Any] = {"bits": 8, "attention": "float"}
 MEMBERS = [pytest.param(f, id=f.name) for f in [*FAMILIES, *VARIANTS]]
 
 
+LARGEST = 127
+"""Largest 8-bit integer of q, k and v."""
+
+STEP = 0.01
+
+
+def _extremes() -> dict[str, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (1, 2, 8, 16), "k": (1, 2, 8, 16), "v": (1, 2, 8, 16)}
+    signs = {n: torch.randint(0, 2, s, generator=generator) * 2.0 - 1 for n, s in shapes.items()}
+    cases = {"positive": {n: torch.ones(s) for n, s in shapes.items()}, "both signs": signs}
+    return {name: {n: x * LARGEST * STEP for n, x in case.items()} for name, case in cases.items()}
+
+
+EXTREMES = _extremes()
+"""Operands of attention ``[B, H, T, D]`` that are the largest integers, by what their signs are."""
+
+
+def attention_bytes(operands: dict[str, Tensor]) -> bytes:
+    """An ONNX file of 8-bit attention alone, with the operands' names as inputs."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    from dfq.exporting.graph import Graph
+    from dfq.exporting.onnx_model import IR_VERSION, OPSET
+    from dfq.exporting.products import write_attention
+
+    graph, qparams = Graph(), [QParams(STEP, 0, INT8)] * 3
+    with graph.part("attn"):
+        k = graph.op("Transpose", "k", perm=[0, 1, 3, 2])
+        output = write_attention(graph, "q", k, "v", None, _score_scale(operands), qparams)
+    inputs = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in operands.items()
+    ]
+    shape = operands["q"].shape
+    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)]
+    constants = list(graph.constants.values())
+    proto = helper.make_graph(graph.nodes, "attention", inputs, outputs, constants)
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION)
+    onnx.checker.check_model(model, full_check=True)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _score_scale(operands: dict[str, Tensor]) -> float:
+    return float(operands["q"].shape[-1]) ** -0.5
+
+
+def reference_attention(operands: dict[str, Tensor]) -> Tensor:
+    """8-bit attention of float operands by the reference arithmetic."""
+    q, k, v = (reference.quantize(operands[n], QParams(STEP, 0, INT8)) for n in "qkv")
+    return reference.attention(q, k, v, STEP * STEP * _score_scale(operands)) * STEP
+
+
 def layer_scheme(bits: int, **settings: Any) -> LayerScheme:
     """How a block's layer is quantized with so many bits."""
     return Scheme(QuantizationSettings(bits=bits, **settings)).for_layer("blocks.0.attn.qkv")
-
-
-def allow_lowest_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have signed activations reach -128, as ONNX has them; the reference ends at -127."""
-    qmin = cast(property, QType.qmin)
-    lowest = property(lambda qtype: -128 if qtype == INT8 else qmin.__get__(qtype))
-    monkeypatch.setattr(QType, "qmin", lowest)
 
 
 @cache
@@ -100,7 +149,9 @@ def quantized_demo(bits: int, attention: Any) -> QuantizedViT:
     return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
 
 
-def checkpoint_of(path: Path, *, bits: int = 8, attention: str = "float", seed: int = 0) -> Path:
+def checkpoint_of(
+    path: Path, *, bits: int = 8, attention: str = "float", seed: int = 0, **quantization: Any
+) -> Path:
     """A checkpoint of the small ViT of conftest, calibrated on random noise."""
     dfq.quantize(
         make_vit(seed),
@@ -108,7 +159,7 @@ def checkpoint_of(path: Path, *, bits: int = 8, attention: str = "float", seed: 
         attention=attention,
         calibration="noise",
         images=4,
-        settings={"inversion": {"threads": 1}},
+        settings={"inversion": {"threads": 1}, "quantization": quantization},
         mean=(0.5, 0.4, 0.3),
         std=(0.2, 0.25, 0.3),
         out=path,

@@ -16,6 +16,7 @@ import typer
 
 import dfq
 from dfq.cli.app import app
+from dfq.pipeline import stages
 
 
 def _parameters(function: Any) -> Iterator[str]:
@@ -38,6 +39,7 @@ def _classes(kind: Any) -> Iterator[Any]:
 def _records() -> dict[str, Any]:
     """Every public dataclass, and those that its fields hold."""
     todo = [getattr(dfq, name) for name in dfq.__all__]
+    todo += [getattr(stages, name) for name in stages.__all__]
     known: dict[str, Any] = {}
     while todo:
         kind = todo.pop()
@@ -66,9 +68,15 @@ def surface() -> str:
     """Names, parameters with their defaults, fields, commands and flags, one a line."""
     functions = {name: getattr(dfq, name) for name in dfq.__all__}
     functions = {n: f for n, f in functions.items() if isinstance(f, types.FunctionType)}
+    parts = {name: getattr(stages, name) for name in stages.__all__}
     blocks = [
         _block("names of dfq", iter(dfq.__all__)),
         *(_block(f"function {n}", _parameters(f)) for n, f in functions.items()),
+        *(
+            _block(f"stage {n}", _parameters(f))
+            for n, f in parts.items()
+            if isinstance(f, types.FunctionType)
+        ),
         *(
             _block(f"fields of {n}", (f.name for f in dataclasses.fields(kind)))
             for n, kind in _records().items()

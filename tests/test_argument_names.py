@@ -44,6 +44,7 @@ def test_names_are_parameters_unless_the_command_line_says_otherwise() -> None:
         assert option("global_pool", "avg") == "--global-pool avg"
         assert option("eval", metavar="DATA") == "--eval DATA"
         assert (option("float_model"), option("model")) == ("--float", "MODEL")
+        assert option("evaluate", False) == "--no-evaluate"
         assert option("out") == "--preview"
         with parameter_names():
             assert option("img_size") == "img_size"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,14 +148,11 @@ def test_the_checkpoint_runs_on_its_own(result: QuantizeResult) -> None:
     assert right.mean() > 0.8
 
 
-def test_the_command_line_quantizes_the_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_line_quantizes_the_demo(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[inversion]\niterations = 4\nstages = 2\nunit_size = 1\nimages = 2\n")
     args = ["quantize", "demo", "--bits", "4", "--recipe", str(recipe), "--threads", "1"]
     args += ["--out", str(tmp_path / "out"), "--json"]
-    monkeypatch.setattr(sys, "argv", ["dfq", *args])
     ended = CliRunner().invoke(app, args)
     assert ended.exit_code == 0
     found = json.loads(ended.stdout)

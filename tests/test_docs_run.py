@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,12 +115,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_weights: Path) 
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def run() -> Run:
     """Commands in the working directory."""
 
     def command(text: str) -> str:
         words = shlex.split(smaller(text))[1:]
-        monkeypatch.setattr(sys, "argv", ["dfq", *words])
         ended = CliRunner().invoke(app, words)
         assert ended.exit_code == 0, f"{text}: {ended.stderr}"
         return ended.stdout

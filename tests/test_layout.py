@@ -17,7 +17,7 @@ def test_no_file_of_tests_is_too_long() -> None:
 def test_directories_of_tests_are_those_of_the_package() -> None:
     places = {p.relative_to(TESTS).parts[0] for p in FILES if p.parent != TESTS}
     known = {p.name for p in (TESTS.parent / "dfq").iterdir() if (p / "__init__.py").is_file()}
-    assert places - {"bench"} <= known
+    assert places - {"bench", "emulated"} <= known
 
 
 def test_files_of_tests_have_names_of_their_own() -> None:

@@ -27,7 +27,7 @@ from dfq.errors import DfqError, SettingError, nearest
 from dfq.extras import installed
 from dfq.failures import first_line
 from dfq.installation import install_command
-from dfq.progress import Progress, Silent, warn
+from dfq.progress import Progress, resolve_progress, warn
 from dfq.quantization.scheme import Scheme
 from dfq.results.values import BenchmarkResult, BenchmarkRow, ColdStart, SkippedRuntime
 from dfq.slow import slow_integers
@@ -46,7 +46,7 @@ def benchmark(
     threads: int | None = None,
     runtimes: Sequence[str] | None = None,
     cold: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> BenchmarkResult:
     """Measure a checkpoint's speed on the CPU, compared with the same model on other runtimes.
 
@@ -74,7 +74,7 @@ def benchmark(
     threads = torch.get_num_threads() if threads is None else threads
     _check_range("threads", threads, 0, MAX_THREADS)
     info = checkpoints.read_info(checkpoint)
-    progress = progress or Silent()
+    progress = resolve_progress(progress)
     with tempfile.TemporaryDirectory(prefix="dfq-") as temporary, thread_count(threads):
         model = checkpoints.load(checkpoint)
         warn(progress, slow_integers(torch.device("cpu"), model.max_weight()))
@@ -106,7 +106,7 @@ def benchmark(
 def _cold(
     checkpoint: Path, info: CheckpointInfo, inputs: BenchmarkInputs, progress: Progress
 ) -> tuple[list[ColdStart], list[SkippedRuntime]]:
-    with progress.task("cold starts", 2 * cold_processes.REPEATS) as advance:
+    with progress.task("Starting cold processes", 2 * cold_processes.REPEATS) as advance:
         return cold_processes.cold_starts(
             checkpoint, info, inputs.threads, inputs.directory, advance
         )
@@ -150,7 +150,7 @@ def _build(
     """Build the runtimes; return those that run, and those that do not with the reason."""
     ready: dict[str, Predict] = {}
     skipped: list[SkippedRuntime] = []
-    with progress.task("build", len(names)) as advance:
+    with progress.task("Building", len(names)) as advance:
         for name in names:
             runtime = RUNTIMES[name]
             missing = [package for package in runtime.packages if not installed(package)]
@@ -190,7 +190,9 @@ def _measure(
 ) -> list[BenchmarkRow]:
     images = inputs.images(batch)
     runs: dict[str, Callable[[], Any]] = {n: partial(p, images) for n, p in ready.items()}
-    with progress.task(f"batch {batch}", turns_of(seconds) * max(1, len(runs))) as advance:
+    with progress.task(
+        f"Measuring batch {batch}", turns_of(seconds) * max(1, len(runs))
+    ) as advance:
         times = interleaved(runs, seconds, advance)
     return [row_of(name, batch, taken) for name, taken in times.items()]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,37 +15,72 @@ from dfq.argument_names import flag_names
 from dfq.cli.errors import Group
 from dfq.cli.interrupts import raise_again
 from dfq.cli.options import (
+    Attention,
+    Backend,
+    Batch,
+    Bits,
     Cache,
+    CachedName,
+    Calibration,
+    Checkpoint,
+    CheckpointOut,
     ClassMap,
+    Cold,
+    DatasetOut,
+    Depth,
     Device,
     Eval,
+    ExportFormat,
+    ExportOut,
+    ExportWeights,
+    Float,
     GlobalPool,
+    Heads,
     Images,
     ImgSize,
     InChans,
     InputRange,
+    Inspected,
+    InversionMethod,
     Iterations,
     Json,
+    Layers,
     Mean,
     MinAccuracy,
     MinAgreement,
     Model,
+    NoEvaluate,
     NumClasses,
+    Pattern,
     Precision,
+    Preview,
     Quiet,
     RecipeFile,
+    Rows,
+    Runtimes,
+    RuntimeSeconds,
+    RuntimeThreads,
     Seed,
     Stages,
+    Start,
     Std,
+    Steps,
+    Student,
+    StudentOut,
+    TestData,
     Threads,
+    TrainingData,
+    TrainingImages,
     Weights,
+    Width,
     counts,
     floats,
     sides,
 )
-from dfq.cli.terminal import Shown, is_first, print_json, print_text
+from dfq.cli.panels import App
+from dfq.cli.terminal import print_json, print_text, shown
 from dfq.errors import GateError, SettingError
-from dfq.inversion.schedules import METHODS
+from dfq.progress import is_first
 from dfq.recipe_files import shipped_recipes, summary
 from dfq.results.tables import (
     benchmark_table,
@@ -60,19 +94,16 @@ from dfq.results.tables import (
     quantize_table,
 )
 
-app = typer.Typer(
+app = App(
     cls=Group,
     name="dfq",
     help="Quantize a pretrained vision transformer to W8A8 or W4A8 without any data.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = typer.Typer(
-    cls=Group, no_args_is_help=True, help="List, verify and remove cached datasets."
-)
+cache_app = App(cls=Group, no_args_is_help=True, help="List, verify and remove cached datasets.")
 app.add_typer(cache_app, name="cache")
 
 
@@ -95,13 +126,7 @@ def root(
 @app.command(epilog="Example: [bold]dfq quantize vit_base --bits 4[/]")
 def quantize(
     model: Model,
-    bits: Annotated[
-        int | None,
-        typer.Option(
-            help="Of the weights, 2 to 8; activations have 8 unless a recipe says fewer.",
-            show_default="8",
-        ),
-    ] = None,
+    bits: Bits = None,
     recipe: RecipeFile = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
@@ -111,23 +136,13 @@ def quantize(
     mean: Mean = None,
     std: Std = None,
     input_range: InputRange = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(METHODS)}, or a dataset, an image folder or .npz.",
-            show_default="pri",
-        ),
-    ] = None,
+    calibration: Calibration = None,
     images: Images = None,
     iterations: Iterations = None,
     stages: Stages = None,
-    attention: Annotated[
-        str | None, typer.Option(help="float or int8.", show_default="float")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Directory of the checkpoint.", show_default="./MODEL-SCHEME"),
-    ] = None,
+    attention: Attention = None,
+    out: CheckpointOut = None,
+    no_evaluate: NoEvaluate = False,
     eval: Eval = None,
     class_map: ClassMap = None,
     seed: Seed = None,
@@ -160,6 +175,7 @@ def quantize(
             stages=stages,
             attention=attention,
             out=out,
+            evaluate=not no_evaluate,
             eval=eval,
             class_map=class_map,
             seed=seed,
@@ -169,7 +185,7 @@ def quantize(
             cache=cache,
             min_agreement=min_agreement,
             min_accuracy=min_accuracy,
-            progress=Shown(quiet),
+            progress=shown(quiet),
         )
     except GateError as error:
         _show(error.result, json_, quiet, quantize_table)
@@ -180,16 +196,11 @@ def quantize(
 @app.command(epilog="Example: [bold]dfq invert vit_base --images 64 --out images[/]")
 def invert(
     model: Model,
-    method: Annotated[
-        str | None, typer.Option(help=f"{', '.join(METHODS)}.", show_default="pri")
-    ] = None,
+    method: InversionMethod = None,
     images: Images = None,
     iterations: Iterations = None,
     stages: Stages = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Directory of the dataset.", show_default="in the cache"),
-    ] = None,
+    out: DatasetOut = None,
     recipe: RecipeFile = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
@@ -229,7 +240,7 @@ def invert(
         seed=seed,
         device=device,
         cache=cache,
-        progress=Shown(quiet or not is_first()),
+        progress=shown(quiet or not is_first()),
     )
     if is_first():
         _show(result, json_, quiet, field_table)
@@ -237,27 +248,16 @@ def invert(
 
 @app.command(epilog="Example: [bold]dfq evaluate demo-w4a8 --data demo --float demo[/]")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Image folder, with labels as class folders, or .npz, or 'demo'.",
-            show_default=False,
-        ),
-    ],
+    checkpoint: Checkpoint,
+    data: TestData,
     class_map: ClassMap = None,
-    float_: Annotated[
-        str | None,
-        typer.Option("--float", help="The float model, to measure agreement.", show_default=False),
-    ] = None,
+    float_: Float = None,
     weights: Weights = None,
     img_size: ImgSize = None,
     in_chans: InChans = None,
     global_pool: GlobalPool = None,
     device: Device = "cpu",
-    backend: Annotated[
-        str | None, typer.Option(help="onednn or reference.", show_default="fastest")
-    ] = None,
+    backend: Backend = None,
     min_agreement: MinAgreement = None,
     min_accuracy: MinAccuracy = None,
     json_: Json = False,
@@ -278,7 +278,7 @@ def evaluate(
             backend=backend,
             min_agreement=min_agreement,
             min_accuracy=min_accuracy,
-            progress=Shown(quiet),
+            progress=shown(quiet),
         )
     except GateError as error:
         _show(error.result, json_, quiet, evaluate_table)
@@ -288,39 +288,17 @@ def evaluate(
 
 @app.command(epilog="Example: [bold]dfq distill demo --depth 3 --eval demo[/]")
 def distill(
-    teacher: Annotated[
-        str, typer.Argument(metavar="MODEL", help="As for quantize.", show_default=False)
-    ],
-    student: Annotated[
-        str | None, typer.Option(help="timm's name.", show_default="the teacher's model")
-    ] = None,
-    depth: Annotated[int | None, typer.Option(help="Its blocks.", show_default=False)] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Its embedding width.", show_default=False)
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option(help="Its attention heads.", show_default=False)
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(METHODS)}, or a dataset, an image folder or .npz.",
-            show_default="pri",
-        ),
-    ] = None,
-    images: Annotated[
-        int | None, typer.Option(help="Images to make or to train on.", show_default="512")
-    ] = None,
+    teacher: Model,
+    student: Student = None,
+    depth: Depth = None,
+    width: Width = None,
+    heads: Heads = None,
+    data: TrainingData = None,
+    images: TrainingImages = None,
     iterations: Iterations = None,
     stages: Stages = None,
-    steps: Annotated[int | None, typer.Option(help="Of training.", show_default="2000")] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(
-            help="Weights it begins with: teacher, random; auto: the teacher's if they fit.",
-            show_default="auto",
-        ),
-    ] = None,
+    steps: Steps = None,
+    start: Start = None,
     recipe: RecipeFile = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
@@ -330,10 +308,7 @@ def distill(
     mean: Mean = None,
     std: Std = None,
     input_range: InputRange = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Directory of the student.", show_default="./MODEL-student"),
-    ] = None,
+    out: StudentOut = None,
     eval: Eval = None,
     class_map: ClassMap = None,
     seed: Seed = None,
@@ -372,30 +347,17 @@ def distill(
         threads=threads,
         device=device,
         cache=cache,
-        progress=Shown(quiet),
+        progress=shown(quiet),
     )
     _show(result, json_, quiet, distill_table)
 
 
 @app.command(epilog="Example: [bold]dfq export demo-w4a8 --out demo.onnx[/]")
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
-    format: Annotated[str, typer.Option(help="onnx, openvino or torch.")] = "onnx",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The file: .onnx, .xml (a .bin comes with it) or .pt2.",
-            show_default="./CHECKPOINT with the suffix",
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="Of 4-bit checkpoints in ONNX: int8 (widened without loss; products run on "
-            "integers) or int4 (a smaller file; ONNX Runtime then computes in float).",
-            show_default="int8",
-        ),
-    ] = None,
+    checkpoint: Checkpoint,
+    format: ExportFormat = "onnx",
+    out: ExportOut = None,
+    weights: ExportWeights = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -408,19 +370,12 @@ def export(
 
 @app.command(epilog="Example: [bold]dfq benchmark demo-w4a8 --batch 1,16[/]")
 def benchmark(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
-    batch: Annotated[str, typer.Option(help="Numbers of images at once.")] = "1,16",
-    seconds: Annotated[float, typer.Option(help="Of each runtime and batch.")] = 5.0,
-    threads: Annotated[
-        int | None, typer.Option(help="Of every runtime.", show_default="torch's")
-    ] = None,
-    runtimes: Annotated[
-        str | None,
-        typer.Option(help="Some of them, with commas.", show_default="all but dfq-compiled"),
-    ] = None,
-    cold: Annotated[
-        bool, typer.Option("--cold", help="Also processes that have loaded nothing.")
-    ] = False,
+    checkpoint: Checkpoint,
+    batch: Batch = "1,16",
+    seconds: RuntimeSeconds = 5.0,
+    threads: RuntimeThreads = None,
+    runtimes: Runtimes = None,
+    cold: Cold = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -432,32 +387,37 @@ def benchmark(
         threads=threads,
         runtimes=None if runtimes is None else runtimes.split(","),
         cold=cold,
-        progress=Shown(quiet),
+        progress=shown(quiet),
     )
     _show(result, json_, quiet, benchmark_table)
 
 
 @app.command(epilog="Example: [bold]dfq inspect demo-w4a8[/]")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A dataset or a checkpoint.", show_default=False)],
-    preview: Annotated[
-        Path | None,
-        typer.Option(help="Draw a dataset into this PNG file.", show_default=False),
-    ] = None,
-    rows: Annotated[
-        int | None, typer.Option(help="Trajectories to draw, with --preview.", show_default="8")
-    ] = None,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="What quantization leaves of each layer's output.")
-    ] = False,
+    path: Inspected,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    in_chans: InChans = None,
+    global_pool: GlobalPool = None,
+    preview: Preview = None,
+    rows: Rows = None,
+    layers: Layers = False,
     json_: Json = False,
 ) -> None:
-    """Say what a dataset or a checkpoint holds; datasets are verified."""
+    """Say what a dataset, a checkpoint or a model is made of; datasets are verified."""
     if rows is not None and preview is None:
         raise SettingError("--rows goes with --preview FILE.")
     if layers and preview is not None:
         raise SettingError("--layers is of checkpoints, --preview of datasets; give one of them.")
-    facts = dfq.inspect(path)
+    facts = dfq.inspect(
+        path,
+        weights=weights,
+        num_classes=num_classes,
+        img_size=sides(img_size),
+        in_chans=in_chans,
+        global_pool=global_pool,
+    )
     if layers:
         _show({"layers": layers_of(facts, path)}, json_, False, layers_table)
         return
@@ -468,20 +428,17 @@ def inspect(
 
 
 @app.command(epilog="Example: [bold]dfq models deit[/]")
-def models(
-    pattern: Annotated[
-        str | None, typer.Argument(help="Part of the name.", show_default=False)
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """List the models that can be named."""
+def models(pattern: Pattern = None, json_: Json = False) -> None:
+    """List the models that can be named, and which of them are refused."""
     entries = dfq.models(pattern)
     if json_:
         print_json([dataclasses.asdict(e) for e in entries])
         return
     for entry in entries:
         weights = "" if entry.pretrained else "  (no pretrained weights)"
-        print_text(f"{entry.name}  [dim]{entry.kind}{weights}[/]", soft_wrap=True)
+        marks = {True: "", False: f"  [red]refused: {escape(entry.reason or '')}[/]", None: "  ?"}
+        line = f"{entry.name}  [dim]{entry.kind}{weights}[/]{marks[entry.supported]}"
+        print_text(line, soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]dfq recipes[/]")
@@ -524,9 +481,7 @@ def cache_verify(cache: Cache = None, json_: Json = False) -> None:
 
 @cache_app.command("remove", epilog="Example: [bold]dfq cache remove all[/]")
 def cache_remove(
-    name: Annotated[
-        str, typer.Argument(help="A dataset's name or its start, or 'all'.", show_default=False)
-    ],
+    name: CachedName,
     cache: Cache = None,
     json_: Json = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NoReturn, cast
@@ -11,13 +12,15 @@ import typer
 from typer.core import TyperGroup
 
 from dfq.argument_names import flag_names
-from dfq.cli.interrupts import INTERRUPTED
-from dfq.cli.terminal import check_output, err_console, is_first, print_json, wants_json
+from dfq.cli.flags import JSON, QUIET, has_flag, keep_json, wants_json
+from dfq.cli.interrupts import INTERRUPTED, MESSAGE
+from dfq.cli.terminal import check_output, err_console, print_json
 from dfq.errors import DfqError, GateError, OutputError, UsageError
 from dfq.failures import first_line, is_out_of_memory
+from dfq.progress import is_first
 from dfq.text import escape
 
-KEEPS = ("invert", "quantize", "distill")
+INVERTING = ("invert", "quantize", "distill")
 """Commands that invert, unit by unit."""
 
 OSERROR = 2
@@ -33,40 +36,47 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            message = "Interrupted."
-            if ctx.invoked_subcommand in KEEPS:
+            message = MESSAGE
+            if ctx.invoked_subcommand in INVERTING:
                 message += " Finished units of inversion are kept; run it again to go on."
-            _report("KeyboardInterrupt", message)
+            _report("KeyboardInterrupt", message, wants_json(ctx))
             err_console.print(message)
             raise typer.Exit(INTERRUPTED) from None
         except (DfqError, PARSER_ERROR, MemoryError, RuntimeError, OSError) as error:
-            explain(error, ctx.parent is None, ctx.invoked_subcommand)
+            explain(error, wants_json(ctx), ctx.parent is None, ctx.invoked_subcommand)
             raise
 
-    def main(self, *args: Any, **options: Any) -> Any:
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
         """Also explains what goes wrong before a command is reached."""
-        given = list(args[0] if args and args[0] is not None else sys.argv[1:])
+        if parent is not None or extra.get("resilient_parsing"):
+            return super().make_context(info_name, args, parent, **extra)
+        as_json = has_flag(args, JSON)
         try:
-            check_output(given)
-            _check_empty(given)
+            check_output(json=as_json, quiet=has_flag(args, QUIET))
+            _check_empty(args)
+            ctx = super().make_context(info_name, args, **extra)
+        except (DfqError, PARSER_ERROR, OSError) as error:
+            explain(error, as_json)
+            raise
+        keep_json(ctx, as_json)
+        return ctx
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Also explains what goes wrong while the parser prints."""
+        try:
             with flag_names():
-                return super().main(*args, **options)
+                return super().main(*args, **{"prog_name": "dfq", **options})
         except (DfqError, OSError) as error:
             try:
-                explain(error, True)
+                explain(error, as_json=False)
             except typer.Exit as ended:
                 sys.exit(ended.exit_code)
             raise
 
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        try:
-            return super().make_context(*args, **options)
-        except PARSER_ERROR as error:
-            explain(error, options.get("parent") is None)
-            raise
 
-
-def _check_empty(words: list[str]) -> None:
+def _check_empty(words: Sequence[str]) -> None:
     """Refuse empty words, which paths would take for the working directory."""
     for before, word in pairwise(["", *words]):
         flag, equals, value = word.partition("=")
@@ -76,26 +86,28 @@ def _check_empty(words: list[str]) -> None:
             raise UsageError(f"{what} is empty; leave it out, or give it a value.")
 
 
-def explain(error: Exception, outermost: bool, verb: str | None = None) -> None:
+def explain(
+    error: Exception, as_json: bool, outermost: bool = True, verb: str | None = None
+) -> None:
     """Exit with a message; return where the error is the parser's to show, or nobody's."""
     if isinstance(error, PARSER_ERROR):
         if outermost:
-            _report("UsageError", cast(Any, error).format_message())
+            _report("UsageError", cast(Any, error).format_message(), as_json)
     elif isinstance(error, GateError):
         _fail(str(error), error.exit_code)
     elif isinstance(error, DfqError):
-        _report(type(error).__name__, str(error))
+        _report(type(error).__name__, str(error), as_json)
         _fail(str(error), error.exit_code)
     elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         place = f": {error.filename!r}" if error.filename else ""
         message = f"{error.strerror or error}{place}."
-        _report("OSError", message)
+        _report("OSError", message, as_json)
         _fail(message, OSERROR)
     elif is_out_of_memory(error):
         smaller = "model or --img-size, or in a recipe a smaller unit_size or batch"
-        advice = f"Use a smaller {smaller if verb in KEEPS else 'model, or more memory'}."
+        advice = f"Use a smaller {smaller if verb in INVERTING else 'model, or more memory'}."
         message = f"Out of memory ({first_line(error)}). {advice}"
-        _report("MemoryError", message)
+        _report("MemoryError", message, as_json)
         _fail(message, 1)
 
 
@@ -104,8 +116,8 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code) from None
 
 
-def _report(kind: str, message: str) -> None:
+def _report(kind: str, message: str, as_json: bool) -> None:
     """The object that ``--json`` promises, where there is no result."""
-    if wants_json() and is_first():
+    if as_json and is_first():
         with suppress(OutputError, BrokenPipeError):
             print_json({"error": {"type": kind, "message": message}})

@@ -1,113 +1,391 @@
-"""Options that several commands share, and how their text is read."""
+"""Options of the commands, each stated once, and how their text is read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from dfq.cli import completion
+from dfq.cli.completion import Complete, one_of
+from dfq.cli.flags import parsed_json
 from dfq.errors import SettingError
+from dfq.inversion.schedules import METHODS
+
+MODEL, INVERSION, DISTILLATION, QUANTIZATION, EVALUATION, OUTPUT = PANELS = (
+    "Model",
+    "Inversion",
+    "Distillation",
+    "Quantization",
+    "Evaluation",
+    "Output",
+)
+"""Panels of ``--help``, in the order in which every command shows them."""
+
+SOURCE = "METHOD|PATH"
+CHANNELS = "NUMBER,..."
+
+
+def _option(
+    panel: str,
+    metavar: str | None,
+    help: str,
+    *flags: str,
+    default: str | bool = False,
+    complete: Complete | None = None,
+) -> Any:
+    """An option in a panel; ``default``: what is shown as such, False for nothing."""
+    return typer.Option(
+        *flags,
+        metavar=metavar,
+        help=help,
+        show_default=default,
+        rich_help_panel=panel,
+        autocompletion=complete,
+    )
+
+
+def _choice(
+    panel: str, names: Sequence[str], help: str, *flags: str, default: str | bool = False
+) -> Any:
+    """An option that takes one of some names; the command checks the name."""
+    metavar, complete = f"[{'|'.join(names)}]", one_of(names)
+    return _option(panel, metavar, help, *flags, default=default, complete=complete)
+
+
+def _argument(metavar: str, help: str, complete: Complete | None = None) -> Any:
+    return typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=complete)
+
+
+# ---- arguments
 
 Model = Annotated[
     str,
-    typer.Argument(
-        help="A timm name, an alias (vit_base, deit_small, ...), hf-hub:NAME, local-dir:FOLDER, "
-        "or 'demo'.",
-        show_default=False,
+    _argument(
+        "MODEL",
+        "A timm name, an alias (vit_base, deit_small, ...), hf-hub:NAME, local-dir:FOLDER, "
+        "a student's directory, or 'demo'.",
+        completion.models,
     ),
 ]
+Checkpoint = Annotated[Path, _argument("CHECKPOINT", "Checkpoint directory.")]
+Inspected = Annotated[
+    str,
+    _argument(
+        "PATH|MODEL",
+        "A dataset, a checkpoint or a student's directory; where there is none of that name, a "
+        "model as for quantize.",
+        completion.models,
+    ),
+]
+Pattern = Annotated[str | None, _argument("[FILTER]", "Part of the name.")]
+CachedName = Annotated[str, _argument("NAME", "A dataset's name or its start, or 'all'.")]
+
+# ---- model
+
 Weights = Annotated[
-    Path | None,
-    typer.Option(help="Weights to load: safetensors, or a torch file.", show_default=False),
+    Path | None, _option(MODEL, "FILE", "Weights to load: safetensors, or a torch file.")
 ]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of the head.", show_default=False)]
+NumClasses = Annotated[
+    int | None, _option(MODEL, "N", "Classes of the head; 0 for a model without one.")
+]
 ImgSize = Annotated[
-    str | None,
-    typer.Option(help="Input in pixels: a square's side, or HEIGHT,WIDTH.", show_default=False),
+    str | None, _option(MODEL, "N|H,W", "Input in pixels: a square's side, or height and width.")
 ]
-InChans = Annotated[int | None, typer.Option(help="Channels of the input.", show_default=False)]
+InChans = Annotated[int | None, _option(MODEL, "N", "Channels of the input, at least 1.")]
 GlobalPool = Annotated[
-    str | None, typer.Option(help="Pooling: token, avg or map.", show_default=False)
+    str | None, _choice(MODEL, ("token", "avg", "map"), "How tokens are pooled.")
 ]
 Mean = Annotated[
     str | None,
-    typer.Option(
-        help="Per channel, of pixels / 255 or in the units of --input-range: 0.5,0.5,0.5",
-        show_default=False,
+    _option(
+        MODEL,
+        CHANNELS,
+        "Mean per channel, of pixels / 255 or in the units of --input-range: 0.5,0.5,0.5.",
     ),
 ]
-Std = Annotated[str | None, typer.Option(help="As --mean.", show_default=False)]
+Std = Annotated[
+    str | None, _option(MODEL, CHANNELS, "Standard deviation per channel, in the units of --mean.")
+]
 InputRange = Annotated[
     str | None,
-    typer.Option(
-        metavar="LOW,HIGH",
-        help="Lowest and highest value of the data before normalisation, in the units of --mean "
+    _option(
+        MODEL,
+        "LOW,HIGH",
+        "Lowest and highest value of the data before normalization, in the units of --mean "
         "and --std, which are then 0 and 1 by default: 0,255 or -1024,3071.",
-        show_default="0,1: pixels / 255",
+        default="0,1: pixels / 255",
     ),
 ]
-RecipeFile = Annotated[
+Float = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME|FILE",
-        help="Settings: a name that dfq recipes lists, or a TOML file; flags override them.",
-        show_default=False,
+    _option(
+        MODEL,
+        "MODEL",
+        "The float model, to measure agreement.",
+        "--float",
+        complete=completion.models,
+    ),
+]
+Device = Annotated[
+    str,
+    _option(
+        MODEL,
+        "DEVICE",
+        "Where it runs: cpu, cuda, cuda:1, ...",
+        default=True,
+        complete=one_of(("cpu", "cuda")),
+    ),
+]
+Backend = Annotated[
+    str | None,
+    _choice(
+        MODEL,
+        ("onednn", "float", "reference"),
+        "Kernels of the integer products.",
+        default="fastest",
+    ),
+]
+
+# ---- inversion
+
+InversionMethod = Annotated[
+    str | None,
+    _choice(INVERSION, tuple(METHODS), "How images are made.", "--method", default="pri"),
+]
+Calibration = Annotated[
+    str | None,
+    _option(
+        INVERSION,
+        SOURCE,
+        f"Calibration images: {', '.join(METHODS)}, or a dataset, an image folder or .npz.",
+        default="pri",
+        complete=completion.methods,
+    ),
+]
+TrainingData = Annotated[
+    str | None,
+    _option(
+        INVERSION,
+        SOURCE,
+        f"Training images: {', '.join(METHODS)}, or a dataset, an image folder or .npz.",
+        "--data",
+        default="pri",
+        complete=completion.methods,
     ),
 ]
 Images = Annotated[
-    int | None, typer.Option(help="Images to make or to calibrate on.", show_default="32")
+    int | None,
+    _option(INVERSION, "N", "Images to make or to calibrate on, at least 1.", default="32"),
+]
+TrainingImages = Annotated[
+    int | None,
+    _option(
+        INVERSION, "N", "Images to make or to train on, at least 1.", "--images", default="512"
+    ),
 ]
 Iterations = Annotated[
-    int | None, typer.Option(help="Iterations of a trajectory.", show_default="48")
+    int | None, _option(INVERSION, "N", "Iterations of a trajectory, at least 1.", default="48")
 ]
 Stages = Annotated[
-    int | None, typer.Option(help="PRI: images a trajectory yields.", show_default="4")
-]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same bytes.", show_default="0")]
-Threads = Annotated[
-    int | None, typer.Option(help="Threads of inversion; recorded.", show_default="torch's")
+    int | None,
+    _option(INVERSION, "N", "PRI: images that a trajectory yields, at least 1.", default="4"),
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(help="Of inversion: auto, float32, bfloat16 or int8.", show_default="auto"),
+    _choice(
+        INVERSION,
+        ("auto", "float32", "bfloat16", "int8"),
+        "Precision of inversion; auto: bfloat16 where the device is faster with it.",
+        default="auto",
+    ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Cache = Annotated[
+Threads = Annotated[
+    int | None,
+    _option(INVERSION, "N", "CPU threads of inversion; recorded.", default="torch's"),
+]
+Seed = Annotated[
+    int | None,
+    _option(INVERSION, "N", "Seed of all random numbers: same seed, same bytes.", default="0"),
+]
+RecipeFile = Annotated[
+    str | None,
+    _option(
+        INVERSION,
+        "NAME|FILE",
+        "Settings of inversion and what follows: a name that dfq recipes lists, or a TOML "
+        "file; flags override them.",
+        complete=completion.recipes,
+    ),
+]
+
+# ---- distillation
+
+Student = Annotated[
+    str | None,
+    _option(
+        DISTILLATION,
+        "NAME",
+        "timm's name of the student.",
+        default="the teacher's model",
+        complete=completion.models,
+    ),
+]
+Depth = Annotated[int | None, _option(DISTILLATION, "N", "Blocks of the student.")]
+Width = Annotated[int | None, _option(DISTILLATION, "N", "Embedding width of the student.")]
+Heads = Annotated[int | None, _option(DISTILLATION, "N", "Attention heads of the student.")]
+Steps = Annotated[
+    int | None, _option(DISTILLATION, "N", "Steps of training, at least 1.", default="2000")
+]
+Start = Annotated[
+    str | None,
+    _choice(
+        DISTILLATION,
+        ("auto", "teacher", "random"),
+        "Weights that the student begins with; auto: the teacher's if they fit.",
+        default="auto",
+    ),
+]
+
+# ---- quantization
+
+Bits = Annotated[
+    int | None,
+    _option(
+        QUANTIZATION,
+        "N",
+        "Bits of the weights, 2 to 8; activations have 8 unless a recipe says fewer.",
+        default="8",
+    ),
+]
+Attention = Annotated[
+    str | None,
+    _choice(QUANTIZATION, ("float", "int8"), "Products of attention.", default="float"),
+]
+
+# ---- evaluation
+
+_IMAGES = "image folder, with labels as class folders, or .npz, or 'demo'."
+
+Eval = Annotated[str | None, _option(EVALUATION, "DIR|FILE", f"Images to measure on: {_IMAGES}")]
+TestData = Annotated[
+    str, _option(EVALUATION, "DIR|FILE", f"Images to measure on: {_IMAGES}", "--data")
+]
+ClassMap = Annotated[
     Path | None,
-    typer.Option(help="Cache directory; else $DFQ_CACHE, else the user's.", show_default=False),
+    _option(
+        EVALUATION,
+        "FILE",
+        "Indices of class folders: .txt, a name a line, or .json, {name: index}.",
+    ),
 ]
-Json = Annotated[
-    bool, typer.Option("--json", help="JSON alone on stdout: an object, of lists an array.")
+NoEvaluate = Annotated[
+    bool,
+    _option(
+        EVALUATION,
+        None,
+        "Leave the comparison with the float model out; not with --eval.",
+        "--no-evaluate",
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 MinAgreement = Annotated[
     float | None,
-    typer.Option(
-        help="Fail (exit 1) if the 95 % interval of agreement begins below, 0 to 1.",
-        show_default=False,
+    _option(
+        EVALUATION,
+        "SHARE",
+        "Fail (exit 1) if the 95 % interval of agreement begins below, 0 to 1.",
     ),
 ]
 MinAccuracy = Annotated[
     float | None,
-    typer.Option(
-        help="Fail (exit 1) if the 95 % interval of top-1 begins below, 0 to 1.",
-        show_default=False,
+    _option(
+        EVALUATION, "SHARE", "Fail (exit 1) if the 95 % interval of top-1 begins below, 0 to 1."
     ),
 ]
-Eval = Annotated[
+Batch = Annotated[str, _option(EVALUATION, "N,...", "Batch sizes, each at least 1.", default=True)]
+RuntimeSeconds = Annotated[
+    float,
+    _option(
+        EVALUATION, "SECONDS", "Time of each runtime and batch size.", "--seconds", default=True
+    ),
+]
+RuntimeThreads = Annotated[
+    int | None,
+    _option(EVALUATION, "N", "CPU threads of every runtime.", "--threads", default="torch's"),
+]
+Runtimes = Annotated[
     str | None,
-    typer.Option(
-        help="Image folder, with labels as class folders, or .npz, or 'demo'.", show_default=False
-    ),
+    _option(EVALUATION, "NAME,...", "Runtimes to measure.", default="all but dfq-compiled"),
 ]
-ClassMap = Annotated[
+Cold = Annotated[
+    bool, _option(EVALUATION, None, "Also measure processes that have loaded nothing.", "--cold")
+]
+
+# ---- output
+
+CheckpointOut = Annotated[
     Path | None,
-    typer.Option(
-        help="Indices of class folders: .txt, a name a line, or .json, {name: index}.",
-        show_default=False,
+    _option(OUTPUT, "DIR", "Directory of the checkpoint.", "--out", default="./MODEL-SCHEME"),
+]
+DatasetOut = Annotated[
+    Path | None,
+    _option(OUTPUT, "DIR", "Directory of the dataset.", "--out", default="in the cache"),
+]
+StudentOut = Annotated[
+    Path | None,
+    _option(OUTPUT, "DIR", "Directory of the student.", "--out", default="./MODEL-student"),
+]
+ExportOut = Annotated[
+    Path | None,
+    _option(
+        OUTPUT,
+        "FILE",
+        "The file: .onnx, .xml (a .bin comes with it) or .pt2.",
+        "--out",
+        default="./CHECKPOINT with the suffix",
     ),
 ]
+ExportFormat = Annotated[
+    str,
+    _choice(OUTPUT, ("onnx", "openvino", "torch"), "Format of the file.", "--format", default=True),
+]
+ExportWeights = Annotated[
+    str | None,
+    _choice(
+        OUTPUT,
+        ("int8", "int4"),
+        "4-bit weights in ONNX: int8 (widened without loss; products run on integers) or int4 "
+        "(a smaller file; ONNX Runtime then computes in float).",
+        "--weights",
+        default="int8",
+    ),
+]
+Preview = Annotated[Path | None, _option(OUTPUT, "FILE", "Draw a dataset into this PNG file.")]
+Rows = Annotated[
+    int | None, _option(OUTPUT, "N", "Trajectories to draw, with --preview.", default="8")
+]
+Layers = Annotated[
+    bool,
+    _option(
+        OUTPUT, None, "Signal to quantization noise of every layer of a checkpoint.", "--layers"
+    ),
+]
+Cache = Annotated[
+    Path | None, _option(OUTPUT, "DIR", "Cache directory; else $DFQ_CACHE, else the user's.")
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print JSON alone: an object, or an array of a list.",
+        rich_help_panel=OUTPUT,
+        is_eager=True,
+        callback=parsed_json,
+    ),
+]
+Quiet = Annotated[bool, _option(OUTPUT, None, "Show neither progress nor table.", "--quiet", "-q")]
 
 
 def floats(text: str | None, flag: str, example: str = "0.5,0.5,0.5") -> list[float] | None:

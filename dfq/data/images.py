@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow mode by number of input channels."""
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """Source of images that are read one at a time."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +13,8 @@ from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.errors import OutputError, SettingError
 from dfq.exporting import program
-from dfq.exporting.facts import facts
+from dfq.exporting.facts import facts, layer_bits
+from dfq.exporting.forms import integer_layers
 from dfq.extras import require
 from dfq.files import check_writable, explain, replace_files, write_bytes
 from dfq.quantization.model import QuantizedViT
@@ -58,7 +59,7 @@ def export(
             program of the reference arithmetic).
         out: the file; by default the checkpoint's name with the format's suffix, in the
             working directory.
-        weights: of 4-bit checkpoints in ONNX: ``int8``, widened without loss, or ``int4``.
+        weights: of layers of 4 bits in ONNX: ``int8``, widened without loss, or ``int4``.
 
     Raises:
         ExtraError: the format's packages are not installed.
@@ -68,7 +69,7 @@ def export(
         raise SettingError(f"{option('format')} is {format!r}; it is one of {', '.join(FORMATS)}.")
     info = checkpoints.read_info(checkpoint)
     settings = info.recipe.quantization
-    chosen = _weights(weights, format, settings.bits)
+    chosen = _weights(weights, format, layer_bits(info))
     suffix = SUFFIXES[format]
     path = Path(f"{Path(checkpoint).resolve().name}{suffix}") if out is None else Path(out)
     if path.suffix != suffix:
@@ -94,28 +95,24 @@ def export(
 
 
 def _saturation_warnings(model: QuantizedViT) -> list[str]:
-    """Return warnings about products that saturate on x86 processors without VNNI.
+    """Return a warning if weights saturate on x86 processors without VNNI.
 
     There, ONNX Runtime, OpenVINO and oneDNN add pairs of 8-bit products in 16 bits.
     """
-    where = "saturate in ONNX Runtime and OpenVINO on x86 processors without VNNI"
-    warnings = []
     largest = model.max_weight()
-    if largest > onednn.MAX_WEIGHT_WITHOUT_VNNI:
-        warnings.append(
-            f"Weights reach {largest}, which {where}: logits are wrong there. Quantize again with "
-            "reduce_range = true (the default)."
-        )
-    if model.scheme.integer_attention:
-        warnings.append(
-            f"The 8-bit products of attention {where}. Use attention = 'float' for those."
-        )
-    return warnings
+    if largest <= onednn.MAX_WEIGHT_WITHOUT_VNNI:
+        return []
+    return [
+        f"Weights reach {largest}, which saturate in ONNX Runtime and OpenVINO on x86 processors "
+        "without VNNI: logits are wrong there. Quantize again with reduce_range = true (the "
+        "default)."
+    ]
 
 
-def _weights(weights: str | None, format: str, bits: int) -> str:
+def _weights(weights: str | None, format: str, bits: Set[int]) -> str:
+    """Return the type of the narrowest weights in the file; ``bits`` are those of the layers."""
     if weights is None:
-        return "int4" if format == "torch" and bits == 4 else "int8"
+        return f"int{min(bits)}" if format == "torch" else "int8"
     if weights not in WEIGHTS:
         raise SettingError(
             f"{option('weights')} is {weights!r}; it is one of {', '.join(WEIGHTS)}."
@@ -124,9 +121,10 @@ def _weights(weights: str | None, format: str, bits: int) -> str:
         raise SettingError(
             f"{option('weights')} is a choice of {option('format', 'onnx')} alone; leave it out."
         )
-    if weights == "int4" and bits != 4:
+    if weights == "int4" and 4 not in bits:
+        found = ", ".join(map(str, sorted(bits)))
         raise SettingError(
-            f"{option('weights', 'int4')} needs a checkpoint of 4 bits; this one has {bits}."
+            f"{option('weights', 'int4')} needs layers of 4 bits; this checkpoint has {found}."
         )
     return weights
 
@@ -170,7 +168,15 @@ def _onnx(job: _Job, format: str = "onnx") -> tuple[bytes, list[str]]:
     _require_onnx(format)
     from dfq.exporting.onnx_model import onnx_bytes
     from dfq.exporting.products import QuantizedProducts, integer_products
+    from dfq.exporting.weights import SMALLEST_BLOCK, four_bit_block
 
+    blocks = map(four_bit_block, integer_layers(job.model).values())
+    if job.weights == "int4" and not any(blocks):
+        raise SettingError(
+            f"{option('weights', 'int4')} needs a layer of 4 bits whose inputs are blocks of "
+            f"{SMALLEST_BLOCK} or more with one scale; this checkpoint has none. Leave it out, or "
+            "quantize with group = 32."
+        )
     products = QuantizedProducts(job.model, job.weights)
     return onnx_bytes(job.model, products, job.facts), integer_products(job.model)
 

@@ -12,7 +12,7 @@ from dfq.exporting.weights import WeightType, write_weight
 from dfq.quantization.layers import IntegerPatchEmbed
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.scheme import ATTENTION_INPUTS
-from dfq.runtime.qtype import INT8, QParams
+from dfq.runtime.qtype import INT8, UINT8, QParams
 from dfq.vit import ViT
 
 SOFTMAX_QPARAMS = QParams(1 / 255)
@@ -82,21 +82,23 @@ def write_attention(
 
 
 def fake_quantize(graph: Graph, x: str, qparams: QParams, name: str = "input") -> str:
-    """Write QuantizeLinear and DequantizeLinear of ``x``."""
-    kind = np.int8 if qparams.qtype.signed else np.uint8
+    """Write QuantizeLinear and DequantizeLinear of ``x``, clipped where uint8 holds more levels.
+
+    Signed integers are written as uint8 above their lowest value, which then is 0.  Where both
+    inputs of a product are such, it is exact on every processor: ONNX Runtime multiplies uint8 by
+    uint8 without saturation, and OpenVINO, whose second operand has to be int8, multiplies in
+    floating point, as -127..128 does not fit.
+    """
+    qtype, lowest = qparams.qtype, qparams.qtype.qmin
     constants = (
         graph.scalar(f"{name}_scale", qparams.scale),
-        graph.constant(f"{name}_zero_point", np.array(qparams.zero_point, kind)),
+        graph.constant(f"{name}_zero_point", np.array(qparams.zero_point - lowest, np.uint8)),
     )
-    if qparams.qtype.bits < 8:
-        x = graph.op("Clip", x, *(graph.scalar(f"{name}_{end}", v) for end, v in _ends(qparams)))
+    if qtype.qmax - lowest < UINT8.qmax:
+        ends = zip(("low", "high"), qparams.range, strict=True)
+        x = graph.op("Clip", x, *(graph.scalar(f"{name}_{end}", v) for end, v in ends))
     x = graph.op("QuantizeLinear", x, *constants)
     return graph.op("DequantizeLinear", x, *constants)
-
-
-def _ends(qparams: QParams) -> tuple[tuple[str, float], ...]:
-    low, high = qparams.range
-    return ("low", low), ("high", high)
 
 
 class QuantizedProducts(FloatProducts):

@@ -220,12 +220,17 @@ class Transformer:
         return self.graph.op("ReduceMean", x, self.graph.constant("axes", [1]), keepdims=1)
 
     def query(self, pool: AttentionPool, x: str) -> str:
-        """Write attention pooling; its attention is in floating point."""
-        graph, name, (heads, width) = self.graph, "attn_pool", pool.query.shape
+        """Write attention pooling; its attention is in floating point.
+
+        The number of tokens is written out: a -1 in Reshape is undefined for a batch of 0.
+        """
+        prefix = 0 if self.arch.pool_includes_prefix else self.arch.num_prefix_tokens
+        tokens, graph, name = self.tokens - prefix, self.graph, "attn_pool"
+        heads, width = pool.query.shape
         kv = self.linear(f"{name}.kv", x)
         with graph.part(name):
             parts = graph.nodes_of("Split", kv, outputs=2, axis=-1, num_outputs=2)
-            k, v = (graph.shaped(p, 0, -1, heads, width) for p in parts)
+            k, v = (graph.shaped(p, 0, tokens, heads, width) for p in parts)
             k = graph.op("Transpose", k, perm=[0, 2, 3, 1])
             v = graph.op("Transpose", v, perm=[0, 2, 1, 3])
             query = graph.constant("query", pool.query[None, :, None] * width**-0.5)

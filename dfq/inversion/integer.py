@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dfq.inversion.frozen import replace_linears
 from dfq.runtime import onednn
+from dfq.runtime.elementwise import to_uint8
 from dfq.vit import ViT
 
 TINY = 1e-30
@@ -63,7 +64,7 @@ def _multiply(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor,
     rows = x.to(torch.float32, copy=True)
     largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
     largest.clamp_min_(TINY)
-    unsigned = onednn.to_uint8(rows.mul_(127 / largest))
+    unsigned = to_uint8(rows.mul_(127 / largest))
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         *(unsigned, 1.0, 128, *weight, None, 1.0, 0, x.dtype, "none", [], "")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,6 +41,19 @@ beyond all that calibration takes."""
 OUTSIDE_BATCH = 8
 
 
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Images to calibrate on.
+
+    ``source``: what results and checkpoints say of them.  ``inversion``: settings that they were
+    inverted with; None of other images, or if a dataset does not say.
+    """
+
+    images: SparseImageDataset | DenseImages
+    source: CalibrationSource
+    inversion: InversionSettings | None = None
+
+
 def calibration_set(
     loaded: LoadedModel,
     recipe: Recipe,
@@ -48,8 +62,8 @@ def calibration_set(
     cache: str | Path | None,
     progress: Progress,
     images: int | None = None,
-) -> tuple[SparseImageDataset | DenseImages, CalibrationSource]:
-    """The images that a verb works on, made or opened, and what they are.
+) -> CalibrationSet:
+    """Make or open the images that a verb works on.
 
     Raises:
         SettingError: the caller asked for so many ``images`` and named a dataset of others.
@@ -60,7 +74,7 @@ def calibration_set(
             loaded, settings, out=None, device=device, cache=cache, progress=progress
         )
         origin = CalibrationSource(settings.method, len(dataset), str(dataset.path), cached)
-        return dataset, origin
+        return CalibrationSet(dataset, origin, settings)
     if (Path(path) / SETTINGS).is_file():
         dataset = SparseImageDataset(path)
         _check_model(dataset, loaded)
@@ -69,7 +83,8 @@ def calibration_set(
                 f"{option('images')} is {images}, but the dataset {str(path)!r} of {len(dataset)} "
                 f"is taken whole. Leave {option('images')} out, or make a dataset of that many."
             )
-        return dataset, CalibrationSource(dataset.method, len(dataset), str(path), None)
+        origin = CalibrationSource(dataset.method, len(dataset), str(path), None)
+        return CalibrationSet(dataset, origin, dataset.inversion)
     if not Path(path).exists() and str(path) != "demo":
         raise DataError(
             f"{str(path)!r} is neither a method ({', '.join(METHODS)}) nor an existing "
@@ -77,7 +92,7 @@ def calibration_set(
         )
     source = open_images(path, loaded.vit.arch, loaded.preprocessing, labelled=False)
     dense = DenseImages(source, loaded.vit.arch, settings.images)
-    return dense, CalibrationSource("images", len(dense), str(path), None)
+    return CalibrationSet(dense, CalibrationSource("images", len(dense), str(path), None))
 
 
 def augmented(

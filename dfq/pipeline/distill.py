@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from dfq.argument_names import option
 from dfq.arguments import checked
+from dfq.catalog import ALIASES
 from dfq.data.images import ImageSource, load_batches
 from dfq.device import resolve_device
 from dfq.distillation.inherit import initialize
@@ -25,7 +25,8 @@ from dfq.pipeline.calibration_set import augmented, calibration_set
 from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
 from dfq.pipeline.evaluate import agreement_on, open_evaluation
 from dfq.pipeline.workers import check_alone
-from dfq.progress import Progress, Silent, note_all, warn
+from dfq.pipeline.workload import distill_stages
+from dfq.progress import Progress, announce, note_all, resolve_progress, warn
 from dfq.recipe import (
     METHODS,
     DistillationSettings,
@@ -42,7 +43,8 @@ from dfq.results.values import DistillResult, TeacherStudent, to_json
 from dfq.slow import slow_floats
 from dfq.vit import ViT
 from dfq.vit.convert import convert
-from dfq.vit.load import ALIASES, LoadedModel, load_model, module_name
+from dfq.vit.load import LoadedModel, load_model, model_name
+from dfq.vit.options import LoadOptions
 from dfq.vit.saved import REPORT, check_output, is_saved, save_model
 
 READ = 64
@@ -54,7 +56,7 @@ IMAGES = 512
 
 @checked
 def distill(
-    teacher: str | nn.Module,
+    teacher: str | nn.Module | LoadedModel,
     *,
     student: str | None = None,
     depth: int | None = None,
@@ -73,17 +75,10 @@ def distill(
     seed: int | None = None,
     threads: int | None = None,
     settings: dict[str, dict[str, Any]] | None = None,
-    weights: str | Path | None = None,
-    num_classes: int | None = None,
-    img_size: int | Sequence[int] | None = None,
-    in_chans: int | None = None,
-    global_pool: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    input_range: Sequence[float] | None = None,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    **options: Unpack[LoadOptions],
 ) -> DistillResult:
     """Train a student ViT on images inverted from a teacher.
 
@@ -118,7 +113,7 @@ def distill(
         RunError: the loss did not stay finite.
         DfqError: one of its other subclasses says what is wrong.
     """
-    started, progress = time.perf_counter(), progress or Silent()
+    started, progress = time.perf_counter(), resolve_progress(progress)
     check_alone("distill", "data")
     if class_map is not None and eval is None:
         raise SettingError(
@@ -144,24 +139,14 @@ def distill(
         distillation=given(extra.get("distillation"), steps=steps, start=start, seed=seed),
     )
     plan = chosen.distillation or DistillationSettings()
-    name = teacher if isinstance(teacher, str) else module_name(teacher)
+    name = model_name(teacher)
     place = Path(out) if out is not None else Path(f"{safe_name(Path(name).name)}-student")
     _check_place(place, teacher, progress)
     target = resolve_device(device)
     inverts = (method or data is None) and chosen.inversion.method != "noise"
     slow = slow_floats(target, plan.precision, *([chosen.inversion.precision] if inverts else []))
     warn(progress, slow)
-    loaded = load_model(
-        teacher,
-        weights=weights,
-        num_classes=num_classes,
-        img_size=img_size,
-        in_chans=in_chans,
-        global_pool=global_pool,
-        mean=mean,
-        std=std,
-        input_range=input_range,
-    )
+    loaded = load_model(teacher, **options).frozen(target)
     note_all(progress, loaded.notes)
     arch = loaded.vit.arch
     if not arch.num_classes:
@@ -173,19 +158,20 @@ def distill(
         chosen = dataclasses.replace(chosen, inversion=fitting)
     shape = {"depth": depth, "embed_dim": width, "num_heads": heads}
     named = None if student is None else ALIASES.get(student, student)
-    written = Path(teacher) if isinstance(teacher, str) and is_saved(teacher) else None
-    arguments = student_arguments(named, arch, loaded.timm_name, written, **shape)
+    arguments = student_arguments(named, arch, loaded.timm_name, loaded.directory, **shape)
     model, student_arch = create(arguments, arch, plan.seed)
     begun = initialize(model, student_arch, loaded.vit, plan.start)
     model.to(target)
     tested = None
     if eval is not None:
         tested = open_evaluation(eval, arch, loaded.preprocessing, class_map)
-    loaded.vit.to(target)
-    source, origin = calibration_set(
+    made, count = data is None or method is not None, 0 if tested is None else len(tested)
+    to_come = distill_stages(chosen, arch.grid.patches, inverts=made, tested=count)
+    announce(progress, to_come)
+    source = calibration_set(
         loaded, chosen, None if method else data, target, cache, progress, images
     )
-    gathered = Images.gather(augmented(source, plan).batches(READ))
+    gathered = Images.gather(augmented(source.images, plan).batches(READ))
     before = time.perf_counter()
     with progress.task("Training", plan.steps) as advance:
         losses = train(loaded.vit, model, gathered, loaded.preprocessing, plan, advance)
@@ -194,7 +180,7 @@ def distill(
         student=str(arguments["model_name"]),
         start=begun,
         parameters=sum(p.numel() for p in model.parameters()),
-        data=origin,
+        data=source.source,
         path=str(place),
         losses=losses,
         accuracy=None,
@@ -227,15 +213,19 @@ def distill(
     return result
 
 
-def _check_place(place: Path, teacher: str | nn.Module, progress: Progress) -> None:
+def _check_place(place: Path, teacher: str | nn.Module | LoadedModel, progress: Progress) -> None:
     """Refuse a directory that is not free for a student, and say if one will be replaced."""
     check_output(place)
     check_writable(place.parent)
     if not is_saved(place):
         return
-    if isinstance(teacher, str) and is_saved(teacher) and place.samefile(teacher):
+    directory = teacher.directory if isinstance(teacher, LoadedModel) else None
+    if isinstance(teacher, str) and is_saved(teacher):
+        directory = Path(teacher)
+    if directory is not None and directory.exists() and place.samefile(directory):
         raise OutputError(
-            f"The student would replace its teacher {teacher!r}. Give another {option('out')}."
+            f"The student would replace its teacher {str(directory)!r}. Give another "
+            f"{option('out')}."
         )
     progress.note(f"{str(place)!r} holds another student, which will be replaced")
 

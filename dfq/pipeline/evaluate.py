@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import nn
@@ -23,16 +22,16 @@ from dfq.pipeline.comparison import (
     dense_batches,
     metric_of,
 )
-from dfq.progress import Progress, Silent, note_all, warn
+from dfq.progress import Progress, note_all, resolve_progress, warn
 from dfq.quantization import QuantizedViT
 from dfq.quantization.scheme import Scheme
 from dfq.results.gates import check_bounds, check_bounds_decidable, check_shares, doubts, gate
 from dfq.results.intervals import share_interval
 from dfq.results.values import AgreementOn, EvaluateResult, FloatQuantized, Metric
 from dfq.slow import slow_integers
-from dfq.vit import Architecture, Preprocessing, ViT
-from dfq.vit.load import load_model
-from dfq.vit.options import pool_of
+from dfq.vit import Architecture, Preprocessing
+from dfq.vit.load import LoadedModel, load_model
+from dfq.vit.options import LoadOptions, WeightsOptions, pool_of
 from dfq.vit.saved import is_saved
 
 
@@ -43,22 +42,23 @@ def _name_it() -> str:
     )
 
 
+NORMALIZATION = ("mean", "std", "input_range")
+"""Fields of the preprocessing that define the network's input."""
+
+
 @checked
 def evaluate(
     path: str | Path,
     *,
     data: str | Path,
-    float_model: str | nn.Module | None = None,
-    weights: str | Path | None = None,
-    img_size: int | Sequence[int] | None = None,
-    in_chans: int | None = None,
-    global_pool: str | None = None,
+    float_model: str | nn.Module | LoadedModel | None = None,
     device: str | torch.device = "cpu",
     backend: str | None = None,
     min_agreement: float | None = None,
     min_accuracy: float | None = None,
     class_map: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    **options: Unpack[WeightsOptions],
 ) -> EvaluateResult:
     """Measure a checkpoint on images, beside the float model where one is named.
 
@@ -70,7 +70,7 @@ def evaluate(
             with ``x`` (and ``y``), or ``"demo"``.
         float_model, weights, img_size, in_chans, global_pool: the float model, as for
             :func:`dfq.load_model`; what is left out is the checkpoint's.
-        backend: integer kernels, ``onednn`` or ``reference``.
+        backend: integer kernels, ``onednn``, ``float`` or ``reference``.
         min_agreement, min_accuracy: bounds from 0 to 1, of the lower ends of 95 % intervals.
         class_map: a file that numbers the class folders; see
             :func:`dfq.data.image_files.read_class_map`.
@@ -85,14 +85,13 @@ def evaluate(
             f"{option('min_agreement')} needs the float model: give "
             f"{option('float_model', metavar='MODEL')}."
         )
-    options = {"img_size": img_size, "in_chans": in_chans, "global_pool": global_pool}
-    for name, value in {"weights": weights, **options}.items():
+    for name, value in options.items():
         if value is not None and float_model is None:
             raise SettingError(
                 f"{option(name)} is of the float model: name it too, by "
                 f"{option('float_model', metavar='MODEL')}."
             )
-    progress = progress or Silent()
+    progress = resolve_progress(progress)
     target = resolve_device(device)
     info = checkpoints.read_info(path)
     model = checkpoints.load(path, device=target).set_backend(backend)
@@ -108,9 +107,16 @@ def evaluate(
             f"give {option('float_model', metavar='MODEL')}."
         )
     made_from = str(info.source.get("fingerprint"))
-    reference = _float_reference(
-        model, made_from, float_model, target, progress, weights=weights, **options
-    )
+    reference = None
+    if float_model is not None:
+        loaded = _load_float(model, float_model, options).frozen(target)
+        note_all(progress, loaded.notes)
+        _check_same(loaded, model)
+        if loaded.fingerprint != made_from:
+            progress.note(
+                "The float model's weights are not those that the checkpoint was made from."
+            )
+        reference = loaded.vit
     batches = dense_batches(load_batches(source, model.preprocessing, EVALUATION_BATCH), target)
     with progress.task("Evaluating", len(source)) as advance:
         comparison = compare(model, reference, batches, advance, metric=metric)
@@ -140,30 +146,28 @@ def evaluate(
     return result
 
 
-def _float_reference(
-    model: QuantizedViT,
-    fingerprint: str,
-    name: str | nn.Module | None,
-    device: torch.device,
-    progress: Progress,
-    **options: Any,
-) -> ViT | None:
-    if name is None:
-        return None
-    arch = model.arch
-    built = isinstance(name, str) and not is_saved(name)  # so that its shape can be chosen
-    if built and name != "demo":
-        own = {"img_size": arch.image_size, "global_pool": pool_of(arch)}
-        options |= {key: value for key, value in own.items() if options[key] is None}
+def _load_float(
+    model: QuantizedViT, float_model: str | nn.Module | LoadedModel, options: WeightsOptions
+) -> LoadedModel:
+    """Load the float model with the checkpoint's shape, where it is open, and preprocessing."""
+    if isinstance(float_model, LoadedModel):
+        return load_model(float_model, **options)
+    arch, own = model.arch, model.preprocessing
+    built = isinstance(float_model, str) and not is_saved(float_model)  # so its shape is open
+    shape: LoadOptions = {
+        "num_classes": 0 if built and not arch.num_classes else None,
+        "mean": own.mean,
+        "std": own.std,
+        "input_range": own.input_range,
+        **options,
+    }
+    if built and float_model != "demo":
+        if shape.get("img_size") is None:
+            shape["img_size"] = arch.image_size
+        if shape.get("global_pool") is None:
+            shape["global_pool"] = pool_of(arch)
     try:
-        loaded = load_model(
-            name,
-            num_classes=0 if built and not arch.num_classes else None,
-            mean=model.preprocessing.mean,
-            std=model.preprocessing.std,
-            input_range=model.preprocessing.input_range,
-            **options,
-        )
+        return load_model(float_model, **shape)
     except (SettingError, WeightsError) as error:
         if not error.advice:
             raise
@@ -174,20 +178,26 @@ def _float_reference(
                 f"takes {arch.in_channels}."
             )
         raise SettingError(f"{facts} {_name_it()}") from error
-    note_all(progress, loaded.notes)
-    differing = [
-        f"{field.replace('_', ' ')} {theirs!r} instead of {ours!r}"
-        for field, ours in dataclasses.asdict(arch).items()
-        if (theirs := getattr(loaded.vit.arch, field)) != ours
-    ]
-    if differing:
-        raise SettingError(
-            f"The float model {loaded.name!r} has another architecture than the checkpoint: "
-            f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. {_name_it()}"
-        )
-    if loaded.fingerprint != fingerprint:
-        progress.note("The float model's weights are not those that the checkpoint was made from.")
-    return loaded.vit.to(device)
+
+
+def _check_same(loaded: LoadedModel, model: QuantizedViT) -> None:
+    """Raise :class:`SettingError` if a float model takes other images than the checkpoint."""
+    preprocessing = {name: getattr(model.preprocessing, name) for name in NORMALIZATION}
+    pairs = (
+        ("architecture", dataclasses.asdict(model.arch), loaded.vit.arch),
+        ("normalization", preprocessing, loaded.preprocessing),
+    )
+    for what, own, other in pairs:
+        differing = [
+            f"{field.replace('_', ' ')} {theirs!r} instead of {ours!r}"
+            for field, ours in own.items()
+            if (theirs := getattr(other, field)) != ours
+        ]
+        if differing:
+            raise SettingError(
+                f"The float model {loaded.name!r} has another {what} than the checkpoint: "
+                f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. {_name_it()}"
+            )
 
 
 def open_evaluation(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from dfq import checkpoint, demo, runtime
 from dfq.argument_names import option
 from dfq.arguments import checked
+from dfq.catalog import ALIASES, HOMES, known_names, read_catalog
 from dfq.data.cache import cache_directory
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.settings import SETTINGS
@@ -19,40 +22,80 @@ from dfq.device import resolve_precision
 from dfq.environment import instructions, processor, versions
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
+from dfq.pipeline.inspect_model import inspect_model, preprocessing_facts
 from dfq.quantization.scheme import Scheme
 from dfq.recipe import to_dict
 from dfq.runtime import onednn, opaque
 from dfq.runtime.params import KernelRequirements
 from dfq.slow import slow_floats, slow_integers
-from dfq.vit.architecture import PIXEL_RANGE, Preprocessing, to_json
+from dfq.vit.architecture import PIXEL_RANGE, to_json
 from dfq.vit.describe import describe
 from dfq.vit.saved import REPORT, WEIGHTS, is_saved, read_saved
 
 
 @checked
-def inspect(path: str | Path) -> dict[str, Any]:
-    """Facts about a sparse-image dataset, a checkpoint or a student, as JSON types.
+def inspect(
+    path: str | Path,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
+) -> dict[str, Any]:
+    """Facts about a sparse-image dataset, a checkpoint, a student or a model, as JSON types.
 
-    Datasets are verified: every shard is read and compared with its checksum.
+    Datasets are verified: every shard is read and compared with its checksum.  Models are built
+    without weights, unless a file of weights is given; nothing is downloaded for a name of timm's.
+
+    Args:
+        path: a dataset, a checkpoint or a student.  Where there is nothing of that name, or with
+            one of the other arguments, a model: see :func:`dfq.load_model`.
+        weights, num_classes, img_size, in_chans, global_pool: see :func:`dfq.load_model`.
 
     Raises:
         DatasetError: the path is none of them, or the dataset's files are damaged.
         CheckpointError: the checkpoint is damaged.
-        WeightsError: the student is damaged.
+        WeightsError: the student or the weights are damaged.
+        UnknownModelError: there is nothing of that name, and no model either.
     """
-    path = Path(path)
-    if (path / SETTINGS).is_file():
-        return _inspect_dataset(path)
-    if (path / checkpoint.CONFIG).is_file():
-        return _inspect_checkpoint(path)
-    if is_saved(path):
-        return _inspect_model(path)
-    raise DatasetError(
-        f"{str(path)!r} holds neither a sparse-image dataset nor a dfq checkpoint nor a student."
-        if path.exists()
-        else f"{str(path)!r} does not exist; give a sparse-image dataset, a dfq checkpoint or a "
-        "student."
-    )
+    options = {
+        "num_classes": num_classes,
+        "img_size": img_size,
+        "in_chans": in_chans,
+        "global_pool": global_pool,
+    }
+    if weights is not None or any(value is not None for value in options.values()):
+        return inspect_model(str(path), weights, **options)
+    place = Path(path)
+    if (place / SETTINGS).is_file():
+        return _inspect_dataset(place)
+    if (place / checkpoint.CONFIG).is_file():
+        return _inspect_checkpoint(place)
+    if is_saved(place):
+        return _inspect_student(place)
+    if place.exists() or isinstance(path, Path) or _is_path(path):
+        raise DatasetError(
+            f"{str(path)!r} holds neither a sparse-image dataset nor a dfq checkpoint nor a "
+            f"student.{_same_name(str(path))}"
+            if place.exists()
+            else f"{str(path)!r} does not exist; give a sparse-image dataset, a dfq checkpoint "
+            "or a student, or the name of a model."
+        )
+    try:
+        return inspect_model(path, None, **options)
+    except UnknownModelError as error:
+        raise UnknownModelError(f"There is no file or directory {path!r}, and: {error}") from error
+
+
+def _same_name(name: str) -> str:
+    known = name in known_names()
+    return " To inspect the model of that name, do so in another directory." if known else ""
+
+
+def _is_path(text: str) -> bool:
+    """Whether text can only be a path, as models have no such names."""
+    return ":" not in text and ("/" in text or os.sep in text)
 
 
 def _inspect_dataset(path: Path) -> dict[str, Any]:
@@ -94,7 +137,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "backend": model.backend,
         "compiler": opaque.compiler(),
         "architecture": to_json(info.arch),
-        "preprocessing": _preprocessing(info.preprocessing),
+        "preprocessing": preprocessing_facts(info.preprocessing),
         "recipe": to_dict(info.recipe),
         "source": info.source,
         "bytes": (path / checkpoint.MODEL).stat().st_size,
@@ -102,7 +145,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
     }
 
 
-def _inspect_model(path: Path) -> dict[str, Any]:
+def _inspect_student(path: Path) -> dict[str, Any]:
     model, timm_name, prepared = read_saved(path)
     arch = describe(model, str(path))
     return {
@@ -111,14 +154,10 @@ def _inspect_model(path: Path) -> dict[str, Any]:
         "model": timm_name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "architecture": to_json(arch),
-        "preprocessing": _preprocessing(prepared),
+        "preprocessing": preprocessing_facts(prepared),
         "bytes": (path / WEIGHTS).stat().st_size,
         "report": _report(path / REPORT),
     }
-
-
-def _preprocessing(prepared: Preprocessing) -> dict[str, Any]:
-    return {**to_json(prepared), "input_range": list(prepared.input_range)}
 
 
 def _report(path: Path) -> Any:
@@ -131,15 +170,17 @@ def _report(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A name that :func:`dfq.load_model` takes; ``kind`` is demo, alias or timm."""
+    """A name that :func:`dfq.load_model` takes; ``kind`` is demo, alias or timm.
+
+    ``supported``: whether :func:`dfq.quantize` takes it, or else the ``reason`` why not; None for
+    names of another timm version than the one that dfq was checked with.
+    """
 
     name: str
     kind: str
     pretrained: bool
-
-
-HOMES = ("vision_transformer", "deit", "beit", "eva")
-"""Modules of timm that define models which may be supported."""
+    supported: bool | None = True
+    reason: str | None = None
 
 
 @checked
@@ -147,20 +188,28 @@ def models(pattern: str | None = None) -> list[ModelEntry]:
     """The names of models: demo, aliases, and timm's vision transformers.
 
     ``pattern`` keeps names that contain it.  timm's names are those of its
-    modules of patch transformers; whether a member is supported shows when it is loaded.
+    modules of patch transformers.
 
     Raises:
         UnknownModelError: no name contains the pattern.
     """
     import timm
 
-    from dfq.vit.load import ALIASES
-
+    catalog = read_catalog()
     names = sorted({name for home in HOMES for name in timm.list_models(module=home)})
     entries = [
         ModelEntry("demo", "demo", True),
         *(ModelEntry(alias, "alias", True) for alias in ALIASES),
-        *(ModelEntry(name, "timm", bool(timm.is_model_pretrained(name))) for name in names),
+        *(
+            ModelEntry(
+                name,
+                "timm",
+                bool(timm.is_model_pretrained(name)),
+                catalog.supports(name),
+                catalog.refused.get(name),
+            )
+            for name in names
+        ),
     ]
     found = [e for e in entries if pattern is None or pattern in e.name]
     if not found:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -14,16 +13,17 @@ from dfq.arguments import checked
 from dfq.device import resolve_device
 from dfq.inversion.schedule import fit_stages
 from dfq.pipeline.synthesis import make_dataset
-from dfq.progress import Progress, Silent, note_all, warn
+from dfq.progress import Progress, note_all, resolve_progress, warn
 from dfq.recipe import Recipe, given, is_set, make_recipe
 from dfq.results.values import InvertResult
 from dfq.slow import slow_floats
-from dfq.vit.load import load_model
+from dfq.vit.load import LoadedModel, load_model
+from dfq.vit.options import LoadOptions
 
 
 @checked
 def invert(
-    model: str | nn.Module,
+    model: str | nn.Module | LoadedModel,
     *,
     method: str | None = None,
     images: int | None = None,
@@ -35,17 +35,10 @@ def invert(
     precision: str | None = None,
     recipe: str | Path | Recipe | None = None,
     settings: dict[str, Any] | None = None,
-    weights: str | Path | None = None,
-    num_classes: int | None = None,
-    img_size: int | Sequence[int] | None = None,
-    in_chans: int | None = None,
-    global_pool: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    input_range: Sequence[float] | None = None,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    **options: Unpack[LoadOptions],
 ) -> InvertResult:
     """Invert a model into a sparse-image dataset, in the cache or in ``out``.
 
@@ -79,20 +72,10 @@ def invert(
         precision=precision,
     )
     chosen = make_recipe(recipe, inversion=overrides).inversion
-    target, progress = resolve_device(device), progress or Silent()
+    target, progress = resolve_device(device), resolve_progress(progress)
     if chosen.method != "noise":
         warn(progress, slow_floats(target, chosen.precision))
-    loaded = load_model(
-        model,
-        weights=weights,
-        num_classes=num_classes,
-        img_size=img_size,
-        in_chans=in_chans,
-        global_pool=global_pool,
-        mean=mean,
-        std=std,
-        input_range=input_range,
-    )
+    loaded = load_model(model, **options).frozen(target)
     note_all(progress, loaded.notes)
     if not is_set("stages", stages, settings, recipe):
         chosen = fit_stages(chosen, loaded.vit.arch.grid.patches)

@@ -96,7 +96,7 @@ def make_dataset(
     if mine:
         engine = Engine(loaded.vit, loaded.preprocessing, resolved, device)
         steps = len(mine) * engine.events[-1].iteration
-        name = f"Inverting {purpose}images ({resolved.method})"
+        name = f"Inverting {resolved.images} {purpose}images ({resolved.method})"
         with progress.task(name, max(1, steps)) as advance:
             for unit in mine:
                 writer.write(unit.index, engine.run(unit, advance))

@@ -67,7 +67,7 @@ def write_dataset(
         raise OutputError(f"{str(path)!r} holds a dataset already. Choose another directory.")
     check_replaceable(path, SETTINGS, FORMAT, "a dataset")
     facts = dataset_facts(
-        model,
+        model.frozen(),
         {**(settings or {}), "method": origin},
         torch.get_num_threads(),
         machine_of(torch.device("cpu")),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.errors import DatasetError, RunError
+from dfq.errors import DatasetError, RunError, SettingError
 from dfq.quantization.observers import RangeObserver
 from dfq.quantization.scheme import ATTENTION_INPUTS, Scheme, calibrated_activations, layers
 from dfq.runtime.qtype import QParams
@@ -142,6 +142,31 @@ def calibrate(
         _check_hessian(name, observed)
     qparams = {name: observer.calculate_qparams() for name, observer in observers.items()}
     return Calibration(qparams, statistics, images, attention_statistics)
+
+
+def check_calibration(calibration: Calibration, vit: ViT, scheme: Scheme) -> None:
+    """Raise :class:`SettingError` unless a calibration has all that ``scheme`` needs of ``vit``."""
+    problem = _calibration_problem(calibration, vit, scheme)
+    if problem is not None:
+        raise SettingError(
+            f"The calibration {problem}. Calibrate this model with the settings that it is "
+            "quantized with."
+        )
+
+
+def _calibration_problem(calibration: Calibration, vit: ViT, scheme: Scheme) -> str | None:
+    for name in calibrated_activations(vit.arch, scheme):
+        if name not in calibration.qparams:
+            return f"has no range of {name!r}"
+    for name in layers(vit.arch):
+        observed, features = calibration.statistics.get(name), _linear(vit, name).in_features
+        if observed is None:
+            return f"has no statistics of {name!r}"
+        if len(observed.low) != features:
+            return f"is of {len(observed.low)} features at {name!r}, where the model has {features}"
+        if scheme.for_layer(name).second_order and observed.hessian is None:
+            return f"has no second moment of {name!r}, which its rounding needs"
+    return None
 
 
 def _check_range(what: str, observed: InputStatistics) -> None:

@@ -238,7 +238,8 @@ class QuantizedViT(ViT):
         return max(layer.max_weight() for layer in self._linears())
 
     def set_backend(self, name: str | None) -> QuantizedViT:
-        """Select the backend: ``"onednn"``, ``"reference"``, or None for the fastest.
+        """Select the backend: ``"onednn"``, ``"float"``, ``"reference"``, or None for the
+        first of them that is exact here.
 
         Raises:
             SettingError: no such backend, or it is not exact here.

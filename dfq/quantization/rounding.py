@@ -19,6 +19,10 @@ from dfq.runtime.weights import apply_group_scale, expand_group_scale
 CLIP_STEPS = 40
 """Candidate scales of the clipping search."""
 
+CHANNEL_RATIOS, CHANNEL_STEPS = (0.86, 1.14), 9
+"""Candidate scales of channels with groups, relative to the scale at which the widest group has its
+best one."""
+
 MIN_IMPORTANCE = 1e-12
 """Smallest importance of an input, relative to the largest."""
 
@@ -61,10 +65,9 @@ def search_scales(
     """Search the scales that minimize the weighted squared rounding error of a weight.
 
     ``weight`` is float32 ``[out, in]``; ``importance`` as in :func:`search_scale`.  With groups,
-    the best scale of each group is rounded to a multiple of ``largest / largest_group_scale``,
-    where ``largest`` is the largest scale of its channel.
+    each has an integer multiple of its channel's scale: :func:`search_multiples`.
     """
-    group, largest = scheme.group, scheme.largest_group_scale
+    group = scheme.group
     if not group:
         return WeightScales(search_scale(weight, scheme.weight, importance))
     outputs, inputs = weight.shape
@@ -72,12 +75,65 @@ def search_scales(
     padding = -inputs % group
     rows = F.pad(weight, (0, padding)).reshape(-1, group)
     importances = F.pad(weights, (0, padding)).reshape(1, -1, group).expand(outputs, -1, -1)
-    group_scale = search_scale(rows, scheme.weight, importances.reshape(-1, group)).reshape(
-        outputs, -1
+    importances = importances.reshape(-1, group)
+    best = search_scale(rows, scheme.weight, importances).reshape(outputs, -1)
+    channel, multiples = search_multiples(
+        rows.reshape(outputs, -1, group), best, scheme, importances.reshape(outputs, -1, group)
     )
-    channel = group_scale.amax(1) / largest
-    levels = (group_scale / channel[:, None]).round_().clamp_(1, largest)
-    return WeightScales(channel, levels.to(torch.uint8), group)
+    return WeightScales(channel, multiples.to(torch.uint8), group)
+
+
+def search_multiples(
+    weight: Tensor, best: Tensor, scheme: LayerScheme, importance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Search the scale of each channel and the integer multiples of it that its groups take.
+
+    Of :data:`CHANNEL_STEPS` scales around that which gives the widest group its best scale, a
+    channel takes the one with the least error, each group with the better of the two multiples
+    next to its best scale.
+
+    Args:
+        weight, importance: float32 ``[out, groups, group]``.
+        best: each group's best scale by itself, float32 ``[out, groups]``.
+
+    Returns:
+        float32 ``[out]``, and whole numbers from 1 to ``scheme.largest_group_scale``, float32
+        ``[out, groups]``.
+    """
+    largest, exponent = scheme.largest_group_scale, _exponent(weight.abs().amax((1, 2)))
+    weight = torch.ldexp(weight, -exponent[:, None, None])
+    best = torch.ldexp(best, -exponent[:, None])
+    importance = _normalize_importance(importance)
+    full = best.amax(1) / largest
+    channel, multiples = full, torch.ones_like(best)
+    least = torch.full_like(full, torch.inf)
+    for ratio in torch.linspace(*CHANNEL_RATIOS, CHANNEL_STEPS).tolist():
+        scale = full * ratio
+        below = (best / scale[:, None]).floor_().clamp_(1, largest)
+        above = (below + 1).clamp_(max=largest)
+        losses = [
+            _losses(weight, multiple * scale[:, None], scheme.weight, importance)
+            for multiple in (below, above)
+        ]
+        chosen = torch.where(losses[1] < losses[0], above, below)
+        loss = torch.minimum(*losses).sum(1)
+        better = loss < least
+        channel, least = torch.where(better, scale, channel), torch.where(better, loss, least)
+        multiples = torch.where(better[:, None], chosen, multiples)
+    return torch.ldexp(channel, exponent), multiples
+
+
+def _losses(weight: Tensor, scale: Tensor, qtype: QType, importance: Tensor) -> Tensor:
+    """Weighted squared rounding error, summed over the last dimension, of ``[..., n]`` weights
+    with a scale each ``[...]``."""
+    scale = scale[..., None]
+    error = weight - (weight / scale).round_().clamp_(qtype.qmin, qtype.qmax).mul_(scale)
+    return error.square_().mul_(importance).sum(-1)
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """Exponents by which magnitudes are divided so that squares of errors fit in float32."""
+    return torch.frexp(x.clamp_min(MIN_SCALE)).exponent
 
 
 def min_clip_ratio(bits: int) -> float:
@@ -96,13 +152,10 @@ def search_scale(weight: Tensor, qtype: QType, importance: Tensor | None = None)
     Returns:
         float32 ``[out]``, above 0.
     """
-    low, high = qtype.qmin, qtype.qmax
     largest = weight.abs().amax(1).clamp_min(MIN_SCALE)
-    exponent = torch.frexp(largest).exponent  # squares of errors fit in float32 near 1
-    weight, full_scale = (
-        torch.ldexp(weight, -exponent[:, None]),
-        torch.ldexp(largest, -exponent) / high,
-    )
+    exponent = _exponent(largest)
+    weight = torch.ldexp(weight, -exponent[:, None])
+    full_scale = torch.ldexp(largest, -exponent) / qtype.qmax
     weights = (
         torch.ones_like(weight[0]) if importance is None else _normalize_importance(importance)
     )
@@ -110,8 +163,7 @@ def search_scale(weight: Tensor, qtype: QType, importance: Tensor | None = None)
     least_loss = torch.full_like(best, torch.inf)
     for ratio in torch.linspace(1.0, min_clip_ratio(qtype.bits), CLIP_STEPS).tolist():
         scale = full_scale * ratio
-        error = weight - (weight / scale[:, None]).round_().clamp_(low, high) * scale[:, None]
-        loss = error.square_().mul_(weights).sum(1)
+        loss = _losses(weight, scale, qtype, weights)
         better = loss < least_loss
         best = torch.where(better, scale, best)
         least_loss = torch.where(better, loss, least_loss)

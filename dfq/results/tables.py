@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from dfq.errors import UsageError
-from dfq.text import escape
+from dfq.text import duration, escape
 
 MADE = {
     "inverted": "inverted images of another seed",
@@ -21,6 +21,9 @@ MAX_DECIBELS = 1000
 
 SQNR_FIELDS = ("weights", "activations", "both")
 """Names of a layer's three SQNRs."""
+
+UNMEASURED = ("agreement", "not measured")
+"""Row of a checkpoint that was not compared with the float model."""
 
 HIGHLIGHTED = 3
 """Number of layers with the lowest SQNR that are shown in red."""
@@ -50,11 +53,12 @@ def field_table(values: dict[str, Any]) -> Table:
     table = _two_columns()
     for key, value in values.items():
         if value is not None and value != () and value != {}:
-            table.add_row(escape(key.replace("_", " ")), _text(key, value))
+            title = "time" if key == "seconds" else key.replace("_", " ")
+            table.add_row(escape(title), _text(key, value))
     return table
 
 
-def layers_of(facts: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+def layers_of(facts: dict[str, Any], path: str | Path) -> list[dict[str, Any]]:
     """Return the measured layers of a checkpoint's report.
 
     Raises:
@@ -99,7 +103,8 @@ def facts_table(values: dict[str, Any]) -> Table:
     table = field_table({k: v for k, v in values.items() if k != "report"})
     try:
         report = values["report"]
-        rows = [*agreement_rows(report), *verdict_rows(report)]
+        measured = agreement_rows(report) or ([UNMEASURED] if "agreement_on" in report else [])
+        rows = [*measured, *verdict_rows(report)]
     except (LookupError, TypeError, ValueError, AttributeError):
         rows = []  # none, or one that other programs wrote
     for row in rows:
@@ -109,13 +114,17 @@ def facts_table(values: dict[str, Any]) -> Table:
 
 def _text(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        inner = {k: _text(k, v) for k, v in value.items() if v is not None}
+        inner = {
+            k: _text("bytes" if key == "bytes" else k, v) for k, v in value.items() if v is not None
+        }
         lists = {k for k in inner if isinstance(value[k], list | tuple)}
         return ", ".join(f"{escape(k)} {f'({v})' if k in lists else v}" for k, v in inner.items())
     if isinstance(value, list | tuple):
         return ", ".join(_text(key, v) for v in value)
     if key == "bytes" and isinstance(value, int):
         return _size(value)
+    if key == "seconds" and isinstance(value, int | float):
+        return duration(value)
     if isinstance(value, float):
         return f"{value:.4g}"
     return escape(str(value))
@@ -134,10 +143,11 @@ def quantize_table(r: dict[str, Any]) -> Table:
     table.add_row(
         "size", f"{_size(size['float'])} -> {_size(size['quantized'])} ({ratio:.1f} times smaller)"
     )
-    for row in (*accuracy_rows(r), *agreement_rows(r), *verdict_rows(r)):
+    agreement = agreement_rows(r) or [UNMEASURED]
+    for row in (*accuracy_rows(r), *agreement, *verdict_rows(r)):
         table.add_row(*row)
-    stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items())
-    table.add_row("seconds", stages)
+    stages = ", ".join(f"{k} {duration(v)}" for k, v in r["seconds"].items())
+    table.add_row("time", stages)
     table.add_row("checkpoint", escape(r["checkpoint"]))
     return table
 
@@ -151,7 +161,7 @@ def evaluate_table(r: dict[str, Any]) -> Table:
     for row in (*accuracy_rows(r), *agreement_rows(r), *verdict_rows(r)):
         table.add_row(*row)
     speed = f"{r['images_per_second']:.1f} images/s on {r['backend']}"
-    table.add_row("seconds", f"{r['seconds']:.1f}, {speed}")
+    table.add_row("time", f"{duration(r['seconds'])}, {speed}")
     return table
 
 
@@ -250,7 +260,8 @@ def distill_table(r: dict[str, Any]) -> Table:
         table.add_row("classes", _class_order(r["class_order"]))
     for row in (*agreement_rows(r), *verdict_rows(r)):
         table.add_row(*row)
-    table.add_row("seconds", f"{r['seconds']:.1f}, of them training {r['training_seconds']:.1f}")
+    spent = f"{duration(r['seconds'])}, of it training {duration(r['training_seconds'])}"
+    table.add_row("time", spent)
     table.add_row("written to", escape(r["path"]))
     return table
 
@@ -260,8 +271,8 @@ def benchmark_table(r: dict[str, Any]) -> Table:
     threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
     notes = [f"{a['runtime']} absent: {a['reason']}" for a in r["absent"]]
     notes += [
-        f"{c['runtime']} from a cold process to its first prediction: {c['seconds']:.2f} s, at "
-        f"most {_size(c['peak_bytes'])}"
+        f"{c['runtime']} from a cold process to its first prediction: "
+        f"{duration(c['seconds'], 2)}, at most {_size(c['peak_bytes'])}"
         for c in r["cold"] or ()
     ]
     table = Table(

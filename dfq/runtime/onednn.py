@@ -1,18 +1,13 @@
-"""oneDNN backend for x86 processors, through the operators that PyTorch ships.
-
-Between the matrix products it makes as few passes over memory as eager PyTorch allows.
-"""
+"""oneDNN backend for x86 processors, through the operators that PyTorch ships."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dfq.device import int8_is_exact, resolve_precision
-from dfq.runtime import reference
+from dfq.device import int8_is_exact
+from dfq.runtime import elementwise, reference
 from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
-from dfq.runtime.qtype import QParams
 
 NAME = "onednn"
 
@@ -35,21 +30,16 @@ def unsupported_reason(device: torch.device, needs: KernelRequirements) -> str |
 
 
 max_tile_scores = reference.max_tile_scores
+quantize = elementwise.quantize
+prepack_norm = elementwise.prepack_norm
+quantize_norm = elementwise.quantize_norm
+attention = elementwise.attention
 
 
 def pack_weight(integers: Tensor) -> Tensor:
     """Pack int8 ``[out, in]`` into oneDNN's blocked layout."""
     packed: Tensor = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None)
     return packed
-
-
-def to_uint8(x: Tensor, largest: int = 255) -> Tensor:
-    """Convert float ``x`` in place to uint8 ``round(x) + 128``, clamped to 0 and ``largest``.
-
-    Goes through int8, to which PyTorch converts ten times as fast as to uint8.
-    """
-    signed = x.round_().clamp_(-128, largest - 128).to(torch.int8)
-    return signed.view(torch.uint8).bitwise_xor_(128)
 
 
 def prepack(params: LinearParams) -> object:
@@ -91,43 +81,3 @@ def linear(
         "none" if out.gelu is None else out.gelu,
     )
     return y if out.dtype != torch.uint8 or out.qmax == 255 else y.clamp_(max=out.qmax)
-
-
-def quantize(x: Tensor, qparams: QParams, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """As :func:`dfq.runtime.reference.quantize`, in vectorized passes."""
-    if qparams.qtype.signed:
-        return reference.quantize(x, qparams)
-    x, scale, largest = x.float(), qparams.scale, qparams.qtype.qmax
-    middle = x.new_tensor(qparams.zero_point - 128, dtype=torch.float32)
-    if affine is None:
-        return to_uint8(torch.add(middle, x, alpha=1 / scale), largest)
-    return to_uint8(torch.addcmul(affine[1] / scale + middle, x, affine[0] / scale), largest)
-
-
-def prepack_norm(norm: nn.LayerNorm, qparams: QParams) -> object:
-    """Fold the output's qparams into the norm's affine, which then gives integers minus 128."""
-    scale, zero_point = qparams.scale, qparams.zero_point
-    weight, bias = norm.weight / scale, norm.bias / scale + (zero_point - 128)
-    return (norm.normalized_shape, weight, bias, norm.eps), qparams.qtype.qmax
-
-
-def quantize_norm(x: Tensor, packed: object) -> Tensor:
-    """As :func:`dfq.runtime.reference.quantize_norm`."""
-    assert isinstance(packed, tuple)
-    arguments, largest = packed
-    return to_uint8(F.layer_norm(x, *arguments), largest)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """As :func:`dfq.runtime.reference.attention`, computed in bfloat16 where that is native.
-
-    bfloat16 holds integers up to 256, so the operands of both products are exact and their
-    sums are float32; scores and outputs are then rounded to 8 bits of mantissa.
-    """
-    if resolve_precision("auto", q.device) != "bfloat16":
-        return reference.attention(q, k, v, scale, bias)
-    q, k, v = (x.to(torch.bfloat16, memory_format=torch.contiguous_format) for x in (q, k, v))
-    scores = (q @ k.transpose(-2, -1)).mul_(scale)
-    scores = scores if bias is None else scores + bias.to(scores.dtype)
-    shares = scores.sub_(scores.amax(-1, keepdim=True)).exp_().mul_(255).round_()
-    return (shares @ v) / shares.sum(-1, keepdim=True, dtype=torch.float32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.errors import SettingError, nearest
-from dfq.runtime import onednn, reference
+from dfq.runtime import float_gemm, onednn, reference
 from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
 from dfq.runtime.qtype import QParams
 
@@ -62,7 +62,7 @@ class Backend(Protocol):
 
 ANY_WEIGHT = KernelRequirements()
 
-_backends: list[Backend] = [onednn, reference]
+_backends: list[Backend] = [onednn, float_gemm, reference]
 
 
 def register(backend: Backend) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Unpack, get_args
 
 import huggingface_hub
 import timm
@@ -25,6 +25,7 @@ from torch import nn
 from dfq import demo
 from dfq.argument_names import option
 from dfq.arguments import checked
+from dfq.catalog import ALIASES
 from dfq.errors import (
     PretrainedError,
     SettingError,
@@ -33,6 +34,7 @@ from dfq.errors import (
     WeightsError,
     nearest,
 )
+from dfq.failures import explained, first_line
 from dfq.vit.architecture import CropMode, Interpolation, Preprocessing, to_json
 from dfq.vit.convert import convert
 from dfq.vit.describe import describe
@@ -40,6 +42,7 @@ from dfq.vit.fit import load_into
 from dfq.vit.formats import read_config
 from dfq.vit.modules import ViT
 from dfq.vit.options import (
+    LoadOptions,
     ModelOptions,
     infer_keywords,
     norms_of,
@@ -53,15 +56,6 @@ from dfq.vit.structure import SUPPORTED, unwrapped
 from dfq.vit.translate import translate
 from dfq.vit.weights import find_weights, read_weights
 
-ALIASES = {
-    "vit_tiny": "vit_tiny_patch16_224",
-    "vit_small": "vit_small_patch16_224",
-    "vit_base": "vit_base_patch16_224",
-    "deit_tiny": "deit_tiny_patch16_224",
-    "deit_small": "deit_small_patch16_224",
-    "deit_base": "deit_base_patch16_224",
-}
-
 LOCAL_PREFIX = "local-dir:"
 """Prefix of the path of a folder saved by timm (``timm.models.save_for_hf``)."""
 
@@ -71,7 +65,8 @@ class LoadedModel:
     """Float32 ViT with its preprocessing and names.
 
     ``name``: as given by the caller.  ``timm_name``: timm's name, with the pretrained tag if there
-    is one.  ``notes``: remarks for the user about the weights.
+    is one.  ``notes``: remarks for the user about the weights.  ``directory``: where
+    :func:`dfq.distill` wrote it, else None.
     """
 
     name: str
@@ -79,11 +74,35 @@ class LoadedModel:
     vit: ViT
     preprocessing: Preprocessing
     notes: tuple[str, ...] = ()
+    directory: Path | None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the architecture, the preprocessing and every weight."""
+        """SHA-256 over the architecture, the preprocessing and every weight, as they were when it
+        was read first."""
         return fingerprint(self.vit, self.preprocessing)
+
+    def frozen(self, device: torch.device | str = "cpu") -> LoadedModel:
+        """Return the model on a device, in float32 and eval mode, without gradients and hooks.
+
+        This model is not modified.  Weights that are float32 on the device already are shared.
+
+        Raises:
+            SettingError: the parameters of ``vit`` are not those of its architecture.
+        """
+        with torch.device("meta"):
+            vit = ViT(self.vit.arch)
+        state = {k: v.to(device, torch.float32) for k, v in self.vit.state_dict().items()}
+        with explained(self._misfit):
+            vit.load_state_dict(state, assign=True)
+        return dataclasses.replace(self, vit=vit.eval().requires_grad_(False))
+
+    def _misfit(self, error: Exception) -> SettingError:
+        reason = " ".join(str(error).splitlines()[1:2]).strip() or first_line(error)
+        return SettingError(
+            f"The vit of the LoadedModel {self.name!r} does not fit its architecture "
+            f"({reason:.160}). Load the model again with dfq.load_model."
+        )
 
 
 def fingerprint(vit: ViT, preprocessing: Preprocessing) -> str:
@@ -98,24 +117,14 @@ def fingerprint(vit: ViT, preprocessing: Preprocessing) -> str:
 
 
 @checked
-def load_model(
-    model: str | nn.Module,
-    *,
-    weights: str | Path | None = None,
-    num_classes: int | None = None,
-    img_size: int | Sequence[int] | None = None,
-    in_chans: int | None = None,
-    global_pool: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    input_range: Sequence[float] | None = None,
-) -> LoadedModel:
+def load_model(model: str | nn.Module | LoadedModel, **options: Unpack[LoadOptions]) -> LoadedModel:
     """Load a ViT by name, or convert one in memory, which is not modified.
 
     Args:
         model: ``"demo"``, an alias (``vit_base``), a timm name with or without a
             pretrained tag, a ``hf-hub:`` address, ``local-dir:`` and a folder that timm saved, a
-            directory that :func:`dfq.distill` wrote, or a timm module.
+            directory that :func:`dfq.distill` wrote, a timm module, or a model that this function
+            returned, which is returned again and takes no further arguments.
         weights: a safetensors or torch file to load instead of pretrained weights.
         num_classes: classes of the head, 0 for none; inferred from ``weights`` by default.
         img_size: side of the square input in pixels, or its height and width; overrides
@@ -132,11 +141,29 @@ def load_model(
         UnknownModelError, UnsupportedModelError, WeightsError, PretrainedError,
         SettingError: as their names say.
     """
-    options = validate_options(num_classes, img_size, in_chans, global_pool)
-    loaded = _load(model, weights, options)
-    channels = loaded.vit.arch.in_channels
-    preprocessing = override_preprocessing(loaded.preprocessing, channels, mean, std, input_range)
-    return dataclasses.replace(loaded, preprocessing=preprocessing)
+    if isinstance(model, LoadedModel):
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise SettingError(
+                f"{', '.join(given)} cannot be given beside the LoadedModel {model.name!r}, which "
+                "has its own. Leave out, or give to dfq.load_model with the model's name."
+            )
+        return model
+    shape = validate_options(
+        options.get("num_classes"),
+        options.get("img_size"),
+        options.get("in_chans"),
+        options.get("global_pool"),
+    )
+    own = _load(model, options.get("weights"), shape)
+    preprocessing = override_preprocessing(
+        own.preprocessing,
+        own.vit.arch.in_channels,
+        options.get("mean"),
+        options.get("std"),
+        options.get("input_range"),
+    )
+    return dataclasses.replace(own, preprocessing=preprocessing)
 
 
 def _load(model: str | nn.Module, weights: str | Path | None, options: ModelOptions) -> LoadedModel:
@@ -158,6 +185,70 @@ def _load(model: str | nn.Module, weights: str | Path | None, options: ModelOpti
     vit = convert(timm_model, name)
     timm_name = _timm_name(name, timm_model, pretrained=weights is None)
     return LoadedModel(model, timm_name, vit, _preprocessing(timm_model), notes)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """timm model, on the meta device unless its weights were given, and its preprocessing."""
+
+    model: nn.Module
+    timm_name: str
+    preprocessing: Preprocessing
+
+
+def load_structure(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    num_classes: int | None = None,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
+) -> Structure:
+    """Build a timm model by name, without weights and without checking whether dfq supports it.
+
+    The arguments are those of :func:`load_model`.  ``weights`` are read and compared with the
+    model; they and the other arguments need a supported model.
+
+    Raises:
+        UnknownModelError, UnsupportedModelError, WeightsError, PretrainedError,
+        SettingError: as their names say.
+    """
+    options = validate_options(num_classes, img_size, in_chans, global_pool)
+    model = ALIASES.get(name, name)
+    if is_saved(model):
+        _from_directory(Path(model), weights, options)  # compares the options with it
+        return Structure(*read_saved(Path(model)))
+    if model == "demo":
+        create: Callable[..., nn.Module] = partial(timm.create_model, **demo.MODEL_ARGS)
+    else:
+        if ":" not in model:
+            _check_known(model)
+        create = partial(_create_or_download, model, model, False)
+    if weights is not None:
+        built = _with_weights(name, Path(weights), options, create)[0]
+    else:
+        with torch.device("meta"):
+            built = create()
+            if options != ModelOptions():
+                built = create(**_keywords(built, name, options))
+    if model == "demo":
+        return Structure(built, "demo", Preprocessing(demo.MEAN, demo.STD))
+    timm_name = _timm_name(model, built, pretrained=weights is None)
+    return Structure(built, timm_name, _preprocessing(built))
+
+
+def _keywords(meta_model: nn.Module, name: str, options: ModelOptions) -> dict[str, Any]:
+    """Return the keywords of ``timm.create_model`` for options of a model without weights."""
+    options.check_size(describe(meta_model, name))
+    keywords = {
+        key: value
+        for key, value in dataclasses.asdict(options).items()
+        if value is not None and key != "global_pool"
+    }
+    if options.global_pool is not None:
+        keywords |= pool_keywords(meta_model, options.global_pool, norms_of(meta_model))
+    return keywords
 
 
 def _weights_of(name: str) -> Path:
@@ -188,7 +279,7 @@ def _from_module(
         raise SettingError(
             f"{option('weights')} goes with a model's name; a module has its own weights."
         )
-    name = module_name(model)
+    name = model_name(model)
     vit = convert(model, name)
     options.check_same(vit.arch, "the module in memory")
     return LoadedModel(name, name, vit, _preprocessing(model))
@@ -206,11 +297,18 @@ def _from_directory(
     model, timm_name, preprocessing = read_saved(path)
     vit = convert(model, str(path))
     options.check_same(vit.arch, repr(str(path)))
-    return LoadedModel(path.name, timm_name, vit, preprocessing)
+    return LoadedModel(str(path), timm_name, vit, preprocessing, directory=path)
 
 
-def module_name(model: nn.Module) -> str:
-    """Return the name of a module in memory: timm's name of its architecture, or its class."""
+def model_name(model: str | nn.Module | LoadedModel) -> str:
+    """Return the ``name`` that a model has once it is loaded.
+
+    That of a module in memory is timm's name of its architecture, or its class.
+    """
+    if isinstance(model, str):
+        return model
+    if isinstance(model, LoadedModel):
+        return model.name
     model = unwrapped(model)
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     return config.get("architecture") or type(model).__name__
@@ -263,21 +361,11 @@ def _with_weights(
 def _pretrained(name: str, options: ModelOptions) -> nn.Module:
     if ":" not in name:
         _check_known(name)
-        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
-        if config is None or not config.has_weights:
-            raise PretrainedError(
-                f"timm has no pretrained weights for {name!r}. Give a file of weights with "
-                f"{option('weights')}, or a name with a tag from `dfq models`."
-            )
-        if options.num_classes not in (None, 0, config.num_classes):
-            raise WeightsError(
-                f"The pretrained weights of {name!r} have {config.num_classes} classes, not "
-                f"{options.num_classes}. Leave {option('num_classes')} out, or give your own "
-                f"{option('weights')}."
-            )
     with torch.device("meta"):
         meta_model: Any = _create_or_download(name, name, False)
     arch = describe(meta_model, name)
+    if ":" not in name:
+        _check_pretrained(name, options)
     options.check_size(arch)
     if options.in_chans not in (None, arch.in_channels):
         raise WeightsError(
@@ -297,6 +385,22 @@ def _pretrained(name: str, options: ModelOptions) -> nn.Module:
                 f"Leave {option('global_pool')} out.",
             )
     return _create_or_download(name, name, True, **kwargs)
+
+
+def _check_pretrained(name: str, options: ModelOptions) -> None:
+    """Refuse names without pretrained weights, and another number of classes than theirs."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    if config is None or not config.has_weights:
+        raise PretrainedError(
+            f"timm has no pretrained weights for {name!r}. Give a file of weights with "
+            f"{option('weights')}, or a name with a tag from `dfq models`."
+        )
+    if options.num_classes not in (None, 0, config.num_classes):
+        raise WeightsError(
+            f"The pretrained weights of {name!r} have {config.num_classes} classes, not "
+            f"{options.num_classes}. Leave {option('num_classes')} out, or give your own "
+            f"{option('weights')}."
+        )
 
 
 def _create_or_download(name: str, arch: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -356,7 +460,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 def _check_known(name: str) -> None:
-    """Refuse unknown names and other kinds of models before anything is downloaded."""
+    """Refuse unknown names and tags before anything is downloaded."""
     arch = get_arch_name(name)
     if not timm.is_model(arch):
         if "architecture" in read_config(Path(name)):
@@ -374,8 +478,6 @@ def _check_known(name: str) -> None:
         raise UnknownModelError(
             f"{arch!r} has no pretrained tag {tag!r}; it has {sorted(tags) or 'none'}."
         )
-    with torch.device("meta"):
-        describe(timm.create_model(arch), name)
 
 
 @contextlib.contextmanager

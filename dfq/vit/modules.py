@@ -197,7 +197,7 @@ class AttentionPool(nn.Module):
         """Return query, keys and values ``[B, H, 1 or T, D]`` of tokens ``[B, T, C]``."""
         heads, width = self.query.shape
         kv = self.kv(x).reshape(*x.shape[:2], 2, heads, width).permute(2, 0, 3, 1, 4)
-        query = self.query.to(kv.dtype)[:, None].expand(len(x), -1, -1, -1)
+        query = self.query.to(kv.dtype)[:, None].expand(x.shape[0], -1, -1, -1)
         return query, kv[0], kv[1]
 
     def forward(self, x: Tensor) -> Tensor:

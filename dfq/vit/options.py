@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import timm
 import torch
@@ -23,6 +23,33 @@ POOLS = ("token", "avg", "map")
 
 MAX_PATCHES = 1 << 16
 """Largest number of patches; attention scores of a single head then take 17 GB."""
+
+
+class WeightsOptions(TypedDict, total=False):
+    """Arguments that choose the weights and the shape of a model given by name.
+
+    ``weights``: a safetensors or torch file to load instead of pretrained weights.  ``img_size``:
+    side of the square input in pixels, or its height and width.  ``in_chans``: channels of the
+    input.  ``global_pool``: ``token``, ``avg`` or ``map``.
+    """
+
+    weights: str | Path | None
+    img_size: int | Sequence[int] | None
+    in_chans: int | None
+    global_pool: str | None
+
+
+class LoadOptions(WeightsOptions, total=False):
+    """Arguments of :func:`dfq.load_model` beside the model, which all verbs take too.
+
+    ``num_classes``: classes of the head, 0 for none.  ``mean``, ``std``: per channel.
+    ``input_range``: the lowest and the highest value before normalization.
+    """
+
+    num_classes: int | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    input_range: Sequence[float] | None
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def unsupported(name: str, why: str, advice: str = "") -> UnsupportedModelError:
     """Return the error for an unsupported model."""
     advice = f"{advice}. " if advice else ""
     return UnsupportedModelError(
-        f"{name!r} cannot be quantized: {why}. {advice}Supported: {SUPPORTED}."
+        f"{name!r} cannot be quantized: {why}. {advice}Supported: {SUPPORTED}.", reason=why
     )
 
 

@@ -75,10 +75,8 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["bench", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
+    with pytest.raises(SystemExit) as stopped:
+        cli.app(list(arguments))
     out, err = capsys.readouterr()
     return int(stopped.value.code or 0), out, err
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -208,16 +207,13 @@ def test_a_mistake_is_explained(changes: dict[str, Any], message: str, checkpoin
 # ---- the command
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *args: str) -> Any:
-    monkeypatch.setattr(sys, "argv", ["dfq", *args])
+def command(*args: str) -> Any:
     return CliRunner().invoke(app, list(args))
 
 
-def test_json_is_the_result_and_nothing_else(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_is_the_result_and_nothing_else(checkpoint: Path) -> None:
     args = ("--batch", "1", "--seconds", "0.01", "--runtimes", "dfq,torch-fp32", "--json")
-    ended = command(monkeypatch, "benchmark", str(checkpoint), *args)
+    ended = command("benchmark", str(checkpoint), *args)
     found = json.loads(ended.stdout)
     assert [r["runtime"] for r in found["rows"]] == ["dfq", "torch-fp32"]
     fields = {"runtime", "batch", "images_per_second", "median_ms", "p95_ms"}
@@ -225,14 +221,14 @@ def test_json_is_the_result_and_nothing_else(
     assert {"absent", "cold", "processor", "versions", "threads"} <= set(found)
 
 
-def test_the_table_has_ratios(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_ratios(checkpoint: Path) -> None:
     args = ("--batch", "1", "--seconds", "0.01", "--runtimes", "dfq,torch-fp32")
-    ended = command(monkeypatch, "benchmark", str(checkpoint), *args)
+    ended = command("benchmark", str(checkpoint), *args)
     (line,) = (line for line in ended.stdout.splitlines() if "torch-fp32" in line)
     assert "1.00" in line
 
 
-def test_batches_are_numbers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = command(monkeypatch, "benchmark", str(checkpoint), "--batch", "one")
+def test_batches_are_numbers(checkpoint: Path) -> None:
+    ended = command("benchmark", str(checkpoint), "--batch", "one")
     assert ended.exit_code == 2
     assert "--batch is 'one'; give whole numbers" in ended.stderr

@@ -37,7 +37,7 @@ def test_flags_reach_the_result(cli: Cli, tmp_path: Path) -> None:
 
 def test_progress_goes_to_stderr(cli: Cli, tmp_path: Path) -> None:
     ended = cli.quantize(tmp_path / "out", "--json")
-    assert "Inverting images (pri): 4/4" in ended.stderr
+    assert "Inverting 4 images (pri): 4/4 iterations" in ended.stderr
     assert "Inverting" not in ended.stdout
 
 

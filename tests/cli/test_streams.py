@@ -77,7 +77,6 @@ class Place:
     def run(self, words: list[str], out: Raw, err: Raw, encoding: str = "utf-8") -> Ended:
         """As ``dfq`` does it; a stream that is None is closed."""
         with self.monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["dfq", *words])
             given = [text(raw, encoding) for raw in (out, err)]
             patch.setattr(sys, "stdout", given[0])
             patch.setattr(sys, "stderr", given[1])

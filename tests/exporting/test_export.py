@@ -6,20 +6,22 @@ import importlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exported_models import checkpoint_of
+from exported_models import checkpoint_of, spread
+from torch import Tensor
 from typer.testing import CliRunner
 
 import dfq
 from dfq.cli.app import app
 from dfq.errors import CheckpointError, ExtraError, OutputError, SettingError
 from dfq.exporting.formats import SUFFIXES
+from dfq.exporting.forms import integer_layers
+from dfq.exporting.program import reference_form
 from dfq.files import replace_files
 from dfq.installation import install_command
 from dfq.results.values import to_json
@@ -46,6 +48,31 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint_of(tmp_path_factory.mktemp("export") / "w4a8", bits=4)
+
+
+def run_onnx(path: Path, images: Tensor) -> tuple[Tensor, str]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    return torch.from_numpy(logits), session.get_modelmeta().custom_metadata_map["weights"]
+
+
+def run_openvino(path: Path, images: Tensor) -> tuple[Tensor, str]:
+    core = importlib.import_module("openvino").Core()
+    model = core.read_model(path)
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(compiled(images.numpy())[0]), model.get_rt_info(
+        ["dfq", "weights"]
+    ).astype(str)
+
+
+def run_torch(path: Path, images: Tensor) -> tuple[Tensor, str]:
+    extra = {"dfq.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    return program(images), json.loads(extra["dfq.json"])["weights"]
+
+
+READERS = {"onnx": run_onnx, "openvino": run_openvino, "torch": run_torch}
+"""Readers of files by format: logits of images, and the file's ``weights``."""
 
 
 def names(directory: Path) -> list[str]:
@@ -118,6 +145,66 @@ def test_an_older_export_is_replaced(
     assert first != second
 
 
+MIXED: dict[str, dict[str, Any]] = {
+    "8 bits, some 4": {"bits": 8, "layers": {"blocks.*.mlp.*": {"bits": 4}}},
+    "4 bits, some 8": {"bits": 4, "layers": {"blocks.0.*": {"bits": 8}, "head": {"bits": 4}}},
+}
+
+
+@pytest.fixture(scope="module", params=MIXED)
+def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose layers have 8 or 4 bits."""
+    return checkpoint_of(tmp_path_factory.mktemp("export") / "mixed", **MIXED[request.param])
+
+
+@pytest.mark.parametrize(
+    ("format", "weights", "said"),
+    [
+        pytest.param("onnx", None, "int4, widened to int8"),
+        pytest.param("onnx", "int4", "int4"),
+        pytest.param("openvino", None, "int4, widened to int8", marks=needs_openvino),
+        pytest.param("torch", None, "int4"),
+    ],
+)
+@torch.no_grad()
+def test_exceptions_by_layer_are_exported(
+    format: str, weights: str | None, said: str, mixed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / f"model{SUFFIXES[format]}"
+    result = dfq.export(mixed, format=format, out=out, weights=weights)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found, kept = READERS[format](out, images)
+    assert spread(found, reference_form(dfq.load(mixed))(images)) < 0.01
+    assert (result.weights, kept) == (said.rpartition(" ")[2], said)
+
+
+def test_four_bit_layers_alone_are_int4(mixed: Path, tmp_path: Path) -> None:
+    dfq.export(mixed, out=tmp_path / "model.onnx", weights="int4")
+    constants = onnx.load(tmp_path / "model.onnx").graph.initializer
+    kinds = {c.name: onnx.TensorProto.DataType.Name(c.data_type) for c in constants}
+    expected = {n: f"INT{layer.bits}" for n, layer in integer_layers(dfq.load(mixed)).items()}
+    assert {name: kinds[f"{name}/weight"] for name in expected} == expected
+    assert set(expected.values()) == {"INT4", "INT8"}
+
+
+def test_other_bits_are_said_to_be_widened(tmp_path: Path) -> None:
+    three_bits = checkpoint_of(tmp_path / "w3a8", bits=3)
+    wide = dfq.export(three_bits, out=tmp_path / "model.onnx")
+    found = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert (wide.weights, found["weights"]) == ("int8", "int3, widened to int8")
+    assert dfq.export(three_bits, format="torch", out=tmp_path / "model.pt2").weights == "int3"
+
+
+@pytest.mark.parametrize(("reduce_range", "largest"), [(True, []), (False, ["127"])])
+def test_weights_that_saturate_are_warned_of(
+    reduce_range: bool, largest: list[str], tmp_path: Path
+) -> None:
+    path = checkpoint_of(tmp_path / "w8a8", attention="int8", reduce_range=reduce_range)
+    warnings = dfq.export(path, out=tmp_path / "model.onnx").warnings
+    assert [w.split()[2].strip(",") for w in warnings] == largest
+    assert dfq.export(path, format="torch", out=tmp_path / "model.pt2").warnings == []
+
+
 # ---- what is refused
 
 
@@ -154,7 +241,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "format": ({"format": "tflite"}, SettingError, "one of onnx, openvino, torch"),
     "suffix": ({"out": "model.xml"}, OutputError, r"ends in \.onnx"),
     "weights": ({"weights": "int2"}, SettingError, "one of int8, int4"),
-    "weights of 8 bits": ({"weights": "int4"}, SettingError, "needs a checkpoint of 4 bits"),
+    "weights of 8 bits": (
+        {"weights": "int4"},
+        SettingError,
+        "needs layers of 4 bits; this checkpoint has 8",
+    ),
     "weights of a program": (
         {"weights": "int8", "format": "torch"},
         SettingError,
@@ -176,6 +267,13 @@ def test_a_mistake_is_explained(
     with pytest.raises(kind, match=message):
         dfq.export(checkpoint, **changes)
     assert not names(tmp_path)
+
+
+def test_blocks_too_small_for_int4_are_refused(tmp_path: Path) -> None:
+    small = checkpoint_of(tmp_path / "w4a8", bits=4, group=8)
+    with pytest.raises(SettingError, match=r"blocks of 16 or more with one scale.*has none"):
+        dfq.export(small, out=tmp_path / "model.onnx", weights="int4")
+    assert names(tmp_path) == ["cache", "w4a8"]
 
 
 def test_a_directory_is_not_replaced(checkpoint: Path, tmp_path: Path) -> None:
@@ -247,12 +345,9 @@ def test_files_that_cannot_all_move_stay(there: bool, tmp_path: Path) -> None:
 # ---- the command
 
 
-def test_json_of_export_is_the_result_and_nothing_else(
-    four_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_of_export_is_the_result_and_nothing_else(four_bits: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
     arguments = ["export", str(four_bits), "--out", str(out), "--weights", "int4", "--json"]
-    monkeypatch.setattr(sys, "argv", ["dfq", *arguments])
     ended = CliRunner().invoke(app, arguments)
     expected = dfq.export(four_bits, out=out, weights="int4")
     assert (ended.exit_code, json.loads(ended.stdout)) == (0, to_json(expected))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from exported_models import MEMBERS, images_for, quantized, spread
-from families import Family
+from families import FAMILIES, Family
 from torch import Tensor
 
 from dfq.exporting.program import program_bytes, reference_form
@@ -28,6 +28,20 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "dfq"]
 def reloaded(content: bytes, images: Tensor) -> Tensor:
     found: Tensor = torch.export.load(io.BytesIO(content)).module()(images)
     return found
+
+
+POOLINGS = {f.pooling: f for f in FAMILIES}
+"""A member of every kind of pooling."""
+
+
+@pytest.mark.parametrize("family", POOLINGS.values(), ids=POOLINGS)
+@torch.no_grad()
+def test_any_number_of_images_is_taken(family: Family) -> None:
+    model = quantized(family, bits=8, attention="float")
+    program = torch.export.load(io.BytesIO(program_bytes(model, {}))).module()
+    whole = program(images := images_for(model, 3))
+    for count in (0, 1):
+        torch.testing.assert_close(program(images[:count]), whole[:count])
 
 
 @pytest.mark.parametrize("family", MEMBERS[::5])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -344,11 +343,10 @@ OTHER_MODELS = [
 
 @pytest.mark.parametrize("words", OTHER_MODELS)
 def test_evaluate_advises_only_options_that_it_has(
-    words: str, files: dict[str, Path], labelled_npz: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, files: dict[str, Path], labelled_npz: Path
 ) -> None:
     texts = ["evaluate", str(files["checkpoint"]), "--data", str(labelled_npz)]
     texts += words.format(**files).split()
-    monkeypatch.setattr(sys, "argv", ["dfq", *texts])
     ended = CliRunner().invoke(app, texts)
     assert ended.exit_code == 2
     assert ended.stderr.startswith("error: ")

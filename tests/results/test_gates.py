@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -330,7 +329,6 @@ Command = Callable[..., Any]
 def command(monkeypatch: pytest.MonkeyPatch) -> Command:
     def run(*words: object) -> Any:
         texts = [str(word) for word in words]
-        monkeypatch.setattr(sys, "argv", ["dfq", *texts])
         monkeypatch.setenv("COLUMNS", "200")
         return CliRunner().invoke(app, texts)
 

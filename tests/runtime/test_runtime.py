@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +17,12 @@ from torch import Tensor
 
 from dfq import device, runtime
 from dfq.errors import SettingError
-from dfq.runtime import onednn, reference, registry
+from dfq.runtime import elementwise, float_gemm, onednn, reference, registry
 from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
 from dfq.runtime.qtype import QParams, QType
 from dfq.runtime.weights import StoredWeight
 
 CPU = torch.device("cpu")
-LARGEST = (
-    127
-    if onednn.unsupported_reason(CPU, KernelRequirements()) is None
-    else onednn.MAX_WEIGHT_WITHOUT_VNNI
-)
-"""Largest magnitude of the weights for which oneDNN is exact here."""
-
 WITHOUT_VNNI = KernelRequirements(max_weight=onednn.MAX_WEIGHT_WITHOUT_VNNI)
 
 needs_onednn = pytest.mark.skipif(
@@ -36,15 +30,30 @@ needs_onednn = pytest.mark.skipif(
     reason="oneDNN's integers are not exact here",
 )
 
+every_backend = pytest.mark.parametrize(
+    "kernels",
+    [pytest.param(onednn, id="onednn", marks=needs_onednn), pytest.param(float_gemm, id="float")],
+)
+"""Every backend that is compared with the reference."""
 
-def make(rows: int, inputs: int, outputs: int, seed: int, kind: str) -> tuple[Tensor, LinearParams]:
+
+def largest_exact(kernels: Any) -> int:
+    """Largest magnitude of the weights for which a backend is exact here."""
+    exact = kernels.unsupported_reason(CPU, KernelRequirements()) is None
+    return 127 if exact else onednn.MAX_WEIGHT_WITHOUT_VNNI
+
+
+def make(
+    kernels: Any, rows: int, inputs: int, outputs: int, seed: int, kind: str
+) -> tuple[Tensor, LinearParams]:
+    largest = largest_exact(kernels)
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 256, (rows, inputs), generator=g, dtype=torch.uint8)
-    weight = torch.randint(-LARGEST, LARGEST + 1, (outputs, inputs), generator=g, dtype=torch.int8)
+    weight = torch.randint(-largest, largest + 1, (outputs, inputs), generator=g, dtype=torch.int8)
     scale, bias = torch.rand(outputs, generator=g) * 0.01 + 1e-5, torch.randn(outputs, generator=g)
     if kind == "extreme":
-        x, weight = torch.full_like(x, 255), torch.full_like(weight, LARGEST)
-        weight[::2] = -LARGEST
+        x, weight = torch.full_like(x, 255), torch.full_like(weight, largest)
+        weight[::2] = -largest
     elif kind == "huge":
         scale = scale * 1e6
     elif kind == "tiny":
@@ -60,12 +69,12 @@ def params_of(weight: Tensor, scale: Tensor, bias: Tensor, zero_point: int) -> L
     return LinearParams(stored, scale, bias, QParams(0.037, zero_point))
 
 
-def both(x: Tensor, params: LinearParams, out: OutputFormat) -> tuple[Tensor, Tensor]:
-    fast = onednn.linear(x, params, onednn.prepack(params), out)
+def both(kernels: Any, x: Tensor, params: LinearParams, out: OutputFormat) -> tuple[Tensor, Tensor]:
+    fast = kernels.linear(x, params, kernels.prepack(params), out)
     return fast, reference.linear(x, params, reference.prepack(params), out)
 
 
-@needs_onednn
+@every_backend
 @given(
     rows=st.integers(1, 9),
     inputs=st.integers(1, 130),
@@ -75,16 +84,16 @@ def both(x: Tensor, params: LinearParams, out: OutputFormat) -> tuple[Tensor, Te
 )
 @settings(deadline=None, derandomize=True, max_examples=60)
 def test_float_outputs_agree_within_four_units_in_the_last_place(
-    rows: int, inputs: int, outputs: int, seed: int, kind: str
+    kernels: Any, rows: int, inputs: int, outputs: int, seed: int, kind: str
 ) -> None:
-    x, params = make(rows, inputs, outputs, seed, kind)
-    fast, exact = both(x, params, OutputFormat())
+    x, params = make(kernels, rows, inputs, outputs, seed, kind)
+    fast, exact = both(kernels, x, params, OutputFormat())
     product = (exact - params.bias).abs()
     bound = 4 * torch.finfo(torch.float32).eps * (product + params.bias.abs())
     assert bool(((fast - exact).abs() <= bound).all())
 
 
-@needs_onednn
+@every_backend
 @given(
     seed=st.integers(0, 999),
     inputs=st.integers(1, 200),
@@ -93,19 +102,21 @@ def test_float_outputs_agree_within_four_units_in_the_last_place(
 )
 @settings(deadline=None, derandomize=True, max_examples=60)
 def test_uint8_outputs_agree_within_one_level(
-    seed: int, inputs: int, gelu: str | None, zero_point: int
+    kernels: Any, seed: int, inputs: int, gelu: str | None, zero_point: int
 ) -> None:
-    x, params = make(7, inputs, 33, seed, "random")
+    x, params = make(kernels, 7, inputs, 33, seed, "random")
     out = OutputFormat(torch.uint8, 0.11, zero_point, gelu=gelu)  # type: ignore[arg-type]
-    fast, exact = both(x, params, out)
+    fast, exact = both(kernels, x, params, out)
     assert fast.dtype == exact.dtype == torch.uint8
     assert int((fast.int() - exact.int()).abs().max()) <= 1
 
 
-@needs_onednn
-def test_bfloat16_outputs_agree_within_one_rounding() -> None:
-    x, params = make(5, 64, 48, 0, "random")
-    fast, exact = both(x, params, OutputFormat(torch.bfloat16))
+@every_backend
+def test_bfloat16_outputs_agree_within_one_rounding(
+    kernels: Any,
+) -> None:
+    x, params = make(kernels, 5, 64, 48, 0, "random")
+    fast, exact = both(kernels, x, params, OutputFormat(torch.bfloat16))
     torch.testing.assert_close(fast, exact, rtol=2**-7, atol=1e-6)
 
 
@@ -114,7 +125,7 @@ def test_bfloat16_outputs_agree_within_one_rounding() -> None:
 def test_shapes_hold_also_for_empty_batches(backend: str, shape: tuple[int, ...]) -> None:
     if (reason := runtime.explain(CPU, WITHOUT_VNNI)[backend]) is not None:
         pytest.skip(reason)
-    _, params = make(1, 8, 5, 0, "random")
+    _, params = make(reference, 1, 8, 5, 0, "random")
     kernels = runtime.get(backend)
     x = torch.zeros(shape, dtype=torch.uint8)
     y = kernels.linear(x, params, kernels.prepack(params), OutputFormat())
@@ -122,11 +133,46 @@ def test_shapes_hold_also_for_empty_batches(backend: str, shape: tuple[int, ...]
 
 
 def test_reference_sums_are_exact_integers() -> None:
-    x, params = make(3, 4096, 6, 0, "extreme")
+    x, params = make(reference, 3, 4096, 6, 0, "extreme")
     sums = (x.long() - params.input.zero_point) @ params.weight.integers.long().T
     expected = sums.float() * (params.weight_scale * params.input.scale) + params.bias
     found = reference.linear(x, params, reference.prepack(params), OutputFormat())
     assert torch.equal(found, expected)
+
+
+@given(
+    inputs=st.integers(1, 3000),
+    zero_point=st.integers(0, 255),
+    bits=st.integers(2, 8),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_float_sums_are_exact_for_the_largest_activations(
+    inputs: int, zero_point: int, bits: int, seed: int
+) -> None:
+    """Terms of one sign, each as large as can be, give the largest sums."""
+    g = torch.Generator().manual_seed(seed)
+    largest = 2 ** (bits - 1) - 1
+    weight = torch.randint(-largest, largest + 1, (5, inputs), generator=g, dtype=torch.int8)
+    weight[0] = largest
+    packed = float_gemm.prepack(params_of(weight, torch.ones(5), torch.zeros(5), zero_point))
+    assert isinstance(packed, float_gemm.PackedWeight)
+    start = 0
+    for part in packed.parts:
+        integers = weight[:, start : start + part.shape[1]].long()
+        start += part.shape[1]
+        x = torch.where((integers > 0) == (zero_point < 128), 255, 0) - zero_point
+        exact = (x * integers).sum(1)
+        assert torch.equal((x.float() @ part.T).diagonal().long(), exact)
+        assert int(exact.abs().max()) <= float_gemm.EXACT
+    assert start == inputs
+
+
+def test_weights_of_vits_are_multiplied_in_one_part() -> None:
+    """3072 inputs of normally distributed weights, as in ViT-B."""
+    g = torch.Generator().manual_seed(0)
+    weight = (torch.randn(768, 3072, generator=g) * 127 / 4).round().clamp(-127, 127)
+    assert float_gemm.exact_inputs(weight.to(torch.int8), 117, 255) == 3072
 
 
 def test_quantize_rounds_half_to_even_and_clips() -> None:
@@ -181,7 +227,7 @@ def test_fast_integer_attention_is_as_exact_as_bfloat16(tokens: int, seed: int, 
     q, k, v = (x.bfloat16() for x in integers)
     scores = (q @ k.transpose(-2, -1)) * scale
     plain = (scores.softmax(-1) @ v).float() - exact
-    error = onednn.attention(*operands).float() - exact
+    error = elementwise.attention(*operands).float() - exact
     assert float(error.norm()) <= 2 * float(plain.norm()) + 0.005 * float(exact.norm())
 
 
@@ -204,7 +250,7 @@ def test_quantized_norms_agree_within_one_level(
     norm.bias.copy_(torch.randn(width, generator=g))
     x = torch.randn(2, rows, width, generator=g) * size
     by = QParams(0.013, min(zero_point, 2**bits - 1), QType(bits))
-    fast = onednn.quantize_norm(x, onednn.prepack_norm(norm, by))
+    fast = elementwise.quantize_norm(x, elementwise.prepack_norm(norm, by))
     exact = reference.quantize_norm(x, reference.prepack_norm(norm, by))
     assert fast.dtype == torch.uint8
     assert int(exact.max()) < 2**bits
@@ -225,7 +271,7 @@ def test_quantizing_agrees_within_one_level(
 ) -> None:
     values = torch.tensor(x)
     by = QParams(scale, min(zero_point, 2**bits - 1), QType(bits))
-    fast, exact = onednn.quantize(values, by).int(), reference.quantize(values, by).int()
+    fast, exact = elementwise.quantize(values, by).int(), reference.quantize(values, by).int()
     assert int((fast - exact).abs().max()) <= 1
     assert int(fast.max()) < 2**bits
 
@@ -237,31 +283,33 @@ def test_quantizing_an_affine_agrees_within_one_level(seed: int, zero_point: int
     g = torch.Generator().manual_seed(seed)
     x, factor, summand = (torch.randn(n, generator=g) for n in ((3, 5, 7), (7,), (7,)))
     affine, by = (factor, summand), QParams(0.013, zero_point)
-    fast = onednn.quantize(x, by, affine).int()
+    fast = elementwise.quantize(x, by, affine).int()
     exact = reference.quantize(x, by, affine).int()
     assert torch.equal(exact, reference.quantize(x * factor + summand, by).int())
     assert int((fast - exact).abs().max()) <= 1
 
 
-@needs_onednn
+@every_backend
 @pytest.mark.parametrize("shape", [(1, 24), (2, 3, 24), (0, 3, 24)], ids=str)
-def test_residuals_are_added_last(shape: tuple[int, ...]) -> None:
-    _, params = make(1, 24, 10, 0, "random")
+def test_residuals_are_added_last(kernels: Any, shape: tuple[int, ...]) -> None:
+    _, params = make(kernels, 1, 24, 10, 0, "random")
     x = torch.randint(0, 256, shape, dtype=torch.uint8)
     residual = torch.randn(*shape[:-1], 10)
     exact = reference.linear(x, params, reference.prepack(params), OutputFormat(), residual.clone())
-    fast = onednn.linear(x, params, onednn.prepack(params), OutputFormat(), residual)
+    fast = kernels.linear(x, params, kernels.prepack(params), OutputFormat(), residual)
     torch.testing.assert_close(fast, exact, rtol=1e-5, atol=1e-5)
 
 
-@needs_onednn
+@every_backend
 @pytest.mark.parametrize("each", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_float_outputs_are_written_in_units_of_the_scale(each: bool, dtype: torch.dtype) -> None:
-    x, params = make(5, 24, 10, 0, "random")
+def test_float_outputs_are_written_in_units_of_the_scale(
+    kernels: Any, each: bool, dtype: torch.dtype
+) -> None:
+    x, params = make(kernels, 5, 24, 10, 0, "random")
     scale = torch.rand(10, generator=torch.Generator().manual_seed(1)) + 0.1 if each else 0.25
-    fast, exact = both(x, params, OutputFormat(dtype, scale))
-    _, plain = both(x, params, OutputFormat())
+    fast, exact = both(kernels, x, params, OutputFormat(dtype, scale))
+    _, plain = both(kernels, x, params, OutputFormat())
     torch.testing.assert_close(exact, (plain / scale).to(dtype))
     assert fast.dtype == dtype
     torch.testing.assert_close(
@@ -269,15 +317,15 @@ def test_float_outputs_are_written_in_units_of_the_scale(each: bool, dtype: torc
     )
 
 
-@needs_onednn
+@every_backend
 @given(inputs=st.integers(1, 130), outputs=st.integers(1, 70), seed=st.integers(0, 999))
 @settings(deadline=None, derandomize=True, max_examples=40)
 def test_int8_outputs_with_a_scale_each_agree_within_one_level(
-    inputs: int, outputs: int, seed: int
+    kernels: Any, inputs: int, outputs: int, seed: int
 ) -> None:
-    x, params = make(5, inputs, outputs, seed, "random")
+    x, params = make(kernels, 5, inputs, outputs, seed, "random")
     scale = torch.rand(outputs, generator=torch.Generator().manual_seed(seed)) + 0.01
-    fast, exact = both(x, params, OutputFormat(torch.int8, scale))
+    fast, exact = both(kernels, x, params, OutputFormat(torch.int8, scale))
     assert fast.dtype == exact.dtype == torch.int8
     assert int((fast.int() - exact.int()).abs().max()) <= 1
 
@@ -287,12 +335,12 @@ def test_unknown_backends_are_named() -> None:
         runtime.select("cpu", "fast")
 
 
-def test_where_products_saturate_full_range_weights_run_on_the_reference(
+def test_where_products_saturate_full_range_weights_are_multiplied_as_float(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(device, "_worst_product_is_exact", lambda largest: largest <= 64)
     assert [runtime.select("cpu", needs=KernelRequirements(n)).NAME for n in (127, 65)] == [
-        "reference"
+        "float"
     ] * 2
     assert runtime.select("cpu", needs=KernelRequirements(64)).NAME == "onednn"
     with pytest.raises(SettingError, match=r"VNNI.*weights reach 127.*reduce_range"):
@@ -333,12 +381,15 @@ def test_a_reduced_range_runs_on_onednn_and_as_the_reference_does(bits: int) -> 
     model.set_backend("reference")
 
 
-@needs_onednn
+@every_backend
 @given(seed=st.integers(0, 999), bits=st.integers(4, 8))
 @settings(deadline=None, derandomize=True, max_examples=40)
-def test_outputs_of_fewer_bits_end_at_their_largest_integer(seed: int, bits: int) -> None:
-    x, params = make(7, 40, 33, seed, "random")
-    fast, exact = both(x, params, OutputFormat(torch.uint8, 1e-3, 3, 2**bits - 1, "none"))
+def test_outputs_of_fewer_bits_end_at_their_largest_integer(
+    kernels: Any, seed: int, bits: int
+) -> None:
+    x, params = make(kernels, 7, 40, 33, seed, "random")
+    out = OutputFormat(torch.uint8, 1e-3, 3, 2**bits - 1, "none")
+    fast, exact = both(kernels, x, params, out)
     assert int(fast.max()) == int(exact.max()) == 2**bits - 1
     assert int((fast.int() - exact.int()).abs().max()) <= 1
 
@@ -358,7 +409,7 @@ def test_a_backend_that_is_registered_is_preferred_where_it_is_exact(
             return None if needs.max_weight <= 8 else "it takes weights of 4 bits."
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "_backends", [onednn, reference])
+        patch.setattr(registry, "_backends", [onednn, float_gemm, reference])
         runtime.register(Narrow())  # type: ignore[arg-type]
         assert runtime.backends()[0] == "narrow"
         assert runtime.select("cpu", needs=KernelRequirements(8)).NAME == "narrow"

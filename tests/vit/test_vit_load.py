@@ -308,3 +308,18 @@ def test_the_fingerprint_does_not_depend_on_how_numbers_are_written() -> None:
 def test_a_model_without_prefix_tokens_has_a_fingerprint() -> None:
     model = make_vit(class_token=False, global_pool="avg")
     assert len(load_model(model).fingerprint) == 64
+
+
+def test_a_name_with_weights_is_outlined_once(
+    small_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, outlines = timm.create_model, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        model = create(*args, **kwargs)
+        outlines.extend([args] if next(model.parameters()).is_meta else [])
+        return model
+
+    monkeypatch.setattr(timm, "create_model", counted)
+    load_model("test_vit", weights=small_weights, img_size=32)
+    assert len(outlines) == 1

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dfq.errors import UnsupportedModelError, WeightsError
 from dfq.vit.convert import convert, describe
-from dfq.vit.load import load_model, module_name
+from dfq.vit.load import load_model, model_name
 
 members = pytest.mark.parametrize(
     "family", [pytest.param(f, id=f.name) for f in [*FAMILIES, *VARIANTS]]
@@ -330,7 +330,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_wrappers_are_taken_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = timm.create_model("test_vit", img_size=32, num_classes=5)
     wrapped = wrap(model)
-    assert module_name(wrapped) == "test_vit"
+    assert model_name(wrapped) == "test_vit"
     assert load_model(wrapped).fingerprint == load_model(model).fingerprint
 
 

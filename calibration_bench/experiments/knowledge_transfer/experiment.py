@@ -59,7 +59,7 @@ class Options(Subject):
     one_class: int = option(0, "The class of the comparison class.")
     iterations: int = option(24, "Of inversion.")
     student: str | None = option(None, "timm's name of the student; left out: the teacher's.")
-    depth: int | None = option(2, "Its blocks.")
+    depth: int | None = option(2, "Blocks of the student.")
     width: int | None = option(None, "Its embedding width.")
     heads: int | None = option(None, "Its attention heads.")
     start: str = option("auto", "Weights it begins with: teacher, random, auto.")
