@@ -193,7 +193,7 @@ def _say_full_range(config: dict[str, Any]) -> None:
 def load(
     path: str | Path, *, device: torch.device | str = "cpu", compiled: bool = False
 ) -> QuantizedViT:
-    """Load a checkpoint: an ordinary module that takes normalised images ``[B, C, H, W]``.
+    """Load a checkpoint: an ordinary module that takes normalized images ``[B, C, H, W]``.
 
     Nothing is unpickled or downloaded.  Names, types and shapes of all tensors are
     compared with what the architecture asks for before any of them is read.

@@ -56,7 +56,7 @@ class InversionSettings:
         default=48, ge=1, le=1_000_000, description="iterations T of a trajectory"
     )
     lr: float = Field(
-        default=0.25, ge=1e-6, le=100.0, description="step size of Adam, in normalised pixels"
+        default=0.25, ge=1e-6, le=100.0, description="step size of Adam, in normalized pixels"
     )
     beta1: float = Field(default=0.5, ge=0.0, le=0.9999, description="decay of Adam's first moment")
     beta2: float = Field(
@@ -203,7 +203,7 @@ class QuantizationSettings:
     observer: Observer = Field(
         default="minmax",
         description=(
-            "how activation ranges follow from calibration; equalised layers always take minmax"
+            "how activation ranges follow from calibration; equalized layers always take minmax"
         ),
     )
     equalize: float = Field(

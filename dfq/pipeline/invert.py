@@ -52,7 +52,7 @@ def invert(
             patches or iterations.
         out: a directory for the dataset; without it the cache keeps it.
         seed: of noise, targets and jitter.
-        threads: of the optimisation; torch's by default.
+        threads: of the optimization; torch's by default.
         precision: ``auto``, ``float32``, ``bfloat16`` or ``int8``.
         recipe: a TOML file, the name of a recipe that ships with dfq, or a
             :class:`dfq.Recipe`; the arguments override it.
