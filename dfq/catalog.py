@@ -10,7 +10,7 @@ from pathlib import Path
 FILE = Path(__file__).with_name("models.json")
 """What ``python tests/catalog.py`` writes: it builds every model without weights."""
 
-HOMES = ("vision_transformer", "deit", "beit", "eva")
+TIMM_FAMILIES = ("vision_transformer", "deit", "beit", "eva")
 """Modules of timm that define models which may be supported."""
 
 ALIASES = {
@@ -25,7 +25,7 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Catalog:
-    """Names of the modules :data:`HOMES` of one timm version.
+    """Names of the modules :data:`TIMM_FAMILIES` of one timm version.
 
     ``refused``: the reason by name; ``timm``: the version.
     """

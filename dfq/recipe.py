@@ -56,7 +56,7 @@ class InversionSettings:
         default=48, ge=1, le=1_000_000, description="iterations T of a trajectory"
     )
     lr: float = Field(
-        default=0.25, ge=1e-6, le=100.0, description="step size of Adam, in normalised pixels"
+        default=0.25, ge=1e-6, le=100.0, description="step size of Adam, in normalized pixels"
     )
     beta1: float = Field(default=0.5, ge=0.0, le=0.9999, description="decay of Adam's first moment")
     beta2: float = Field(
@@ -203,7 +203,7 @@ class QuantizationSettings:
     observer: Observer = Field(
         default="minmax",
         description=(
-            "how activation ranges follow from calibration; equalised layers always take minmax"
+            "how activation ranges follow from calibration; equalized layers always take minmax"
         ),
     )
     equalize: float = Field(
@@ -472,8 +472,8 @@ def make_recipe(
     return override(recipe, "distillation", **distillation) if distillation else recipe
 
 
-def says(recipe: str | Path | Recipe | None, name: str) -> bool:
-    """Whether a recipe sets a field of its inversion; a :class:`Recipe` sets all of them.
+def sets_field(recipe: str | Path | Recipe | None, name: str) -> bool:
+    """Whether a recipe sets a field of its inversion settings; a :class:`Recipe` sets all of them.
 
     Raises:
         RecipeError: the file cannot be read.
@@ -490,11 +490,11 @@ def is_set(name: str, argument: Any, settings: dict[str, Any] | None, recipe: An
     Raises:
         RecipeError: the recipe's file cannot be read.
     """
-    return argument is not None or name in (settings or {}) or says(recipe, name)
+    return argument is not None or name in (settings or {}) or sets_field(recipe, name)
 
 
-def given(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
-    """Settings with the arguments that the caller gave put over them."""
+def merge_arguments(settings: dict[str, Any] | None, **arguments: Any) -> dict[str, Any]:
+    """Return settings, overridden by the arguments that are not None."""
     return {**(settings or {}), **{k: v for k, v in arguments.items() if v is not None}}
 
 

@@ -1,4 +1,4 @@
-"""Text for people: untrusted text made safe to print, and durations."""
+"""Escaping of untrusted text for terminals, and format of durations."""
 
 from __future__ import annotations
 

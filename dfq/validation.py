@@ -15,7 +15,7 @@ from dfq.argument_names import option
 from dfq.errors import SettingError, nearest
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""No conversion: ``"1"`` and ``True`` are not numbers, ``1.0`` is not an integer."""
+"""Configuration without conversion: ``"1"`` and ``True`` are no numbers, ``1.0`` no integer."""
 
 T = TypeVar("T")
 

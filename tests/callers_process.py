@@ -92,7 +92,7 @@ class Given:
 
     @property
     def npz(self) -> Path:
-        return self.root / "labelled.npz"
+        return self.root / "labeled.npz"
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,14 @@ import re
 import timm
 import torch
 
-from dfq.catalog import HOMES
+from dfq.catalog import TIMM_FAMILIES
 from dfq.errors import UnsupportedModelError
 from dfq.vit.describe import describe
 
 
 def timm_names() -> list[str]:
     """Names of timm's modules of patch transformers, without pretrained tags."""
-    return sorted({name for home in HOMES for name in timm.list_models(module=home)})
+    return sorted({name for home in TIMM_FAMILIES for name in timm.list_models(module=home)})
 
 
 def refusal(name: str) -> str | None:

@@ -52,7 +52,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 def make_vit(seed: int = 0, **changes: Any) -> VisionTransformer:
-    """A small randomly initialised ViT with activations of a trained one's spread."""
+    """A small randomly initialized ViT with activations of a trained one's spread."""
     args: dict[str, Any] = {
         "img_size": 16,
         "patch_size": 4,
@@ -87,7 +87,7 @@ def loaded(tiny: VisionTransformer) -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of ``vit_tiny_patch16_224`` at 32 px with 5 classes, randomly initialised."""
+    """Weights of ``vit_tiny_patch16_224`` at 32 px with 5 classes, randomly initialized."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5)
@@ -98,7 +98,7 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of timm's own ``test_vit`` at 32 px with 5 classes, randomly initialised."""
+    """Weights of timm's own ``test_vit`` at 32 px with 5 classes, randomly initialized."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model("test_vit", img_size=32, num_classes=5)
@@ -108,8 +108,8 @@ def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def labelled_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 random 16x16 colour images of 5 classes."""
+def labeled_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 random 16x16 color images of 5 classes."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("data") / "images.npz"
     x = rng.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)

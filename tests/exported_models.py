@@ -120,7 +120,7 @@ def _whole(patches: Tensor) -> SparseImages:
 
 
 def images_for(vit: ViT, count: int = 8) -> Tensor:
-    """Normalised images of random pixels."""
+    """Normalized images of random pixels."""
     generator = torch.Generator().manual_seed(1)
     shape = (count, vit.arch.in_channels, *vit.arch.image_size)
     return (torch.randint(0, 256, shape, generator=generator) / 255 - 0.4) / 0.25
@@ -133,7 +133,7 @@ def spread(found: Tensor, expected: Tensor) -> float:
 
 @cache
 def demo_images(count: int) -> Tensor:
-    """The demo's first test images, normalised."""
+    """The demo's first test images, normalized."""
     pixels = np.load(demo.TEST_SLICE)["x"][:count]
     return (torch.from_numpy(pixels)[:, None] / 255 - demo.MEAN[0]) / demo.STD[0]
 

@@ -1,4 +1,4 @@
-"""A small randomly initialised member of every family of models that dfq knows."""
+"""A small randomly initialized member of every family of models that dfq knows."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from dfq.vit.convert import describe
 ARCH = describe(make_vit(), "tiny")
 
 
-GREY = dataclasses.replace(ARCH, in_channels=1)
+GRAY = dataclasses.replace(ARCH, in_channels=1)
 
 
 PREPROCESSING = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bicubic", 0.875)
@@ -39,8 +39,8 @@ def folder(root: Path, classes: list[str], each: int = 2) -> Path:
 
 
 def opened(
-    path: str | Path, arch: Architecture = ARCH, labelled: bool = True
+    path: str | Path, arch: Architecture = ARCH, labeled: bool = True
 ) -> ArrayImages | FolderImages:
-    source = open_images(path, arch, PREPROCESSING, labelled=labelled)
+    source = open_images(path, arch, PREPROCESSING, labeled=labeled)
     assert isinstance(source, ArrayImages | FolderImages)
     return source

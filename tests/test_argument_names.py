@@ -285,8 +285,8 @@ MISTAKES = {
 
 
 @pytest.fixture
-def places(cli: Cli, tmp_path: Path, labelled_npz: Path, cli_checkpoint: Path) -> Places:
-    return Places(cli.weights, tmp_path, labelled_npz, cli_checkpoint)
+def places(cli: Cli, tmp_path: Path, labeled_npz: Path, cli_checkpoint: Path) -> Places:
+    return Places(cli.weights, tmp_path, labeled_npz, cli_checkpoint)
 
 
 mistakes = pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())

@@ -122,7 +122,7 @@ def test_patch_embedding_takes_pixels_as_they_are(w4a8: Path) -> None:
     assert tensors["patch_embed.input_zero_point"] == 0
 
 
-def test_normalisation_is_folded_into_the_patch_embedding(
+def test_normalization_is_folded_into_the_patch_embedding(
     tmp_path: Path, loaded: LoadedModel
 ) -> None:
     save(tmp_path, quantized(loaded, QuantizationSettings()))

@@ -45,7 +45,7 @@ def test_the_images_are_small() -> None:
     assert demo.TEST_SLICE.stat().st_size <= 1_500_000
 
 
-def test_the_images_are_2000_grey_pictures() -> None:
+def test_the_images_are_2000_gray_pictures() -> None:
     with np.load(demo.TEST_SLICE, allow_pickle=False) as content:
         x = content["x"]
     assert (x.dtype, x.shape) == (np.uint8, (2000, 28, 28))
@@ -64,7 +64,7 @@ def test_no_image_comes_twice() -> None:
     assert len(digests) == 2000
 
 
-def test_the_licence_of_the_images_is_shipped() -> None:
+def test_the_license_of_the_images_is_shipped() -> None:
     text = demo.TEST_SLICE.with_name("LICENSE-fashion-mnist").read_text()
     assert "MIT" in text
     assert "Zalando" in text
@@ -77,7 +77,7 @@ def test_the_doctor_misses_no_demo_file() -> None:
 # ---- the model
 
 
-def test_the_model_takes_small_grey_images() -> None:
+def test_the_model_takes_small_gray_images() -> None:
     arch = dfq.load_model("demo").vit.arch
     assert (arch.image_size, arch.in_channels, arch.num_classes) == ((28, 28), 1, 10)
 

@@ -61,7 +61,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 def open_file(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     Image.new("RGB", (16, 16)).save(root / "x.png")
     arch = describe(make_vit(), "tiny")
-    source = open_images(root, arch, Preprocessing((0.5,) * 3, (0.5,) * 3), labelled=False)
+    source = open_images(root, arch, Preprocessing((0.5,) * 3, (0.5,) * 3), labeled=False)
     monkeypatch.setattr(Image.Image, "convert", raising(error))
     source.pixels(0)
 
@@ -70,7 +70,7 @@ def open_array(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) ->
     np.savez(root / "x.npz", x=np.zeros((1, 16, 16, 3), np.uint8))
     arch = describe(make_vit(), "tiny")
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", raising(error))
-    open_images(root / "x.npz", arch, Preprocessing((0.5,) * 3, (0.5,) * 3), labelled=False)
+    open_images(root / "x.npz", arch, Preprocessing((0.5,) * 3, (0.5,) * 3), labeled=False)
 
 
 def copy_model(_: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

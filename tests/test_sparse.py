@@ -136,14 +136,14 @@ def test_channel_values_follow_the_patch_layout() -> None:
         max_size=4,
     )
 )
-def test_every_pixel_value_survives_normalisation(channels: list[tuple[float, float]]) -> None:
+def test_every_pixel_value_survives_normalization(channels: list[tuple[float, float]]) -> None:
     by = Preprocessing(tuple(m for m, _ in channels), tuple(s for _, s in channels))
     grid = Grid((16, 16), (16, 16), len(channels))
     pixels = torch.arange(256, dtype=torch.uint8).repeat(1, len(channels))
     assert torch.equal(input_to_pixels(pixels_to_input(pixels, by, grid), by, grid), pixels)
 
 
-def test_normalisation_is_per_channel() -> None:
+def test_normalization_is_per_channel() -> None:
     grid = Grid((1, 1), (1, 1), 2)
     pixels = torch.tensor([[51, 255]], dtype=torch.uint8)
     found = pixels_to_input(pixels, Preprocessing((0.1, 0.5), (0.2, 0.25)), grid)

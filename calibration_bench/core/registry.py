@@ -135,27 +135,27 @@ ENTRIES = (
     Entry(
         "inversion-quality",
         "Accuracy after quantization over inversion effort: where each method's knee is",
-        "a model with weights and labelled images; the demo has both",
+        "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "calibration-sources",
         "Accuracy by calibration source, image count and width, alone and with coverage",
-        "a model with weights and labelled images; the demo has both",
+        "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "rebirth",
         "What re-birth is worth: PRI beside controls of equal patch updates",
-        "a model with weights and labelled images; the demo has both",
+        "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "evolution",
         "What evolves along a trajectory: confidence, features, attention, loss; pictures",
-        "a model with weights and labelled images; the demo has both",
+        "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "image-statistics",
         "Kept patches against DMI's, activations against real images', stability of rankings",
-        "a model with weights and labelled images; the demo has both",
+        "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "across-models",
@@ -172,12 +172,12 @@ ENTRIES = (
     Entry(
         "knowledge-transfer",
         "What students learn from images of each method: by count, by time, from one class",
-        "a model with weights and labelled images; the demo has both",
+        "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "quantization-accuracy",
         "Accuracy by calibration source, and what each ingredient of quantization is worth",
-        "a model with weights and labelled images; the demo has both",
+        "a model with weights and labeled images; the demo has both",
     ),
 )
 

@@ -69,7 +69,7 @@ def products(
 
 
 def _pool(arch: Architecture, tokens: int, batch: int) -> Iterator[Product]:
-    """Attention of one learnt query, which has no gradient, and its MLP."""
+    """Attention of one learned query, which has no gradient, and its MLP."""
     dim, heads = arch.embed_dim, batch * arch.pool_heads
     width = dim // arch.pool_heads
     yield from _linear("pool kv", batch * tokens, dim, 2 * dim)

@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calibration_bench.measure.logits import BATCH, LabelledImages
+from calibration_bench.measure.logits import BATCH, LabeledImages
 from dfq import LoadedModel, SparseImages
 from dfq.sparse import patchify, pixels_to_input, unpatchify
 from dfq.vit import ViT
 
 
 def network_input(loaded: LoadedModel, images: SparseImages) -> Tensor:
-    """Patches normalised for the model, float32 ``[B, L, D]``."""
+    """Patches normalized for the model, float32 ``[B, L, D]``."""
     p = loaded.preprocessing
     return pixels_to_input(images.patches, p, loaded.vit.arch.grid)
 
 
-def real_input(loaded: LoadedModel, data: LabelledImages, indices: range) -> Iterator[Tensor]:
-    """Batches ``[B, N, D]`` of labelled images, normalised."""
+def real_input(loaded: LoadedModel, data: LabeledImages, indices: range) -> Iterator[Tensor]:
+    """Batches ``[B, N, D]`` of labeled images, normalized."""
     p, grid = loaded.preprocessing, loaded.vit.arch.grid
     for start in range(0, len(indices), BATCH):
         chosen = list(indices[start : start + BATCH])
@@ -61,7 +61,7 @@ def watched(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 class ClassMeans:
     """Mean features of every class of real images, block by block."""
 
-    def __init__(self, loaded: LoadedModel, data: LabelledImages, indices: range) -> None:
+    def __init__(self, loaded: LoadedModel, data: LabeledImages, indices: range) -> None:
         features = [block_features(loaded.vit, x) for x in real_input(loaded, data, indices)]
         self.labels = torch.from_numpy(data.labels[list(indices)])
         joined = torch.cat(features, dim=1)
@@ -95,7 +95,7 @@ def confidence(outputs: Tensor, labels: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def filled(loaded: LoadedModel, images: SparseImages) -> Tensor:
-    """Logits of whole images in which absent patches have the data's mean colour."""
+    """Logits of whole images in which absent patches have the data's mean color."""
     whole = unpatchify(network_input(loaded, images), images.positions, loaded.vit.arch.grid)
     found: Tensor = loaded.vit(whole)
     return found

@@ -58,7 +58,7 @@ def moves(engine: Engine, count: int) -> list[Move]:
 
 
 def objective(engine: Engine) -> Any:
-    """What a unit is optimised for, on its device."""
+    """What a unit is optimized for, on its device."""
     found = make_objective(engine.vit.arch, 0, 0, engine.settings.unit_size)
     found.targets = found.targets.to(engine.device)
     return found

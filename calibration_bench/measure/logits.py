@@ -1,4 +1,4 @@
-"""Logits on labelled images, and the float model's, computed once and kept."""
+"""Logits on labeled images, and the float model's, computed once and kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH = 50
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Images at a model's size, held in memory: uint8 ``[N, H, W, C]``, labels ``[N]``."""
 
     name: str
@@ -41,15 +41,15 @@ class LabelledImages:
         return hashlib.sha256(self.pixels.tobytes() + self.labels.tobytes()).hexdigest()
 
 
-def open_data(data: str, loaded: LoadedModel, limit: int | None) -> LabelledImages:
-    """The first ``limit`` labelled images, read as ``dfq evaluate`` reads them.
+def open_data(data: str, loaded: LoadedModel, limit: int | None) -> LabeledImages:
+    """The first ``limit`` labeled images, read as ``dfq evaluate`` reads them.
 
     Raises:
         DataError: they are missing, unreadable or do not fit the model.
     """
-    source = open_images(data, loaded.vit.arch, loaded.preprocessing, labelled=True)
+    source = open_images(data, loaded.vit.arch, loaded.preprocessing, labeled=True)
     indices = range(min(len(source), limit or len(source)))
-    return LabelledImages(
+    return LabeledImages(
         Path(data).name,
         np.stack([source.pixels(i) for i in indices]),
         np.array([source.label(i) for i in indices], dtype=np.int64),
@@ -58,9 +58,9 @@ def open_data(data: str, loaded: LoadedModel, limit: int | None) -> LabelledImag
 
 @torch.inference_mode()
 def logits(
-    model: Callable[[Tensor], Tensor], data: LabelledImages, preprocessing: Preprocessing
+    model: Callable[[Tensor], Tensor], data: LabeledImages, preprocessing: Preprocessing
 ) -> Tensor:
-    """float32 ``[N, classes]`` of a model that takes normalised images."""
+    """float32 ``[N, classes]`` of a model that takes normalized images."""
     found = []
     for start in range(0, len(data), BATCH):
         pixels = torch.from_numpy(data.pixels[start : start + BATCH]).permute(0, 3, 1, 2)
@@ -68,7 +68,7 @@ def logits(
     return torch.cat(found)
 
 
-def float_logits(loaded: LoadedModel, data: LabelledImages, directory: Path) -> Tensor:
+def float_logits(loaded: LoadedModel, data: LabeledImages, directory: Path) -> Tensor:
     """The float model's logits, from a file named by the model and the images."""
     name = hashlib.sha256(f"{loaded.fingerprint} {data.digest}".encode()).hexdigest()[:24]
     path = directory / f"{name}.npz"
@@ -93,7 +93,7 @@ def _kept(path: Path, count: int) -> Tensor | None:
     return found if found.ndim == 2 and len(found) == count else None
 
 
-def first_image(data: LabelledImages, path: Path) -> None:
+def first_image(data: LabeledImages, path: Path) -> None:
     """An ``.npz`` with one image and its label."""
     buffer = io.BytesIO()
     np.savez(buffer, x=data.pixels[:1], y=data.labels[:1])

@@ -58,7 +58,7 @@ def code(checkout: Path) -> str:
 
 
 class Official:
-    """A checkout with a randomly initialised teacher."""
+    """A checkout with a randomly initialized teacher."""
 
     def __init__(self, checkout: Path, model: str, seed: int, batch: int, device: str) -> None:
         code(checkout)

@@ -16,7 +16,7 @@ import dfq
 from calibration_bench.core.options import at_least, option
 from calibration_bench.core.registry import Bench, Key, Measured, Row
 from calibration_bench.measure.logits import (
-    LabelledImages,
+    LabeledImages,
     compare,
     first_image,
     float_logits,
@@ -41,7 +41,7 @@ class Subject:
     weights: Path | None = option(None, "Its weights.")
     num_classes: int | None = option(None, "Classes of its head.")
     img_size: int | None = option(None, "Side of its input in pixels.")
-    data: str = option("demo", "Labelled image folder, .npz, or 'demo'.")
+    data: str = option("demo", "Labeled image folder, .npz, or 'demo'.")
     limit: int | None = option(None, "Test on the first so many images only.")
     seeds: str = option("0,1,2", "Seeds of noise, targets and jitter.")
     precision: str = option("auto", "Of inversion: auto, float32, bfloat16, int8.")
@@ -69,13 +69,13 @@ def model_arguments(options: Subject) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def load(options: Subject) -> tuple[LoadedModel, LabelledImages]:
+def load(options: Subject) -> tuple[LoadedModel, LabeledImages]:
     """The float model and the test images."""
     loaded = dfq.load_model(options.model, **model_arguments(options))
     return loaded, open_data(options.data, loaded, options.limit)
 
 
-def about(options: Subject, loaded: LoadedModel, data: LabelledImages) -> Key:
+def about(options: Subject, loaded: LoadedModel, data: LabeledImages) -> Key:
     """What all keys of a run share."""
     at_least(options.threads, 1, "--threads")
     InversionSettings(precision=cast(Any, options.precision))

@@ -14,7 +14,7 @@ import torch
 
 import dfq
 from calibration_bench.core.registry import Key
-from calibration_bench.measure.logits import LabelledImages
+from calibration_bench.measure.logits import LabeledImages
 from calibration_bench.measure.methods import Method
 from calibration_bench.measure.quantized import Made, Subject, invert
 from dfq import LoadedModel, SparseImages
@@ -79,7 +79,7 @@ class RealImages:
         self.name, self._given = real or data, real is not None
         self.grid = arch.grid
         self._images: ImageSource = open_images(
-            self.name, arch, preprocessing, labelled=real is None or bool(classes)
+            self.name, arch, preprocessing, labeled=real is None or bool(classes)
         )
         first = 0 if real else min(tested or len(self._images), len(self._images))
         indices = range(first, len(self._images))
@@ -102,7 +102,7 @@ class RealImages:
         whole = torch.from_numpy(np.stack(self._drawn(count, seed))).permute(0, 3, 1, 2)
         return dense(patchify(whole, self.grid), self.grid)
 
-    def identity(self, count: int, seed: int, tested: LabelledImages) -> str:
+    def identity(self, count: int, seed: int, tested: LabeledImages) -> str:
         """What :meth:`sample` draws: a name and the start of a SHA-256 over its pixels.
 
         Raises:
@@ -136,7 +136,7 @@ def dense(patches: torch.Tensor, grid: Grid) -> SparseImages:
 
 
 def uniform(count: int, grid: Grid, seed: int) -> SparseImages:
-    """Images of one colour each, every channel uniform over 0..255."""
+    """Images of one color each, every channel uniform over 0..255."""
     values = torch.randint(0, 256, (count, grid.channels), generator=seeded(seed, "uniform", 0))
     spread = values.repeat_interleave(grid.patch_size[0] * grid.patch_size[1], dim=1)
     return dense(spread[:, None].expand(-1, grid.patches, -1).to(torch.uint8), grid)

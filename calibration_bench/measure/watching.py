@@ -1,4 +1,4 @@
-"""What is recorded of trajectories while they are optimised, and pictures of it."""
+"""What is recorded of trajectories while they are optimized, and pictures of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def draw_attention(
     rankings: list[tuple[Tensor, Tensor, Tensor]], grid: Grid, out: Path, rows: int = 8
 ) -> Path:
     """A row for each trajectory and a column for each ranking: brighter is more important,
-    orange leaves, blue stays, dark grey had left before."""
+    orange leaves, blue stays, dark gray had left before."""
     cells: dict[tuple[int, int], np.ndarray] = {}
     for column, (importance, positions, leaving) in enumerate(rankings):
         heat = (importance / importance.amax(1, keepdim=True)).clamp(0, 1).sqrt()
@@ -55,8 +55,8 @@ def draw_attention(
 
 def _map(heat: Tensor, leaves: Tensor, positions: Tensor, grid: Grid) -> np.ndarray:
     """A picture uint8 ``[H, W, 3]`` of a value a patch."""
-    colours = torch.tensor(np.where(leaves[:, None] > 0, LEAVING, STAYING))
-    values = (heat[:, None].double() * colours * 255).clamp(0, 255)
+    colors = torch.tensor(np.where(leaves[:, None] > 0, LEAVING, STAYING))
+    values = (heat[:, None].double() * colors * 255).clamp(0, 255)
     small = Grid((grid.rows, grid.columns), (1, 1), 3)
     pixels = unpatchify(values[None], positions[None], small, fill=BACKGROUND)[0]
     return enlarge(pixels.permute(1, 2, 0).numpy().astype(np.uint8))

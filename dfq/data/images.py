@@ -171,7 +171,7 @@ def open_images(
     arch: Architecture,
     preprocessing: Preprocessing,
     *,
-    labelled: bool | None,
+    labeled: bool | None,
     class_map: str | Path | None = None,
 ) -> ImageSource:
     """Open an image folder, an ``.npz`` file, or ``"demo"`` (the demo's test images).
@@ -180,7 +180,7 @@ def open_images(
     file ``class_map``; in an ``.npz`` file, ``y``.
 
     Args:
-        labelled: True if labels are required, None to read them if there are any, False to
+        labeled: True if labels are required, None to read them if there are any, False to
             ignore them.  A folder without class folders and an ``.npz`` without ``y`` have none.
 
     Raises:
@@ -206,11 +206,11 @@ def open_images(
                 f"model has {arch.num_classes} and {arch.in_channels}. Give your own images "
                 "instead of 'demo'."
             )
-        return _open_npz(demo.TEST_SLICE, "demo", arch, preprocessing, labelled)
+        return _open_npz(demo.TEST_SLICE, "demo", arch, preprocessing, labeled)
     if is_folder:
-        return _open_folder(path, arch, preprocessing, labelled, class_map)
+        return _open_folder(path, arch, preprocessing, labeled, class_map)
     if path.suffix == ".npz" and path.is_file():
-        return _open_npz(path, str(path), arch, preprocessing, labelled)
+        return _open_npz(path, str(path), arch, preprocessing, labeled)
     what = "has an unknown type" if path.exists() else "does not exist"
     raise DataError(f"{str(path)!r} {what}; give an image folder, an .npz file, or 'demo'.")
 
@@ -220,7 +220,7 @@ def _open_npz(
     name: str,
     arch: Architecture,
     preprocessing: Preprocessing,
-    labelled: bool | None,
+    labeled: bool | None,
 ) -> ArrayImages:
     with (
         explained(lambda e: DataError(f"{str(path)!r} cannot be read as .npz: {e}.")),
@@ -230,8 +230,8 @@ def _open_npz(
         arrays = {key: content[key] for key in ("x", "y") if key in content.files}
         keys = content.files
     x, y = arrays.get("x"), arrays.get("y")
-    if x is None or (labelled and y is None):
-        raise DataError(f"{str(path)!r} needs arrays x{' and y' if labelled else ''}, has {keys}.")
+    if x is None or (labeled and y is None):
+        raise DataError(f"{str(path)!r} needs arrays x{' and y' if labeled else ''}, has {keys}.")
     channels = x.shape[3] if x.ndim == 4 else 1
     if np.issubdtype(x.dtype, np.floating):
         check_values(x, arch, preprocessing, str(path))
@@ -249,7 +249,7 @@ def _open_npz(
             raise DataError(
                 f"{str(path)!r}: y is {y.dtype} {list(y.shape)}; expected {len(x)} whole numbers."
             )
-        if labelled is not False:
+        if labeled is not False:
             _check_labels(int(y.min()), int(y.max()), label_count(arch), str(path))
     return ArrayImages(name, x, y, arch, preprocessing)
 
@@ -266,17 +266,17 @@ def _open_folder(
     path: Path,
     arch: Architecture,
     preprocessing: Preprocessing,
-    labelled: bool | None,
+    labeled: bool | None,
     class_map: str | Path | None,
 ) -> FolderImages:
     check_pixels(preprocessing, str(path))
-    folders = [] if labelled is False else class_folders(path)
-    if not folders and (labelled or class_map is not None):
+    folders = [] if labeled is False else class_folders(path)
+    if not folders and (labeled or class_map is not None):
         raise DataError(f"{str(path)!r} has no class folders; labels are the names of folders.")
     if not folders:
         files = tuple(image_files(path))
         if not files:
-            nor = " and no class folders" if labelled is None else ""
+            nor = " and no class folders" if labeled is None else ""
             endings = ", ".join(sorted(EXTENSIONS))
             raise DataError(f"{str(path)!r} holds no images ({endings}){nor}.")
         return FolderImages(str(path), files, None, arch, preprocessing)

@@ -22,7 +22,7 @@ MODEL_ARGS: dict[str, Any] = {
     "num_heads": 2,
     "mlp_ratio": 3.0,
 }
-"""Arguments of ``timm.create_model``: 14x14 patches of 2x2 grey pixels, 1 M parameters."""
+"""Arguments of ``timm.create_model``: 14x14 patches of 2x2 gray pixels, 1 M parameters."""
 
 MEAN = (0.2860,)
 STD = (0.3530,)

@@ -3,7 +3,7 @@
 A small convolutional network is trained first and the ViT learns from its soft
 predictions as well as from the labels (distillation as in DeiT, arXiv 2012.12877,
 section 3, with the soft loss).  The ViT's attention starts as a trained one looks (mimetic
-initialisation, arXiv 2305.09828), on patches of 4x4 pixels, a quarter of the tokens; then
+initialization, arXiv 2305.09828), on patches of 4x4 pixels, a quarter of the tokens; then
 its patch and position embeddings are resampled to 2x2 pixels, as FlexiViT does (arXiv
 2212.08013), and it goes on with half of the tokens dropped (PatchDropout, arXiv
 2208.07220) and finally with all.
@@ -68,7 +68,7 @@ def load_split(data: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels)
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """uint8 pixels to the network's input."""
     return (images.float() / 255 - MEAN[0]) / STD[0]
 
@@ -91,15 +91,15 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def batches(
     images: Tensor, labels: Tensor, batch: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of augmented, normalised batches; the last partial one is dropped."""
+    """One epoch of augmented, normalized batches; the last partial one is dropped."""
     order = torch.randperm(len(images), generator=generator)
     for start in range(0, len(images) - batch + 1, batch):
         index = order[start : start + batch]
-        yield normalise(augment(images[index], generator)), labels[index]
+        yield normalize(augment(images[index], generator)), labels[index]
 
 
 def make_teacher() -> nn.Sequential:
-    """A VGG-like network of 0.7 M parameters for 28x28 grey images."""
+    """A VGG-like network of 0.7 M parameters for 28x28 gray images."""
 
     def stage(inputs: int, outputs: int) -> list[nn.Module]:
         return [
@@ -129,7 +129,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
     with torch.inference_mode():
         hits = [
-            (model(normalise(x)).argmax(-1) == y).sum().item()
+            (model(normalize(x)).argmax(-1) == y).sum().item()
             for x, y in zip(images.split(500), labels.split(500), strict=True)
         ]
     return sum(hits) / len(images)
@@ -193,7 +193,7 @@ def _decay(step: int, steps: int, warmup: int) -> float:
 
 
 @torch.no_grad()
-def initialise(model: Any) -> None:
+def initialize(model: Any) -> None:
     """Make attention layers look like trained ones (arXiv 2305.09828, section 3).
 
     Queries times keys start near the identity, values times projection near its negative,
@@ -254,7 +254,7 @@ def main() -> None:
 
     timm.layers.set_fused_attn(False)
     model: Any = timm.create_model(**{**MODEL_ARGS, "patch_size": PHASES[0].patch_size})
-    initialise(model)
+    initialize(model)
     model.patch_drop = PatchDropout(0.0)
     for phase in PHASES:
         model.set_input_size(patch_size=phase.patch_size)

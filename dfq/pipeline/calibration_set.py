@@ -90,7 +90,7 @@ def calibration_set(
             f"{str(path)!r} is neither a method ({', '.join(METHODS)}) nor an existing "
             f"sparse-image dataset, image folder or .npz.{nearest(str(path), METHODS)}"
         )
-    source = open_images(path, loaded.vit.arch, loaded.preprocessing, labelled=False)
+    source = open_images(path, loaded.vit.arch, loaded.preprocessing, labeled=False)
     dense = DenseImages(source, loaded.vit.arch, settings.images)
     return CalibrationSet(dense, CalibrationSource("images", len(dense), str(path), None))
 

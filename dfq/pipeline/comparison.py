@@ -38,7 +38,7 @@ Number = float
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares from 0 to 1 over labelled images."""
+    """Shares from 0 to 1 over labeled images."""
 
     top1: float
     top5: float
@@ -59,7 +59,7 @@ class Comparison:
     Images on which an output is not finite (``not_finite``) do not agree, are not classified
     right, and have no part in ``kl`` and ``error_over_spread``.
 
-    ``threshold`` is 0 for labelled images of which the float model puts some on either side;
+    ``threshold`` is 0 for labeled images of which the float model puts some on either side;
     otherwise it lies midway between the two float logits about their median.  Accuracies are
     None without labels or classifier; of one logit, class 1 is a logit above 0.  ``seconds`` is
     the quantized model's own time.
@@ -96,7 +96,7 @@ def compare(
 
     ``advance`` is called with the number of images after every batch.
     """
-    count, seconds, labelled = 0, 0.0, metric != "cosine"
+    count, seconds, labeled = 0, 0.0, metric != "cosine"
     hits, float_hits = _Hits(), _Hits()
     pairs = _Pairs(metric)
     for outputs, labels in batches:
@@ -107,23 +107,23 @@ def compare(
         theirs = None if reference is None else outputs(reference).float().cpu()
         if theirs is not None:
             pairs.add(ours, theirs)
-        labelled = labelled and labels is not None
-        if labelled and labels is not None:
+        labeled = labeled and labels is not None
+        if labeled and labels is not None:
             hits.add(ours, labels)
             if theirs is not None:
                 float_hits.add(theirs, labels)
         if advance is not None:
             advance(len(ours))
     compared = reference is not None and count > 0
-    agreement = pairs.agreement(labelled) if compared else _Agreement()
+    agreement = pairs.agreement(labeled) if compared else _Agreement()
     return Comparison(
         images=count,
         metric=metric,
         agreement=agreement.value,
         kl=pairs.kl if compared else None,
         seconds=seconds,
-        float=float_hits.accuracy if labelled and compared else None,
-        quantized=hits.accuracy if labelled and count else None,
+        float=float_hits.accuracy if labeled and compared else None,
+        quantized=hits.accuracy if labeled and count else None,
         agreeing=agreement.agreeing,
         interval=agreement.interval,
         threshold=agreement.threshold,
@@ -154,7 +154,7 @@ class _Agreement:
 
 @dataclass
 class _Hits:
-    """Labelled images that are classified right, at first and among the first five."""
+    """Labeled images that are classified right, at first and among the first five."""
 
     images: int = 0
     first: int = 0
@@ -225,7 +225,7 @@ class _Pairs:
             return None
         return math.sqrt(self.squared_error / self._spread)
 
-    def agreement(self, labelled: bool) -> _Agreement:
+    def agreement(self, labeled: bool) -> _Agreement:
         """None where the float outputs do not differ between images."""
         if self.constant:
             return _Agreement()
@@ -236,7 +236,7 @@ class _Pairs:
             return self._share(int(scores.sum()))
         ours, theirs = scores.unbind(1)
         both_sides = 0 < int((theirs > 0).sum()) < len(theirs)
-        threshold = 0.0 if labelled and both_sides else split_at(theirs)
+        threshold = 0.0 if labeled and both_sides else split_at(theirs)
         if threshold is None:
             return _Agreement()
         return self._share(int(((ours > threshold) == (theirs > threshold)).sum()), threshold)

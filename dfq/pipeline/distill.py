@@ -31,10 +31,10 @@ from dfq.recipe import (
     METHODS,
     DistillationSettings,
     Recipe,
-    given,
     is_set,
     make_recipe,
-    says,
+    merge_arguments,
+    sets_field,
     to_dict,
 )
 from dfq.results.gates import unmeasured
@@ -123,11 +123,11 @@ def distill(
     if set(extra) - {"inversion", "distillation"}:
         raise SettingError(f"settings has {sorted(extra)}; known: inversion, distillation.")
     method = data if isinstance(data, str) and data in METHODS else None
-    usual = {} if says(recipe, "images") else {"images": IMAGES}
+    usual = {} if sets_field(recipe, "images") else {"images": IMAGES}
     inversion = {**usual, **(extra.get("inversion") or {})}
     chosen = make_recipe(
         recipe,
-        inversion=given(
+        inversion=merge_arguments(
             inversion,
             method=method,
             images=images,
@@ -136,7 +136,9 @@ def distill(
             seed=seed,
             threads=threads,
         ),
-        distillation=given(extra.get("distillation"), steps=steps, start=start, seed=seed),
+        distillation=merge_arguments(
+            extra.get("distillation"), steps=steps, start=start, seed=seed
+        ),
     )
     plan = chosen.distillation or DistillationSettings()
     name = model_name(teacher)

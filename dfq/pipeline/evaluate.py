@@ -222,8 +222,8 @@ def open_evaluation(
     """
     if class_map is not None and not arch.num_classes:
         raise SettingError(f"{option('class_map')} needs a classifier; the model has none.")
-    labelled = None if arch.num_classes else False
-    return open_images(data, arch, preprocessing, labelled=labelled, class_map=class_map)
+    labeled = None if arch.num_classes else False
+    return open_images(data, arch, preprocessing, labeled=labeled, class_map=class_map)
 
 
 def check_measurable(

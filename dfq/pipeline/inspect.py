@@ -15,7 +15,7 @@ from dfq import checkpoint, demo, runtime
 from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.cache import cache_directory
-from dfq.catalog import ALIASES, HOMES, known_names, read_catalog
+from dfq.catalog import ALIASES, TIMM_FAMILIES, known_names, read_catalog
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.settings import SETTINGS
 from dfq.device import resolve_precision
@@ -198,7 +198,7 @@ def models(pattern: str | None = None) -> list[ModelEntry]:
     import timm
 
     catalog = read_catalog()
-    names = sorted({name for home in HOMES for name in timm.list_models(module=home)})
+    names = sorted({name for home in TIMM_FAMILIES for name in timm.list_models(module=home)})
     entries = [
         ModelEntry("demo", "demo", True),
         *(ModelEntry(alias, "alias", True) for alias in ALIASES),

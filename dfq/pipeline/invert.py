@@ -14,7 +14,7 @@ from dfq.device import resolve_device
 from dfq.inversion.schedule import fit_stages
 from dfq.pipeline.synthesis import make_dataset
 from dfq.progress import Progress, note_all, resolve_progress, warn
-from dfq.recipe import Recipe, given, is_set, make_recipe
+from dfq.recipe import Recipe, is_set, make_recipe, merge_arguments
 from dfq.results.values import InvertResult
 from dfq.slow import slow_floats
 from dfq.vit.load import LoadedModel, load_model
@@ -52,7 +52,7 @@ def invert(
             patches or iterations.
         out: a directory for the dataset; without it the cache keeps it.
         seed: of noise, targets and jitter.
-        threads: of the optimisation; torch's by default.
+        threads: of the optimization; torch's by default.
         precision: ``auto``, ``float32``, ``bfloat16`` or ``int8``.
         recipe: a TOML file, the name of a recipe that ships with dfq, or a
             :class:`dfq.Recipe`; the arguments override it.
@@ -61,7 +61,7 @@ def invert(
     Raises:
         DfqError: one of its subclasses says what is wrong.
     """
-    overrides = given(
+    overrides = merge_arguments(
         settings,
         method=method,
         images=images,

@@ -34,7 +34,7 @@ from dfq.pipeline.workers import check_alone
 from dfq.pipeline.workload import quantize_stages
 from dfq.progress import Progress, announce, resolve_progress, warn
 from dfq.quantization.scheme import Scheme
-from dfq.recipe import METHODS, InversionSettings, Recipe, given
+from dfq.recipe import METHODS, InversionSettings, Recipe, merge_arguments
 from dfq.results.gates import check_shares, gate
 from dfq.results.values import QuantizeResult
 from dfq.runtime import onednn
@@ -109,7 +109,7 @@ def quantize(
     tables = settings or {}
     settings = {
         **tables,
-        "inversion": given(
+        "inversion": merge_arguments(
             tables.get("inversion"),
             method=method,
             images=images,
@@ -119,7 +119,7 @@ def quantize(
             threads=threads,
             precision=precision,
         ),
-        "quantization": given(tables.get("quantization"), bits=bits, attention=attention),
+        "quantization": merge_arguments(tables.get("quantization"), bits=bits, attention=attention),
     }
     chosen = choose_recipe(recipe, settings)
     made = method is not None or calibration is None

@@ -413,8 +413,8 @@ def measure(
             return _measure_inverted(plan, quantized, on)
         comparison = _compare_on(plan, quantized, on)
         measured = _measured(comparison, on.name)
-        labelled = measured.accuracy is not None
-        return dataclasses.replace(measured, class_order=on.class_order if labelled else None)
+        labeled = measured.accuracy is not None
+        return dataclasses.replace(measured, class_order=on.class_order if labeled else None)
 
 
 def _measure_inverted(plan: Plan, quantized: QuantizedViT, settings: InversionSettings) -> Measured:

@@ -31,7 +31,7 @@ class Notes:
 
 @pytest.fixture
 def others(tmp_path: Path) -> Path:
-    """Images of the size of ``labelled_npz``'s, none of them the same."""
+    """Images of the size of ``labeled_npz``'s, none of them the same."""
     path = tmp_path / "others.npz"
     x = np.random.default_rng(1).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
     np.savez(path, x=x, y=np.arange(8, dtype=np.uint8) % 5)
@@ -57,9 +57,9 @@ def small(weights: Path, data: Path, real: Path | None, **changes: Any) -> Optio
 
 
 def test_every_source_variant_and_width_is_a_row(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path, others: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path, others: Path
 ) -> None:
-    found = run(ACCURACY, small(small_weights, labelled_npz, others), tmp_path, Notes())
+    found = run(ACCURACY, small(small_weights, labeled_npz, others), tmp_path, Notes())
     rows = found["rows"]
     assert len(rows) == 3 * 2 * 2
     assert {r["source"] for r in rows} == {"pri2", "noise", "real"}
@@ -72,24 +72,24 @@ def test_every_source_variant_and_width_is_a_row(
     assert len(table["rows"]) == 12
 
 
-def test_real_images_must_be_named(tmp_path: Path, small_weights: Path, labelled_npz: Path) -> None:
+def test_real_images_must_be_named(tmp_path: Path, small_weights: Path, labeled_npz: Path) -> None:
     with pytest.raises(SettingError, match="--real"):
-        run(ACCURACY, small(small_weights, labelled_npz, None), tmp_path, Notes())
+        run(ACCURACY, small(small_weights, labeled_npz, None), tmp_path, Notes())
 
 
 def test_images_that_are_tested_on_are_no_calibration_set(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
-    options = small(small_weights, labelled_npz, labelled_npz)
+    options = small(small_weights, labeled_npz, labeled_npz)
     with pytest.raises(DataError, match=r"images of 'images\.npz', on which"):
         run(ACCURACY, options, tmp_path, Notes())
 
 
 def test_other_images_or_another_effort_are_other_rows(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path, others: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path, others: Path
 ) -> None:
     changes: dict[str, Any] = {"variants": "plain", "bits": "8", "sources": "pri2,real"}
-    first = small(small_weights, labelled_npz, others, **changes)
+    first = small(small_weights, labeled_npz, others, **changes)
     kept = {row["real"] for row in run(ACCURACY, first, tmp_path, Notes())["rows"]}
     with np.load(others) as arrays:
         np.savez(others, x=arrays["x"][::-1], y=arrays["y"])

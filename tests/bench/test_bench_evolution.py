@@ -16,7 +16,7 @@ from calibration_bench.core.report import report
 from calibration_bench.core.runner import run
 from calibration_bench.experiments.evolution.experiment import PICTURES, Options, _cosines
 from calibration_bench.measure.features import ClassMeans, block_features, confidence, filled
-from calibration_bench.measure.logits import LabelledImages
+from calibration_bench.measure.logits import LabeledImages
 from calibration_bench.measure.ours import unit_images
 from calibration_bench.measure.sources import dense
 from calibration_bench.measure.watching import Recorder, draw_attention, kept_share
@@ -46,10 +46,10 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
 
 
 def test_runs_of_other_stages_are_rows_of_their_own(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
     for stages in (4, 2):
-        options = small(small_weights, labelled_npz, methods="pri-random", stages=stages, seeds="0")
+        options = small(small_weights, labeled_npz, methods="pri-random", stages=stages, seeds="0")
         run(EXPERIMENT, options, tmp_path, Silent())
     tables = report(tmp_path, None)
     for stages in (2, 4):
@@ -69,15 +69,15 @@ def test_runs_of_other_stages_are_rows_of_their_own(
     ids=str,
 )
 def test_further_mistakes_are_refused_before_work(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path, changes: dict[str, Any], message: str
+    tmp_path: Path, small_weights: Path, labeled_npz: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SettingError, match=message):
-        run(EXPERIMENT, small(small_weights, labelled_npz, **changes), tmp_path, Silent())
+        run(EXPERIMENT, small(small_weights, labeled_npz, **changes), tmp_path, Silent())
     assert not list(tmp_path.iterdir())
 
 
-def test_every_stage_is_described(tmp_path: Path, small_weights: Path, labelled_npz: Path) -> None:
-    found = run(EXPERIMENT, small(small_weights, labelled_npz), tmp_path, Silent())
+def test_every_stage_is_described(tmp_path: Path, small_weights: Path, labeled_npz: Path) -> None:
+    found = run(EXPERIMENT, small(small_weights, labeled_npz), tmp_path, Silent())
     rows = {(r["source"], r["seed"]): r for r in found["rows"]}
     assert set(rows) == {
         ("real", 0),
@@ -139,10 +139,10 @@ def test_attention_is_drawn_where_patches_are(tmp_path: Path, loaded: LoadedMode
     assert len(set(corners[2].tolist())) == 1
 
 
-def data() -> LabelledImages:
+def data() -> LabeledImages:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
-    return LabelledImages("d", pixels, np.array([0, 0, 1, 1, 4, 4]))
+    return LabeledImages("d", pixels, np.array([0, 0, 1, 1, 4, 4]))
 
 
 def test_an_image_that_is_its_classs_mean_has_cosine_one(loaded: LoadedModel) -> None:
@@ -181,7 +181,7 @@ def test_a_whole_image_has_nothing_to_fill(loaded: LoadedModel) -> None:
 
 
 def test_too_few_iterations_are_refused_before_work(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
     with pytest.raises(SettingError, match="at least 2"):
-        run(EXPERIMENT, small(small_weights, labelled_npz, iterations=1), tmp_path, Silent())
+        run(EXPERIMENT, small(small_weights, labeled_npz, iterations=1), tmp_path, Silent())

@@ -37,9 +37,9 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
 
 
 def test_the_bench_measures_what_dfq_measures(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
-    found = run(QUALITY, small(small_weights, labelled_npz), tmp_path / "results", Silent())
+    found = run(QUALITY, small(small_weights, labeled_npz), tmp_path / "results", Silent())
     row = next(r for r in found["rows"] if r["method"] == "pri2")
     settings = {"stages": 2, "iterations": 2, "precision": "float32", "threads": 1}
     expected = dfq.quantize(
@@ -51,7 +51,7 @@ def test_the_bench_measures_what_dfq_measures(
         seed=3,
         settings={"inversion": settings},
         out=tmp_path / "checkpoint",
-        eval=labelled_npz,
+        eval=labeled_npz,
     )
     assert expected.accuracy is not None
     assert expected.agreement_on is not None
@@ -64,9 +64,9 @@ def test_the_bench_measures_what_dfq_measures(
 
 
 def test_the_float_model_answers_once(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
-    options = small(small_weights, labelled_npz, methods="noise", limit=7)
+    options = small(small_weights, labeled_npz, methods="noise", limit=7)
     (row,) = run(QUALITY, options, tmp_path, Silent())["rows"]
     assert row["test_images"] == 7
     (kept,) = (tmp_path / FLOATS).iterdir()
@@ -77,10 +77,10 @@ def test_the_float_model_answers_once(
 
 
 def test_more_stages_than_iterations_are_refused_before_work(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
     with pytest.raises(SettingError, match="at least 7"):
-        run(QUALITY, small(small_weights, labelled_npz, methods="pri7"), tmp_path, Silent())
+        run(QUALITY, small(small_weights, labeled_npz, methods="pri7"), tmp_path, Silent())
     assert not list(tmp_path.iterdir())
 
 

@@ -66,12 +66,12 @@ def test_every_experiment_that_quantizes_has_the_option() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_ranges_are_rows_and_tables_of_their_own(
-    name: str, tmp_path: Path, small_weights: Path, labelled_npz: Path
+    name: str, tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
     entry = registry.entry(name)
     rows = []
     for reduced in (True, False):
-        chosen = options(entry, small_weights, labelled_npz, reduce_range=reduced)
+        chosen = options(entry, small_weights, labeled_npz, reduce_range=reduced)
         (row,) = run(entry, chosen, tmp_path, Notes())["rows"]
         assert row["reduce_range"] is reduced
         rows.append(row)
@@ -85,19 +85,19 @@ def test_ranges_are_rows_and_tables_of_their_own(
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_default_is_the_range_that_dfq_takes(
-    name: str, tmp_path: Path, small_weights: Path, labelled_npz: Path
+    name: str, tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
     entry = registry.entry(name)
     bench = registry.Bench(tmp_path, Notes())
-    (key,) = entry.load().plan(options(entry, small_weights, labelled_npz), bench)
+    (key,) = entry.load().plan(options(entry, small_weights, labeled_npz), bench)
     assert key["reduce_range"] is True
 
 
 def test_rows_of_version_1_are_of_the_full_range(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
     entry = registry.entry("inversion-quality")
-    full = options(entry, small_weights, labelled_npz, reduce_range=False)
+    full = options(entry, small_weights, labeled_npz, reduce_range=False)
     (old,) = run(entry, full, tmp_path, Notes())["rows"]
     path = tmp_path / "inversion-quality.json"
     as_version_1(path)
@@ -106,7 +106,7 @@ def test_rows_of_version_1_are_of_the_full_range(
     assert run(entry, full, tmp_path, notes)["rows"] == [old]
     assert "1 of 1 rows are there already" in notes.lines
     assert path.read_bytes() == before
-    run(entry, options(entry, small_weights, labelled_npz), tmp_path, Notes())
+    run(entry, options(entry, small_weights, labeled_npz), tmp_path, Notes())
     content = json.loads(path.read_text())
     assert content["format_version"] == FORMAT_VERSION
     assert [entry["key"]["reduce_range"] for entry in content["rows"]] == [False, True]

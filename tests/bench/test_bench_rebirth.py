@@ -70,12 +70,12 @@ def test_schedules_are_early_and_late() -> None:
     assert all(a < b < c for a, b, c in zip(early[:3], even[:3], late[:3], strict=True))
 
 
-def test_a_run_has_every_variant(tmp_path: Path, small_weights: Path, labelled_npz: Path) -> None:
+def test_a_run_has_every_variant(tmp_path: Path, small_weights: Path, labeled_npz: Path) -> None:
     options: dict[str, Any] = {
         "model": "test_vit",
         "weights": small_weights,
         "img_size": 32,
-        "data": str(labelled_npz),
+        "data": str(labeled_npz),
         "images": 4,
         "stages": 2,
         "iterations": 8,

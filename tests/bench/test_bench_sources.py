@@ -46,9 +46,9 @@ def key(source: str, count: int = 3, seed: int = 0) -> dict[str, Any]:
 
 
 def test_every_source_count_and_width_is_a_row(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
-    options = small(small_weights, labelled_npz)
+    options = small(small_weights, labeled_npz)
     found = run(EXPERIMENT, options, tmp_path, Silent())
     rows = found["rows"]
     assert len(rows) == 7 * 2 * 2
@@ -68,10 +68,8 @@ def test_every_source_count_and_width_is_a_row(
     assert "pri2+coverage, T = 2" in {row["source"] for row in table["rows"]}
 
 
-def test_a_row_is_what_dfq_measures(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
-) -> None:
-    options = small(small_weights, labelled_npz, sources="pri2+coverage", counts="4", limit=None)
+def test_a_row_is_what_dfq_measures(tmp_path: Path, small_weights: Path, labeled_npz: Path) -> None:
+    options = small(small_weights, labeled_npz, sources="pri2+coverage", counts="4", limit=None)
     row = next(r for r in run(EXPERIMENT, options, tmp_path, Silent())["rows"] if r["bits"] == 4)
     expected = dfq.quantize(
         "test_vit",
@@ -84,7 +82,7 @@ def test_a_row_is_what_dfq_measures(
             "inversion": {"stages": 2, "iterations": 2, "precision": "float32", "threads": 1}
         },
         out=tmp_path / "checkpoint",
-        eval=labelled_npz,
+        eval=labeled_npz,
     )
     assert expected.agreement_on is not None
     assert row["agreement"] == pytest.approx(expected.agreement)
@@ -101,9 +99,9 @@ def test_sources_differ_from_the_default_in_coverage_alone() -> None:
 
 @pytest.mark.parametrize("source", ["real", "noise", "uniform", "fractal", "pri2"])
 def test_the_same_seed_gives_the_same_images(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path, source: str
+    tmp_path: Path, small_weights: Path, labeled_npz: Path, source: str
 ) -> None:
-    options = small(small_weights, labelled_npz)
+    options = small(small_weights, labeled_npz)
     loaded, _ = load(options)
     real = RealImages(loaded, None, options.data, options.limit)
     made = [
@@ -118,9 +116,9 @@ def test_the_same_seed_gives_the_same_images(
     assert [m.bytes for m in made] == [dfq.SparseImageDataset(m.path).bytes for m in made]
 
 
-def test_real_images_are_not_those_of_the_test(small_weights: Path, labelled_npz: Path) -> None:
-    loaded, tested = load(small(small_weights, labelled_npz))
-    real = RealImages(loaded, None, str(labelled_npz), 12)
+def test_real_images_are_not_those_of_the_test(small_weights: Path, labeled_npz: Path) -> None:
+    loaded, tested = load(small(small_weights, labeled_npz))
+    real = RealImages(loaded, None, str(labeled_npz), 12)
     assert len(real) == 8
     sample = real.sample(8, 0)
     known = {pixels.transpose(2, 0, 1).tobytes() for pixels in tested.pixels}
@@ -134,14 +132,14 @@ def test_real_images_are_not_those_of_the_test(small_weights: Path, labelled_npz
 
 
 def test_too_few_real_images_are_refused_before_work(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
     with pytest.raises(DataError, match="--limit"):
-        run(EXPERIMENT, small(small_weights, labelled_npz, counts="9"), tmp_path, Silent())
+        run(EXPERIMENT, small(small_weights, labeled_npz, counts="9"), tmp_path, Silent())
     assert not list(tmp_path.iterdir())
 
 
-def test_uniform_images_have_one_colour(loaded: LoadedModel) -> None:
+def test_uniform_images_have_one_color(loaded: LoadedModel) -> None:
     images = uniform(4, loaded.vit.arch.grid, 0).patches.numpy()
     channels = images.reshape(4, 16, 3, 16)
     assert np.ptp(channels, axis=(1, 3)).max() == 0
@@ -149,7 +147,7 @@ def test_uniform_images_have_one_colour(loaded: LoadedModel) -> None:
 
 
 def test_other_images_under_the_same_name_are_another_row(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
     found = []
     for level in (0, 200):
@@ -157,16 +155,16 @@ def test_other_images_under_the_same_name_are_another_row(
         place.parent.mkdir()
         np.savez(place, x=np.full((4, 32, 32, 3), level, dtype=np.uint8))
         changes: dict[str, Any] = {"sources": "real", "counts": "2", "bits": "8"}
-        options = small(small_weights, labelled_npz, real=str(place), **changes)
+        options = small(small_weights, labeled_npz, real=str(place), **changes)
         found += run(EXPERIMENT, options, tmp_path / "results", Silent())["rows"]
     assert found[0]["real"] != found[1]["real"]
     assert found[0]["kl"] != found[1]["kl"]
 
 
 def test_test_images_are_refused_as_real(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
-    options = small(small_weights, labelled_npz, sources="real", real=str(labelled_npz))
+    options = small(small_weights, labeled_npz, sources="real", real=str(labeled_npz))
     with pytest.raises(DataError, match="holds images of"):
         run(EXPERIMENT, options, tmp_path, Silent())
     assert not list(tmp_path.iterdir())
@@ -183,17 +181,17 @@ def test_test_images_are_refused_as_real(
     ids=str,
 )
 def test_mistakes_are_refused_before_work(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path, changes: dict[str, Any], message: str
+    tmp_path: Path, small_weights: Path, labeled_npz: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SettingError, match=message):
-        run(EXPERIMENT, small(small_weights, labelled_npz, **changes), tmp_path, Silent())
+        run(EXPERIMENT, small(small_weights, labeled_npz, **changes), tmp_path, Silent())
     assert not list(tmp_path.iterdir())
 
 
 def test_damaged_float_logits_are_computed_anew(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
-    loaded, data = load(small(small_weights, labelled_npz))
+    loaded, data = load(small(small_weights, labeled_npz))
     whole = float_logits(loaded, data, tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:40])

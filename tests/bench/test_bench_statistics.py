@@ -120,8 +120,8 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
     return Options(**{**options, **changes})
 
 
-def test_a_run_has_all_three_kinds(tmp_path: Path, small_weights: Path, labelled_npz: Path) -> None:
-    found = run(EXPERIMENT, small(small_weights, labelled_npz), tmp_path, Silent())
+def test_a_run_has_all_three_kinds(tmp_path: Path, small_weights: Path, labeled_npz: Path) -> None:
+    found = run(EXPERIMENT, small(small_weights, labeled_npz), tmp_path, Silent())
     rows = found["rows"]
     kinds = [row["kind"] for row in rows]
     assert [kinds.count(k) for k in ("fidelity", "ranking", "activations")] == [2, 2, 6]
@@ -164,7 +164,7 @@ def test_identical_rankings_are_stable() -> None:
     ],
 )
 def test_what_cannot_be_compared_is_refused(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path, changes: Any, message: str
+    tmp_path: Path, small_weights: Path, labeled_npz: Path, changes: Any, message: str
 ) -> None:
     with pytest.raises(SettingError, match=message):
-        run(EXPERIMENT, small(small_weights, labelled_npz, **changes), tmp_path, Silent())
+        run(EXPERIMENT, small(small_weights, labeled_npz, **changes), tmp_path, Silent())

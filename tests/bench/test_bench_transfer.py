@@ -45,11 +45,11 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
 
 
 def test_a_run_has_every_comparison_and_goes_on(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
-    with np.load(labelled_npz) as content:
+    with np.load(labeled_npz) as content:
         np.savez(tmp_path / "real.npz", x=255 - content["x"], y=content["y"])
-    options = small(small_weights, labelled_npz, real=str(tmp_path / "real.npz"))
+    options = small(small_weights, labeled_npz, real=str(tmp_path / "real.npz"))
     found = run(EXPERIMENT, options, tmp_path, Silent())
     rows = found["rows"]
     assert [(r["comparison"], r["source"]) for r in rows] == [
@@ -75,9 +75,9 @@ def test_a_run_has_every_comparison_and_goes_on(
 
 
 def test_the_bench_measures_what_dfq_measures(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path
+    tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
-    options = small(small_weights, labelled_npz, comparisons="class", steps=6)
+    options = small(small_weights, labeled_npz, comparisons="class", steps=6)
     (row,) = run(EXPERIMENT, options, tmp_path / "results", Silent())["rows"]
     inversion = {"stages": 2, "iterations": 2, "classes": [2], "precision": "float32", "threads": 1}
     expected = dfq.distill(
@@ -93,7 +93,7 @@ def test_the_bench_measures_what_dfq_measures(
             "inversion": inversion,
             "distillation": {"batch": 4, "smooth": (), "fractal": 0},
         },
-        eval=labelled_npz,
+        eval=labeled_npz,
         out=tmp_path / "student",
     )
     assert expected.accuracy is not None
@@ -106,12 +106,12 @@ def test_the_bench_measures_what_dfq_measures(
 
 
 def test_a_budget_of_time_is_spent_in_whole_units(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_weights: Path, labeled_npz: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "calibration_bench.experiments.knowledge_transfer.experiment._unit", lambda *_: (8, 0.3)
     )
-    options = small(small_weights, labelled_npz, comparisons="time", budget=1.0)
+    options = small(small_weights, labeled_npz, comparisons="time", budget=1.0)
     (row,) = run(EXPERIMENT, options, tmp_path, Silent())["rows"]
     assert row["made"] == 24
     assert row["budget"] == 1.0
@@ -136,17 +136,17 @@ def test_a_budget_of_time_is_spent_in_whole_units(
     ids=str,
 )
 def test_mistakes_are_refused_before_work(
-    tmp_path: Path, small_weights: Path, labelled_npz: Path, changes: dict[str, Any], message: str
+    tmp_path: Path, small_weights: Path, labeled_npz: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SettingError, match=message):
-        run(EXPERIMENT, small(small_weights, labelled_npz, **changes), tmp_path, Silent())
+        run(EXPERIMENT, small(small_weights, labeled_npz, **changes), tmp_path, Silent())
     assert not list(tmp_path.iterdir())
 
 
-def test_real_images_are_taken_by_class(loaded: LoadedModel, labelled_npz: Path) -> None:
-    real = RealImages(loaded, str(labelled_npz), "demo", None, [3])
+def test_real_images_are_taken_by_class(loaded: LoadedModel, labeled_npz: Path) -> None:
+    real = RealImages(loaded, str(labeled_npz), "demo", None, [3])
     assert len(real) == 4
-    with np.load(labelled_npz) as content:
+    with np.load(labeled_npz) as content:
         wanted = {x.tobytes() for x in content["x"][content["y"] == 3]}
     patches = real.sample(4, 0).patches
     found = patches.reshape(4, 4, 4, 3, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(4, 16, 16, 3)

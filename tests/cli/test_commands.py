@@ -34,28 +34,28 @@ def test_the_second_inversion_into_a_directory_finds_the_first(cli: Cli, tmp_pat
 
 
 def test_json_of_evaluate_is_the_result_and_nothing_else(
-    cli: Cli, cli_checkpoint: Path, labelled_npz: Path
+    cli: Cli, cli_checkpoint: Path, labeled_npz: Path
 ) -> None:
-    ended = cli("evaluate", cli_checkpoint, "--data", labelled_npz, "--json")
+    ended = cli("evaluate", cli_checkpoint, "--data", labeled_npz, "--json")
     assert ended.code == 0
     assert_schema(ended.json, EvaluateResult)
     assert ended.json["agreement"] is None
 
 
 def test_evaluation_beside_the_float_model_has_agreement(
-    cli: Cli, cli_checkpoint: Path, labelled_npz: Path
+    cli: Cli, cli_checkpoint: Path, labeled_npz: Path
 ) -> None:
-    args = ["--float", MODEL, "--weights", str(cli.weights), "--data", str(labelled_npz)]
+    args = ["--float", MODEL, "--weights", str(cli.weights), "--data", str(labeled_npz)]
     found = cli("evaluate", cli_checkpoint, *args, "--json").json
     assert_schema(found, EvaluateResult)
     assert 0 <= found["agreement"] <= 1
 
 
 def test_a_gate_of_evaluate_exits_with_1_and_prints_the_result(
-    cli: Cli, cli_checkpoint: Path, labelled_npz: Path
+    cli: Cli, cli_checkpoint: Path, labeled_npz: Path
 ) -> None:
     ended = cli(
-        "evaluate", cli_checkpoint, "--data", labelled_npz, "--min-accuracy", "0.8", "--json"
+        "evaluate", cli_checkpoint, "--data", labeled_npz, "--min-accuracy", "0.8", "--json"
     )
     assert ended.code == 1
     assert_schema(ended.json, EvaluateResult)

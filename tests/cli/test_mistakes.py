@@ -106,8 +106,8 @@ class Places:
 
 
 @pytest.fixture
-def places(cli: Cli, tmp_path: Path, labelled_npz: Path, cli_checkpoint: Path) -> Places:
-    return Places(cli, tmp_path, labelled_npz, cli_checkpoint)
+def places(cli: Cli, tmp_path: Path, labeled_npz: Path, cli_checkpoint: Path) -> Places:
+    return Places(cli, tmp_path, labeled_npz, cli_checkpoint)
 
 
 Args = list[str | Path]

@@ -19,9 +19,9 @@ def test_json_of_quantize_is_the_result_and_nothing_else(cli: Cli, tmp_path: Pat
 
 
 def test_json_of_quantize_with_data_has_accuracies(
-    cli: Cli, tmp_path: Path, labelled_npz: Path
+    cli: Cli, tmp_path: Path, labeled_npz: Path
 ) -> None:
-    found = cli.quantize(tmp_path / "out", "--eval", labelled_npz, "--json").json
+    found = cli.quantize(tmp_path / "out", "--eval", labeled_npz, "--json").json
     assert_schema(found, QuantizeResult)
     assert found["accuracy"]["images"] == 20
     assert found["accuracy"]["correct"] == round(20 * found["accuracy"]["quantized"])
@@ -52,8 +52,8 @@ def test_quiet_json_prints_the_result_alone(cli: Cli, tmp_path: Path) -> None:
     assert ended.stderr == ""
 
 
-def test_the_table_says_what_people_ask(cli: Cli, tmp_path: Path, labelled_npz: Path) -> None:
-    shown = cli.quantize(tmp_path / "out", "--eval", labelled_npz).stdout
+def test_the_table_says_what_people_ask(cli: Cli, tmp_path: Path, labeled_npz: Path) -> None:
+    shown = cli.quantize(tmp_path / "out", "--eval", labeled_npz).stdout
     for part in (MODEL, "w8a8", "4 images, pri, made now", "times smaller", "top-1", "agreement"):
         assert part in shown
 
@@ -128,18 +128,16 @@ def test_an_older_checkpoint_is_replaced(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_a_gate_that_fails_exits_with_1_and_prints_the_result(
-    cli: Cli, tmp_path: Path, labelled_npz: Path
+    cli: Cli, tmp_path: Path, labeled_npz: Path
 ) -> None:
-    ended = cli.quantize(
-        tmp_path / "out", "--eval", labelled_npz, "--min-accuracy", "0.8", "--json"
-    )
+    ended = cli.quantize(tmp_path / "out", "--eval", labeled_npz, "--min-accuracy", "0.8", "--json")
     assert ended.code == 1
     assert_schema(ended.json, QuantizeResult)
     assert "below the bound of 0.8" in ended.stderr
 
 
-def test_a_gate_that_fails_shows_the_table(cli: Cli, tmp_path: Path, labelled_npz: Path) -> None:
-    ended = cli.quantize(tmp_path / "out", "--eval", labelled_npz, "--min-accuracy", "0.8")
+def test_a_gate_that_fails_shows_the_table(cli: Cli, tmp_path: Path, labeled_npz: Path) -> None:
+    ended = cli.quantize(tmp_path / "out", "--eval", labeled_npz, "--min-accuracy", "0.8")
     assert ended.code == 1
     assert "top-1" in ended.stdout
 
@@ -148,12 +146,12 @@ def test_a_gate_that_holds_exits_with_0(cli: Cli, tmp_path: Path) -> None:
     assert cli.quantize(tmp_path / "out", "--min-agreement", "0").code == 0
 
 
-def test_images_of_ones_own_calibrate(cli: Cli, tmp_path: Path, labelled_npz: Path) -> None:
-    found = cli.quantize(tmp_path / "out", "--calibration", labelled_npz, "--json").json
+def test_images_of_ones_own_calibrate(cli: Cli, tmp_path: Path, labeled_npz: Path) -> None:
+    found = cli.quantize(tmp_path / "out", "--calibration", labeled_npz, "--json").json
     assert found["calibration"] == {
         "method": "images",
         "images": 4,
-        "path": str(labelled_npz),
+        "path": str(labeled_npz),
         "cached": None,
     }
 

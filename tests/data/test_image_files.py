@@ -38,7 +38,7 @@ def spoil(path: Path) -> None:
     path.write_bytes(b"no image")
 
 
-def labelled(root: Path) -> Path:
+def labeled(root: Path) -> Path:
     """An image for each of five classes."""
     for seed, name in enumerate(CLASSES):
         save(root / name / "0.png", seed)
@@ -73,7 +73,7 @@ OTHERS = ["Thumbs.db", "desktop.ini", "ehthumbs.db", "notes.txt", "0.png.txt", "
 @pytest.mark.parametrize("within", [".", "a", "a/more"])
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_files_are_no_images(name: str, within: str, tmp_path: Path) -> None:
-    labelled(tmp_path)
+    labeled(tmp_path)
     save(tmp_path / "a" / "more" / "1.png")
     spoil(tmp_path / within / name)
     assert names(tmp_path) == ["a/0.png", "a/more/1.png", *(f"{c}/0.png" for c in "bcde")]
@@ -82,7 +82,7 @@ def test_hidden_files_are_no_images(name: str, within: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_files_of_other_kinds_are_no_images(name: str, tmp_path: Path) -> None:
-    labelled(tmp_path)
+    labeled(tmp_path)
     for folder in (tmp_path, tmp_path / "a"):
         spoil(folder / name)
     assert names(tmp_path) == [f"{c}/0.png" for c in CLASSES]
@@ -90,7 +90,7 @@ def test_files_of_other_kinds_are_no_images(name: str, tmp_path: Path) -> None:
 
 def test_a_folder_whose_own_path_is_hidden_is_read(tmp_path: Path) -> None:
     root = tmp_path / ".cache" / "__MACOSX" / ".val"
-    assert names(labelled(root)) == [f"{c}/0.png" for c in CLASSES]
+    assert names(labeled(root)) == [f"{c}/0.png" for c in CLASSES]
 
 
 def test_pipes_are_no_images(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_links_to_folders_are_folders(tmp_path: Path) -> None:
 
 
 def test_a_link_to_the_folder_itself_is_followed(tmp_path: Path) -> None:
-    labelled(tmp_path / "data")
+    labeled(tmp_path / "data")
     (tmp_path / "link").symlink_to("data")
     assert names(tmp_path / "link") == [f"{c}/0.png" for c in CLASSES]
 
@@ -152,9 +152,9 @@ def test_two_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
 
 
 def test_a_class_that_links_above_holds_its_own_images_alone(tmp_path: Path) -> None:
-    labelled(tmp_path)
+    labeled(tmp_path)
     (tmp_path / "c" / "loop").symlink_to(tmp_path)
-    source = open_images(tmp_path, ARCH, PREPROCESSING, labelled=True)
+    source = open_images(tmp_path, ARCH, PREPROCESSING, labeled=True)
     assert [source.label(i) for i in range(len(source))] == [0, 1, 2, 3, 4]
 
 
@@ -163,7 +163,7 @@ def test_classes_that_link_to_one_folder_hold_it_each(tmp_path: Path) -> None:
     for name in CLASSES:
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / name).symlink_to(tmp_path / "all")
-    source = open_images(tmp_path / "data", ARCH, PREPROCESSING, labelled=True)
+    source = open_images(tmp_path / "data", ARCH, PREPROCESSING, labeled=True)
     assert [source.label(i) for i in range(len(source))] == [0, 1, 2, 3, 4]
 
 
@@ -173,7 +173,7 @@ BROKEN = {"to nothing": "nowhere", "to itself": "link.png", "in a circle": "othe
 @pytest.mark.parametrize("name", ["link.png", "a/link.png", "link"])
 @pytest.mark.parametrize("target", BROKEN.values(), ids=BROKEN.keys())
 def test_links_that_lead_nowhere_are_refused(target: str, name: str, tmp_path: Path) -> None:
-    labelled(tmp_path)
+    labeled(tmp_path)
     link = tmp_path / name
     link.symlink_to(target)
     if target == "other.png":
@@ -183,7 +183,7 @@ def test_links_that_lead_nowhere_are_refused(target: str, name: str, tmp_path: P
 
 
 def test_hidden_links_may_lead_nowhere(tmp_path: Path) -> None:
-    labelled(tmp_path)
+    labeled(tmp_path)
     (tmp_path / ".#lock.png").symlink_to("user@host.1234")
     (tmp_path / "a" / ".link").symlink_to("nowhere")
     assert len(names(tmp_path)) == 5
@@ -223,7 +223,7 @@ OPTIONS: dict[str, Callable[[Path, Path, Path], int]] = {
 def test_every_option_reads_the_same_files(
     count: Callable[[Path, Path, Path], int], small_weights: Path, tmp_path: Path
 ) -> None:
-    data = labelled(tmp_path / "data")
+    data = labeled(tmp_path / "data")
     for name in (*HIDDEN, *OTHERS):
         spoil(data / name)
         spoil(data / "a" / name)
@@ -235,10 +235,10 @@ def test_every_option_reads_the_same_files(
 
 @pytest.mark.parametrize("labels", [True, None, False])
 def test_images_are_the_same_with_labels_and_without(labels: bool | None, tmp_path: Path) -> None:
-    data = labelled(tmp_path)
+    data = labeled(tmp_path)
     for name in HIDDEN:
         spoil(data / name)
     (data / "e" / "loop").symlink_to(data)
-    source = open_images(data, ARCH, PREPROCESSING, labelled=labels)
+    source = open_images(data, ARCH, PREPROCESSING, labeled=labels)
     assert isinstance(source, FolderImages)
     assert [path.parent.name for path in source.files] == list(CLASSES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_sources import ARCH, GREY, folder, opened, save_image
+from image_sources import ARCH, GRAY, folder, opened, save_image
 from PIL import Image
 from timm.data import ImageNetInfo
 
@@ -52,7 +52,7 @@ def test_other_files_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.JPG", "x.jpeg", "x.Png", "x.webp", "x.tif", "x.bmp"])
 def test_endings_are_known_in_any_case(name: str, tmp_path: Path) -> None:
     save_image(tmp_path / name, 20, 20, 3)
-    assert len(opened(tmp_path, labelled=False)) == 1
+    assert len(opened(tmp_path, labeled=False)) == 1
 
 
 @pytest.mark.parametrize("count", [4, 6])
@@ -98,11 +98,11 @@ def test_empty_class_folders_are_refused(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_refused_for_calibration(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no images.*\.png"):
-        opened(tmp_path, labelled=False)
+        opened(tmp_path, labeled=False)
 
 
 def test_labels_are_not_asked_for_in_calibration(tmp_path: Path) -> None:
-    source = opened(folder(tmp_path, ["a", "b"]), labelled=False)
+    source = opened(folder(tmp_path, ["a", "b"]), labeled=False)
     assert [source.label(i) for i in range(4)] == [-1] * 4
 
 
@@ -114,21 +114,21 @@ def test_an_unreadable_image_is_named(how: str, ending: str, tmp_path: Path) -> 
     content = path.read_bytes()
     path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"hello"}[how])
     with pytest.raises(DataError, match=rf"x\.{ending}' cannot be read as an image"):
-        opened(tmp_path, labelled=False).pixels(0)
+        opened(tmp_path, labeled=False).pixels(0)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
-def test_every_colour_mode_becomes_the_models(mode: str, tmp_path: Path) -> None:
+def test_every_color_mode_becomes_the_models(mode: str, tmp_path: Path) -> None:
     image = Image.new("RGB", (20, 20), (200, 200, 200)).convert(mode)
     image.save(tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr") else "x.png"))
-    pixels = opened(tmp_path, labelled=False).pixels(0)
+    pixels = opened(tmp_path, labeled=False).pixels(0)
     assert pixels.shape == (16, 16, 3)
     assert pixels.dtype == np.uint8
 
 
-def test_grey_images_of_16_bits_keep_their_brightness(tmp_path: Path) -> None:
+def test_gray_images_of_16_bits_keep_their_brightness(tmp_path: Path) -> None:
     Image.fromarray(np.full((20, 20), 128 << 8, dtype=np.uint16)).save(tmp_path / "x.png")
-    pixels = opened(tmp_path, GREY, labelled=False).pixels(0)
+    pixels = opened(tmp_path, GRAY, labeled=False).pixels(0)
     assert set(pixels.flatten()) <= {127, 128}
 
 
@@ -136,13 +136,13 @@ def test_a_palette_with_transparency_is_read(tmp_path: Path) -> None:
     image = Image.new("P", (20, 20), 1)
     image.putpalette([0, 0, 0, 10, 20, 30])
     image.save(tmp_path / "x.png", transparency=bytes([0, 255]))
-    pixels = opened(tmp_path, labelled=False).pixels(0)
+    pixels = opened(tmp_path, labeled=False).pixels(0)
     assert pixels[8, 8].tolist() == [10, 20, 30]
 
 
-def test_colour_files_become_grey_for_a_model_of_one_channel(tmp_path: Path) -> None:
+def test_color_files_become_gray_for_a_model_of_one_channel(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20), (255, 0, 0)).save(tmp_path / "x.png")
-    pixels = opened(tmp_path, GREY, labelled=False).pixels(0)
+    pixels = opened(tmp_path, GRAY, labeled=False).pixels(0)
     assert pixels.shape == (16, 16, 1)
     assert set(pixels.flatten()) == {76}
 
@@ -152,4 +152,4 @@ def test_a_model_of_other_channels_takes_no_image_files(channels: int, tmp_path:
     save_image(tmp_path / "x.png", 20, 20, 3)
     arch = dataclasses.replace(ARCH, in_channels=channels)
     with pytest.raises(DataError, match=f"1, 3 or 4 channels; the model takes {channels}"):
-        opened(tmp_path, arch, labelled=False).pixels(0)
+        opened(tmp_path, arch, labeled=False).pixels(0)

@@ -1,4 +1,4 @@
-"""Files of every depth and colour mode become the right 8 bits, or are refused."""
+"""Files of every depth and color mode become the right 8 bits, or are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path, mode: str = "L") -> list[Any]:
 
 
 def pgm(path: Path, values: list[int], maxval: int, plain: bool = False) -> Path:
-    """A portable grey map, with its samples as the format asks for."""
+    """A portable gray map, with its samples as the format asks for."""
     head = f"{'P2' if plain else 'P5'}\n{len(values)} 1\n{maxval}\n".encode()
     if plain:
         body = " ".join(map(str, values)).encode() + b"\n"
@@ -38,7 +38,7 @@ def pgm(path: Path, values: list[int], maxval: int, plain: bool = False) -> Path
     return path
 
 
-def png(path: Path, samples: np.ndarray, colour: int) -> Path:
+def png(path: Path, samples: np.ndarray, color: int) -> Path:
     """A PNG file of 16-bit samples ``[H, W, C]``, which Pillow does not write."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
@@ -47,7 +47,7 @@ def png(path: Path, samples: np.ndarray, colour: int) -> Path:
         )
 
     height, width = samples.shape[:2]
-    head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows))
@@ -87,7 +87,7 @@ def tiff(path: Path, samples: np.ndarray, bits: int, order: str = "<", **tags: i
     return path
 
 
-# ---- deep grey
+# ---- deep gray
 
 
 def test_a_png_of_16_bits_gives_its_high_bytes(tmp_path: Path) -> None:
@@ -217,10 +217,10 @@ def test_samples_of_any_maxval_are_scaled_and_rounded(
     assert read(path) == levels.tolist()
 
 
-# ---- 16 bits of colour, which Pillow reduces itself
+# ---- 16 bits of color, which Pillow reduces itself
 
 
-def test_a_png_of_16_bits_and_colours(tmp_path: Path) -> None:
+def test_a_png_of_16_bits_and_colors(tmp_path: Path) -> None:
     samples = np.stack([RAMP, RAMP[:, ::-1], RAMP], axis=2)
     expected = np.stack([HIGH, HIGH[::-1], HIGH], axis=1).tolist()
     assert read(png(tmp_path / "x.png", samples, 2), "RGB") == expected
@@ -232,7 +232,7 @@ def test_a_png_of_16_bits_and_transparency_loses_that_alone(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_a_tiff_of_16_bits_and_colours(order: str, tmp_path: Path) -> None:
+def test_a_tiff_of_16_bits_and_colors(order: str, tmp_path: Path) -> None:
     samples = np.stack([RAMP, RAMP[:, ::-1], RAMP], axis=2).astype(f"{order}u2")
     path = tiff(tmp_path / "x.tif", samples, 16, order, photometric=2)
     assert read(path, "RGB") == np.stack([HIGH, HIGH[::-1], HIGH], axis=1).tolist()
@@ -279,7 +279,7 @@ def test_black_and_white_of_every_mode(source: str, mode: str) -> None:
 
 @pytest.mark.parametrize("alpha", [False, True])
 @pytest.mark.parametrize(("mode", "expected"), [("L", [18]), ("RGB", [10, 20, 30])])
-def test_palettes_give_their_colours(alpha: bool, mode: str, expected: list[int]) -> None:
+def test_palettes_give_their_colors(alpha: bool, mode: str, expected: list[int]) -> None:
     image = Image.new("P", (1, 1), 1)
     image.putpalette([0, 0, 0, 10, 20, 30])
     found = to_eight_bits(image.convert("PA") if alpha else image, mode)
@@ -287,7 +287,7 @@ def test_palettes_give_their_colours(alpha: bool, mode: str, expected: list[int]
 
 
 @pytest.mark.parametrize(("mode", "value"), [("La", (100, 128)), ("RGBa", (100, 100, 100, 128))])
-def test_premultiplied_colours_are_divided_by_their_transparency(
+def test_premultiplied_colors_are_divided_by_their_transparency(
     mode: str, value: tuple[int, ...]
 ) -> None:
     found = np.asarray(to_eight_bits(Image.new(mode, (1, 1), value), "L"))
@@ -300,7 +300,7 @@ def test_deep_images_of_no_format_are_refused(mode: str) -> None:
         to_eight_bits(Image.new(mode, (1, 1)), "L")
 
 
-def colours(mode: str, seed: int = 0) -> tuple[Image.Image, np.ndarray]:
+def colors(mode: str, seed: int = 0) -> tuple[Image.Image, np.ndarray]:
     """An image of random samples, and these as floats ``[N, C]``."""
     bands = len(Image.new(mode, (1, 1)).getbands())
     samples = np.random.default_rng(seed).integers(0, 256, (64, 64, bands), dtype=np.uint8)
@@ -336,13 +336,13 @@ RGB_OF: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("source", RGB_OF)
-def test_colours_of_every_mode_are_those_of_its_formula(source: str) -> None:
-    image, samples = colours(source)
+def test_colors_of_every_mode_are_those_of_its_formula(source: str) -> None:
+    image, samples = colors(source)
     rgb = np.clip(RGB_OF[source](samples), 0, 255)
     exact = source not in ("CMYK", "YCbCr", "HSV")
     found = np.asarray(to_eight_bits(image, "RGB")).reshape(-1, 3)
     np.testing.assert_allclose(found, rgb, atol=0 if exact else 1)
-    grey = rgb @ [0.299, 0.587, 0.114]  # ITU-R 601-2
+    gray = rgb @ [0.299, 0.587, 0.114]  # ITU-R 601-2
     np.testing.assert_allclose(
-        np.asarray(to_eight_bits(image, "L")).flatten(), grey, atol=0.51 if exact else 1.6
+        np.asarray(to_eight_bits(image, "L")).flatten(), gray, atol=0.51 if exact else 1.6
     )

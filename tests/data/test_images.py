@@ -1,4 +1,4 @@
-"""Labelled and plain images of the user's: arrays, sizes and batches."""
+"""Labeled and plain images of the user's: arrays, sizes and batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from conftest import make_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_sources import ARCH, GREY, PREPROCESSING, folder, noise, opened
+from image_sources import ARCH, GRAY, PREPROCESSING, folder, noise, opened
 from PIL import Image
 from timm.data import create_transform
 
@@ -69,31 +69,31 @@ def test_arrays_are_resized_whole(tmp_path: Path) -> None:
 
 
 def test_arrays_without_labels_are_enough_for_calibration(tmp_path: Path) -> None:
-    source = opened(save_npz(tmp_path / "a.npz", x=noise(3, 16, 16, 3)), labelled=False)
+    source = opened(save_npz(tmp_path / "a.npz", x=noise(3, 16, 16, 3)), labeled=False)
     assert (len(source), source.label(0)) == (3, -1)
 
 
 def test_labels_beyond_the_model_do_not_matter_for_calibration(tmp_path: Path) -> None:
     path = save_npz(tmp_path / "a.npz", x=noise(1, 16, 16, 3), y=np.array([999]))
-    assert len(opened(path, labelled=False)) == 1
+    assert len(opened(path, labeled=False)) == 1
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16), (2, 16, 16, 1)], ids=str)
-def test_grey_arrays_fit_a_model_of_one_channel(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_gray_arrays_fit_a_model_of_one_channel(shape: tuple[int, ...], tmp_path: Path) -> None:
     x = noise(*shape)
     path = save_npz(tmp_path / "a.npz", x=x, y=np.array([0, 1]))
-    assert np.array_equal(opened(path, GREY).pixels(1), x[1].reshape(16, 16, 1))
+    assert np.array_equal(opened(path, GRAY).pixels(1), x[1].reshape(16, 16, 1))
 
 
-def test_grey_arrays_are_repeated_for_a_model_of_three_channels(tmp_path: Path) -> None:
+def test_gray_arrays_are_repeated_for_a_model_of_three_channels(tmp_path: Path) -> None:
     x = noise(1, 16, 16)
     pixels = opened(save_npz(tmp_path / "a.npz", x=x, y=np.array([0]))).pixels(0)
     assert np.array_equal(pixels, np.repeat(x[0][..., None], 3, axis=2))
 
 
-def test_colour_arrays_become_grey_for_a_model_of_one_channel(tmp_path: Path) -> None:
+def test_color_arrays_become_gray_for_a_model_of_one_channel(tmp_path: Path) -> None:
     x = np.full((1, 16, 16, 3), (255, 0, 0), dtype=np.uint8)
-    pixels = opened(save_npz(tmp_path / "a.npz", x=x, y=np.array([0])), GREY).pixels(0)
+    pixels = opened(save_npz(tmp_path / "a.npz", x=x, y=np.array([0])), GRAY).pixels(0)
     assert pixels.shape == (16, 16, 1)
     assert set(pixels.flatten()) == {76}
 
@@ -171,10 +171,10 @@ def test_damaged_bytes_give_images_or_a_data_error(
 # ---- places
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_data_that_is_not_there_is_named(labelled: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("labeled", [True, False])
+def test_data_that_is_not_there_is_named(labeled: bool, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing' does not exist; give an image folder"):
-        opened(tmp_path / "nothing", labelled=labelled)
+        opened(tmp_path / "nothing", labeled=labeled)
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.csv", "x.NPZ.txt", "x"])
@@ -199,7 +199,7 @@ def test_the_demo_wins_over_a_file_of_that_name(
     monkeypatch.setattr(demo, "TEST_SLICE", slice_)
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "demo", ["a"])
-    source = opened("demo", dataclasses.replace(GREY, num_classes=10))
+    source = opened("demo", dataclasses.replace(GRAY, num_classes=10))
     assert (source.name, len(source)) == ("demo", 3)
 
 
@@ -237,7 +237,7 @@ def test_an_image_of_the_right_size_is_left_alone() -> None:
     assert np.array_equal(cropped(Image.fromarray(x), 16, 16, 1.0), x)
 
 
-def test_the_centre_is_kept() -> None:
+def test_the_center_is_kept() -> None:
     x = np.zeros((20, 20, 3), dtype=np.uint8)
     x[2:-2, 2:-2] = noise(16, 16, 3)
     assert np.array_equal(cropped(Image.fromarray(x), 16, 16, 0.8), x[2:-2, 2:-2])
@@ -282,7 +282,7 @@ def test_a_model_that_timm_gives_squashed_images_gets_them(tmp_path: Path, share
     loaded = load_model(model)
     image = Image.fromarray(noise(40, 60, 3))
     image.save(tmp_path / "x.png")
-    source = open_images(tmp_path, loaded.vit.arch, loaded.preprocessing, labelled=False)
+    source = open_images(tmp_path, loaded.vit.arch, loaded.preprocessing, labeled=False)
     expected = timms(image, 32, share, loaded.preprocessing.interpolation, "squash")
     np.testing.assert_array_equal(source.pixels(0), expected)
 
@@ -290,7 +290,7 @@ def test_a_model_that_timm_gives_squashed_images_gets_them(tmp_path: Path, share
 # ---- batches
 
 
-def test_batches_are_normalised_per_channel(tmp_path: Path) -> None:
+def test_batches_are_normalized_per_channel(tmp_path: Path) -> None:
     x = noise(3, 16, 16, 3)
     source = opened(save_npz(tmp_path / "a.npz", x=x, y=np.array([2, 0, 1])))
     ((images, labels),) = load_batches(source, PREPROCESSING, 8)
@@ -312,7 +312,7 @@ def test_batches_hold_every_image_once(size: int, lengths: list[int], tmp_path: 
 
 def dense(tmp_path: Path, count: int, limit: int, arch: Architecture = ARCH) -> DenseImages:
     x = noise(count, *arch.image_size, 3)
-    source = opened(save_npz(tmp_path / "a.npz", x=x), arch, labelled=False)
+    source = opened(save_npz(tmp_path / "a.npz", x=x), arch, labeled=False)
     return DenseImages(source, arch, limit)
 
 
@@ -348,12 +348,12 @@ def test_calibration_leaves_out_pixels_beyond_the_last_whole_patch(tmp_path: Pat
 
 def test_calibration_images_carry_labels_where_there_are_some(tmp_path: Path) -> None:
     path = save_npz(tmp_path / "a.npz", x=noise(3, 16, 16, 3), y=np.array([3, 1, 2]))
-    (batch,) = DenseImages(opened(path, labelled=False), ARCH, 3).batches(8)
+    (batch,) = DenseImages(opened(path, labeled=False), ARCH, 3).batches(8)
     assert batch.labels.tolist() == [3, 1, 2]
 
 
 def test_an_image_too_thin_to_crop_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (60000, 1)).save(tmp_path / "thin.png")
-    source = open_images(tmp_path, sized(224, 224), PREPROCESSING, labelled=False)
+    source = open_images(tmp_path, sized(224, 224), PREPROCESSING, labeled=False)
     with pytest.raises(DataError, match=r"60000 x 1 pixels are too thin"):
         source.pixels(0)

@@ -94,7 +94,7 @@ def test_image_is_in_the_cell_of_its_trajectory_and_stage(
     assert bool((found[: SIDE // 2] == 100 + 10 * row + column).all())
 
 
-def test_absent_patches_are_grey(dataset: Path) -> None:
+def test_absent_patches_are_gray(dataset: Path) -> None:
     found = cell(picture(dataset), 0, 0, SIDE, SIDE)
     assert bool((found[SIDE // 2 :] == BACKGROUND).all())
 
@@ -138,7 +138,7 @@ def test_large_images_keep_their_size(tmp_path: Path) -> None:
     ("channels", "shown"),
     [(1, (0, 0, 0)), (2, (0, 1, 0)), (3, (0, 1, 2)), (4, (0, 1, 2)), (5, (0, 1, 2))],
 )
-def test_any_number_of_channels_is_drawn_in_colour(
+def test_any_number_of_channels_is_drawn_in_color(
     tmp_path: Path, channels: int, shown: tuple[int, int, int]
 ) -> None:
     grid = Grid((2, 2), (2, 2), channels)

@@ -23,7 +23,7 @@ from dfq.distillation.student import tokens
 from dfq.distillation.training import RECORDS, distance, divergence, random_contrast, rate
 from dfq.errors import DfqError, OutputError, RunError, SettingError, WeightsError
 from dfq.progress import Silent
-from dfq.recipe import DistillationSettings, Recipe, says
+from dfq.recipe import DistillationSettings, Recipe, sets_field
 from dfq.sparse import patchify
 from dfq.vit.load import load_model
 
@@ -409,6 +409,6 @@ def test_a_student_does_not_replace_its_teacher(tmp_path: Path) -> None:
 def test_a_recipe_says_images_or_leaves_them(tmp_path: Path, text: str, images: bool) -> None:
     path = tmp_path / "r.toml"
     path.write_text(text)
-    assert says(path, "images") is images
-    assert says(None, "images") is False
-    assert says(Recipe(), "images") is True
+    assert sets_field(path, "images") is images
+    assert sets_field(None, "images") is False
+    assert sets_field(Recipe(), "images") is True

@@ -49,12 +49,12 @@ from dfq.exporting.weights import WeightType, write_weight  # noqa: E402
 INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul")
 
 
-def session(content: bytes, optimised: Path | None = None) -> Any:
+def session(content: bytes, optimized: Path | None = None) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    if optimised is not None:
-        options.optimized_model_filepath = str(optimised)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
@@ -65,8 +65,8 @@ def run(content: bytes, images: Tensor) -> Tensor:
 
 def kernels(content: bytes, directory: Path) -> dict[str, str]:
     """Operator of every node that ONNX Runtime executes, by the node's name."""
-    session(content, directory / "optimised.onnx")
-    return {n.name: n.op_type for n in onnx.load(directory / "optimised.onnx").graph.node}
+    session(content, directory / "optimized.onnx")
+    return {n.name: n.op_type for n in onnx.load(directory / "optimized.onnx").graph.node}
 
 
 def quantized_bytes(model: QuantizedViT, weights: WeightType = "int8") -> bytes:

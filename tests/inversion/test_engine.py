@@ -1,4 +1,4 @@
-"""The optimisation loop and what it yields."""
+"""The optimization loop and what it yields."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def test_all_classes_chosen_are_all_classes(loaded: LoadedModel) -> None:
 
 
 def test_one_channel_and_bfloat16_work() -> None:
-    grey = load_model(make_vit(in_chans=1), mean=[0.3], std=[0.3])
-    batches = run(grey, chosen(precision="bfloat16"))
+    gray = load_model(make_vit(in_chans=1), mean=[0.3], std=[0.3])
+    batches = run(gray, chosen(precision="bfloat16"))
     assert {b.patches.shape[2] for b in batches} == {16}
 
 

@@ -51,7 +51,7 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
     torch.testing.assert_close(together[1:2], alone)
 
 
-def test_constant_patches_with_missing_neighbours_have_no_variation() -> None:
+def test_constant_patches_with_missing_neighbors_have_no_variation() -> None:
     _, positions = sample(5)
     patches = torch.full((3, 5, GRID.patch_values), 0.7)
     prior = TotalVariation().bind(positions, GRID)

@@ -49,7 +49,7 @@ def test_dmi_keeps_all_patches_to_the_end() -> None:
     assert (event.iteration, event.count, event.kept) == (70, 196, True)
 
 
-def test_noise_is_not_optimised() -> None:
+def test_noise_is_not_optimized() -> None:
     (event,) = events(InversionSettings(method="noise"), 196)
     assert (event.iteration, event.count) == (0, 196)
 

@@ -113,7 +113,7 @@ def test_without_images_there_is_nothing_to_say() -> None:
     assert run(Fixed(), Fixed()) == Comparison(0, "top1", None, None, 0.0, None, None)
 
 
-def test_unlabelled_images_among_labelled_ones_leave_no_accuracy() -> None:
+def test_unlabeled_images_among_labeled_ones_leave_no_accuracy() -> None:
     model = Fixed(one_hot(0), one_hot(1))
     found = run(model, model, [0], None)
     assert (found.quantized, found.float, found.agreement) == (None, None, 1.0)
@@ -252,7 +252,7 @@ def threshold(
     return run(single(*ours), single(*theirs), labels, metric="threshold")
 
 
-def test_labelled_logits_are_told_apart_at_0() -> None:
+def test_labeled_logits_are_told_apart_at_0() -> None:
     found = threshold((1.0, 2.0, -1.0, -0.1), (1.0, -2.0, -1.0, 0.1), [1, 1, 0, 0])
     assert (found.threshold, found.agreement, found.agreeing) == (0.0, 0.5, 2)
     assert (found.quantized, found.float) == (Accuracy(1.0, 1.0), Accuracy(0.5, 1.0))
@@ -265,13 +265,13 @@ def test_a_logit_of_0_is_class_0() -> None:
     assert (found.quantized, found.float) == (Accuracy(0.75, 1.0), Accuracy(1.0, 1.0))
 
 
-def test_labelled_logits_on_one_side_are_told_apart_at_their_median() -> None:
+def test_labeled_logits_on_one_side_are_told_apart_at_their_median() -> None:
     found = threshold((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 4.0, 5.0), [1, 1, 0, 1])
     assert (found.threshold, found.agreement) == (3.0, 0.75)
     assert found.quantized == found.float == Accuracy(0.75, 1.0)
 
 
-def test_unlabelled_logits_are_told_apart_at_their_median() -> None:
+def test_unlabeled_logits_are_told_apart_at_their_median() -> None:
     found = threshold((-9.0, -8.0, 7.0, 9.0), (-9.0, 1.0, 2.0, 9.0))
     assert (found.threshold, found.agreement) == (1.5, 1.0)
 

@@ -18,9 +18,9 @@ from dfq.results.values import EvaluateResult
 
 
 def test_without_a_float_model_there_is_no_agreement(
-    api_checkpoint: Path, labelled_npz: Path
+    api_checkpoint: Path, labeled_npz: Path
 ) -> None:
-    result = dfq.evaluate(api_checkpoint, data=labelled_npz)
+    result = dfq.evaluate(api_checkpoint, data=labeled_npz)
     assert (result.agreement, result.kl) == (None, None)
     assert result.accuracy is not None
     assert result.accuracy_top5 is not None
@@ -28,9 +28,9 @@ def test_without_a_float_model_there_is_no_agreement(
 
 
 def test_with_the_float_model_there_is_agreement(
-    api_checkpoint: Path, labelled_npz: Path, api_model: VisionTransformer
+    api_checkpoint: Path, labeled_npz: Path, api_model: VisionTransformer
 ) -> None:
-    result = dfq.evaluate(api_checkpoint, data=labelled_npz, float_model=api_model)
+    result = dfq.evaluate(api_checkpoint, data=labeled_npz, float_model=api_model)
     assert result.agreement is not None
     assert result.agreement >= 0.8
     assert result.kl is not None
@@ -38,45 +38,45 @@ def test_with_the_float_model_there_is_agreement(
     assert result.accuracy.float is not None
 
 
-def test_evaluation_counts_every_image(api_checkpoint: Path, labelled_npz: Path) -> None:
-    result = dfq.evaluate(api_checkpoint, data=labelled_npz)
-    assert (result.images, result.data) == (20, str(labelled_npz))
+def test_evaluation_counts_every_image(api_checkpoint: Path, labeled_npz: Path) -> None:
+    result = dfq.evaluate(api_checkpoint, data=labeled_npz)
+    assert (result.images, result.data) == (20, str(labeled_npz))
     assert result.accuracy_top5 is not None
     assert result.accuracy_top5.quantized == 1.0
     assert result.images_per_second > 0
 
 
 def test_evaluation_repeats_what_quantization_measured(
-    tmp_path: Path, tiny: VisionTransformer, labelled_npz: Path
+    tmp_path: Path, tiny: VisionTransformer, labeled_npz: Path
 ) -> None:
-    before = quantize(tiny, tmp_path / "out", eval=labelled_npz)
-    after = dfq.evaluate(tmp_path / "out", data=labelled_npz, float_model=tiny)
+    before = quantize(tiny, tmp_path / "out", eval=labeled_npz)
+    after = dfq.evaluate(tmp_path / "out", data=labeled_npz, float_model=tiny)
     assert (after.accuracy, after.agreement) == (before.accuracy, before.agreement)
 
 
-def test_the_reference_kernels_can_be_chosen(api_checkpoint: Path, labelled_npz: Path) -> None:
-    result = dfq.evaluate(api_checkpoint, data=labelled_npz, backend="reference")
+def test_the_reference_kernels_can_be_chosen(api_checkpoint: Path, labeled_npz: Path) -> None:
+    result = dfq.evaluate(api_checkpoint, data=labeled_npz, backend="reference")
     assert result.backend == "reference"
 
 
-def test_unknown_kernels_are_refused(api_checkpoint: Path, labelled_npz: Path) -> None:
+def test_unknown_kernels_are_refused(api_checkpoint: Path, labeled_npz: Path) -> None:
     with pytest.raises(SettingError, match=r"'cublas'.*onednn.*reference"):
-        dfq.evaluate(api_checkpoint, data=labelled_npz, backend="cublas")
+        dfq.evaluate(api_checkpoint, data=labeled_npz, backend="cublas")
 
 
-def test_another_architecture_is_no_float_model(api_checkpoint: Path, labelled_npz: Path) -> None:
+def test_another_architecture_is_no_float_model(api_checkpoint: Path, labeled_npz: Path) -> None:
     with pytest.raises(SettingError, match="another architecture"):
-        dfq.evaluate(api_checkpoint, data=labelled_npz, float_model=make_vit(depth=1))
+        dfq.evaluate(api_checkpoint, data=labeled_npz, float_model=make_vit(depth=1))
 
 
 @pytest.mark.parametrize(
     "args", [{"min_agreement": 0.5}, {"weights": "weights.safetensors"}], ids=str
 )
 def test_what_needs_a_float_model_asks_for_it(
-    args: dict[str, Any], api_checkpoint: Path, labelled_npz: Path
+    args: dict[str, Any], api_checkpoint: Path, labeled_npz: Path
 ) -> None:
     with pytest.raises(SettingError, match="float model"):
-        dfq.evaluate(api_checkpoint, data=labelled_npz, **args)
+        dfq.evaluate(api_checkpoint, data=labeled_npz, **args)
 
 
 def test_a_gate_of_evaluation_carries_the_result(api_checkpoint: Path, tmp_path: Path) -> None:

@@ -88,19 +88,19 @@ def sorted_into(root: Path, names: list[str], labels: list[int]) -> Path:
 # ---- images without labels
 
 
-def test_unlabelled_images_give_agreement_alone(
+def test_unlabeled_images_give_agreement_alone(
     model: VisionTransformer, classes: list[int], checkpoint: Path, tmp_path: Path
 ) -> None:
-    labelled = dfq.evaluate(checkpoint, data=npz(tmp_path / "y.npz", classes), float_model=model)
+    labeled = dfq.evaluate(checkpoint, data=npz(tmp_path / "y.npz", classes), float_model=model)
     for data in (npz(tmp_path / "x.npz"), flat(tmp_path / "folder")):
         found = dfq.evaluate(checkpoint, data=data, float_model=model)
-        assert (found.agreement, found.kl) == (labelled.agreement, labelled.kl)
+        assert (found.agreement, found.kl) == (labeled.agreement, labeled.kl)
         assert found.agreement_on is not None
         assert found.agreement_on.images == 40
         assert (found.accuracy, found.accuracy_top5, found.class_order) == (None, None, None)
 
 
-def test_quantize_measures_agreement_on_unlabelled_images(
+def test_quantize_measures_agreement_on_unlabeled_images(
     model: VisionTransformer, tmp_path: Path
 ) -> None:
     for data in (npz(tmp_path / "x.npz"), flat(tmp_path / "folder")):
@@ -111,13 +111,13 @@ def test_quantize_measures_agreement_on_unlabelled_images(
         assert (found.accuracy, found.class_order, found.agreement_outside) == (None, None, None)
 
 
-def test_unlabelled_images_need_a_float_model(checkpoint: Path, tmp_path: Path) -> None:
+def test_unlabeled_images_need_a_float_model(checkpoint: Path, tmp_path: Path) -> None:
     for data in (npz(tmp_path / "x.npz"), flat(tmp_path / "folder")):
         with pytest.raises(SettingError, match=r"Without labels in .*give float_model"):
             dfq.evaluate(checkpoint, data=data)
 
 
-def test_unlabelled_images_have_no_accuracy_to_bound(
+def test_unlabeled_images_have_no_accuracy_to_bound(
     model: VisionTransformer, checkpoint: Path, tmp_path: Path
 ) -> None:
     data = flat(tmp_path / "folder")
@@ -256,7 +256,7 @@ def test_two_class_folders_are_the_classes_of_one_logit(
         assert found.accuracy.float == 1.0
 
 
-def test_unlabelled_images_of_one_logit_are_halved(
+def test_unlabeled_images_of_one_logit_are_halved(
     binary: VisionTransformer, tmp_path: Path
 ) -> None:
     found = quantize(binary, tmp_path / "out", eval=npz(tmp_path / "x.npz")).agreement_on
@@ -284,7 +284,7 @@ def options(verb: str) -> set[str]:
     return {name for p in command.commands[verb].params for name in p.opts}
 
 
-def initialised(**changes: Any) -> dict[str, Tensor]:
+def initialized(**changes: Any) -> dict[str, Tensor]:
     """Weights of timm's test model as it is made."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -299,8 +299,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, small_weights: Path) -> dict
     states = {
         "partial": {k: v for k, v in own.items() if k != "norm.weight"},
         "headless": {k: v for k, v in own.items() if not k.startswith("head.")},
-        "classes": initialised(img_size=32, num_classes=7),
-        "larger": initialised(img_size=64, num_classes=CLASSES),
+        "classes": initialized(img_size=32, num_classes=7),
+        "larger": initialized(img_size=64, num_classes=CLASSES),
     }
     paths = {name: root / f"{name}.safetensors" for name in (*states, "damaged", "missing")}
     for name, state in states.items():
@@ -343,9 +343,9 @@ OTHER_MODELS = [
 
 @pytest.mark.parametrize("words", OTHER_MODELS)
 def test_evaluate_advises_only_options_that_it_has(
-    words: str, files: dict[str, Path], labelled_npz: Path
+    words: str, files: dict[str, Path], labeled_npz: Path
 ) -> None:
-    texts = ["evaluate", str(files["checkpoint"]), "--data", str(labelled_npz)]
+    texts = ["evaluate", str(files["checkpoint"]), "--data", str(labeled_npz)]
     texts += words.format(**files).split()
     ended = CliRunner().invoke(app, texts)
     assert ended.exit_code == 2

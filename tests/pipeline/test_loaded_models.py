@@ -171,12 +171,12 @@ def test_a_vit_with_other_parameters_is_refused(loaded: LoadedModel, tmp_path: P
 
 
 def test_a_float_model_of_another_normalization_is_refused(
-    tmp_path: Path, tiny: VisionTransformer, labelled_npz: Path
+    tmp_path: Path, tiny: VisionTransformer, labeled_npz: Path
 ) -> None:
     quantize(tiny, tmp_path / "out", mean=(0.5,) * 3, std=(0.5,) * 3, evaluate=False)
     other = dfq.load_model(tiny, mean=(0.4,) * 3, std=(0.5,) * 3)
     with pytest.raises(SettingError, match="another normalization than the checkpoint: mean"):
-        dfq.evaluate(tmp_path / "out", data=labelled_npz, float_model=other)
+        dfq.evaluate(tmp_path / "out", data=labeled_npz, float_model=other)
 
 
 def test_a_student_is_a_loaded_teacher(tmp_path: Path) -> None:

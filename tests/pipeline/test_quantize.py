@@ -78,20 +78,20 @@ def test_without_data_agreement_is_measured_on_fresh_images(
 
 
 def test_with_data_accuracy_is_measured_too(
-    tmp_path: Path, tiny: VisionTransformer, labelled_npz: Path
+    tmp_path: Path, tiny: VisionTransformer, labeled_npz: Path
 ) -> None:
-    result = quantize(tiny, tmp_path / "out", eval=labelled_npz)
+    result = quantize(tiny, tmp_path / "out", eval=labeled_npz)
     assert result.accuracy is not None
     assert result.agreement_on is not None
-    assert result.agreement_on.data == str(labelled_npz)
+    assert result.agreement_on.data == str(labeled_npz)
     assert result.agreement_on.images == 20
 
 
 def test_float_accuracy_is_that_of_the_module(
-    tmp_path: Path, tiny: VisionTransformer, labelled_npz: Path
+    tmp_path: Path, tiny: VisionTransformer, labeled_npz: Path
 ) -> None:
-    result = quantize(tiny, tmp_path / "out", eval=labelled_npz, mean=(0.5,) * 3, std=(0.25,) * 3)
-    data = np.load(labelled_npz)
+    result = quantize(tiny, tmp_path / "out", eval=labeled_npz, mean=(0.5,) * 3, std=(0.25,) * 3)
+    data = np.load(labeled_npz)
     images = torch.from_numpy(data["x"]).permute(0, 3, 1, 2) / 255
     right = tiny((images - 0.5) / 0.25).argmax(-1) == torch.from_numpy(data["y"])
     assert result.accuracy is not None
@@ -110,21 +110,21 @@ def test_a_backbone_without_classes_is_inverted_and_compared_by_its_features(
 
 
 def test_a_backbone_without_classes_is_evaluated_on_images_without_labels(
-    tmp_path: Path, labelled_npz: Path
+    tmp_path: Path, labeled_npz: Path
 ) -> None:
     model = make_vit(num_classes=0)
-    quantize(model, tmp_path / "out", calibration=labelled_npz)
-    found = dfq.evaluate(tmp_path / "out", data=labelled_npz, float_model=model)
+    quantize(model, tmp_path / "out", calibration=labeled_npz)
+    found = dfq.evaluate(tmp_path / "out", data=labeled_npz, float_model=model)
     assert (found.metric, found.accuracy, found.kl, found.images) == ("cosine", None, None, 20)
     assert found.agreement is not None
     assert 0.9 < found.agreement <= 1.0
 
 
 def test_a_backbone_without_classes_has_no_accuracy_to_bound(
-    tmp_path: Path, labelled_npz: Path
+    tmp_path: Path, labeled_npz: Path
 ) -> None:
     with pytest.raises(SettingError, match="needs a classifier"):
-        quantize(make_vit(num_classes=0), tmp_path / "out", eval=labelled_npz, min_accuracy=0.5)
+        quantize(make_vit(num_classes=0), tmp_path / "out", eval=labeled_npz, min_accuracy=0.5)
 
 
 def test_a_dataset_is_taken_as_calibration(tmp_path: Path, tiny: VisionTransformer) -> None:
@@ -191,10 +191,10 @@ def test_a_bound_that_is_met_raises_nothing(tmp_path: Path, tiny: VisionTransfor
 @pytest.mark.parametrize("bound", ["min_agreement", "min_accuracy"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, 90, float("nan")])
 def test_bounds_are_shares(
-    bound: str, value: float, tmp_path: Path, tiny: VisionTransformer, labelled_npz: Path
+    bound: str, value: float, tmp_path: Path, tiny: VisionTransformer, labeled_npz: Path
 ) -> None:
     with pytest.raises(SettingError, match=f"{bound} is .*a share from 0 to 1"):
-        quantize(tiny, tmp_path / "out", eval=labelled_npz, **{bound: value})
+        quantize(tiny, tmp_path / "out", eval=labeled_npz, **{bound: value})
 
 
 def test_a_bound_of_accuracy_needs_data(tmp_path: Path, tiny: VisionTransformer) -> None:

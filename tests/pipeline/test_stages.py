@@ -114,11 +114,11 @@ def test_ranges_of_ones_own_are_the_quantized_models(tiny: VisionTransformer) ->
 
 
 def test_a_checkpoint_that_was_loaded_is_measured(
-    tmp_path: Path, tiny: VisionTransformer, labelled_npz: Path
+    tmp_path: Path, tiny: VisionTransformer, labeled_npz: Path
 ) -> None:
-    whole = quantize(tiny, tmp_path / "out", eval=labelled_npz)
+    whole = quantize(tiny, tmp_path / "out", eval=labeled_npz)
     plan = prepare(tiny)
-    data = stages.make_evaluation_set(plan, labelled_npz)
+    data = stages.make_evaluation_set(plan, labeled_npz)
     measured = stages.measure(plan, dfq.load(tmp_path / "out", runtime="torch"), data)
     assert measured.agreement_on == whole.agreement_on
     assert (measured.accuracy, measured.class_order) == (whole.accuracy, "y")

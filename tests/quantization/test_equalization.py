@@ -251,7 +251,7 @@ WIDENED = [
 @pytest.mark.parametrize(("family", "reader"), WIDENED)
 @torch.no_grad()
 def test_a_channel_a_hundred_times_wider_costs_nothing(family: str, reader: str, bits: Any) -> None:
-    """Top-1 agreement and KL are those of the model without it; unequalised both collapse."""
+    """Top-1 agreement and KL are those of the model without it; unequalized both collapse."""
     loaded = as_loaded(MEMBERS[family])
     images = dfq.fractal_noise(200, loaded.vit.arch.grid, first=500)
     x = pixels_to_input(images.patches, loaded.preprocessing, loaded.vit.arch.grid)

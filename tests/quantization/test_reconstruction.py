@@ -47,14 +47,14 @@ def quantize(
     return equal, quantize_vit(equal, found, loaded.preprocessing, settings)
 
 
-def learnt(loaded: LoadedModel, steps: int = 20) -> tuple[QuantizedViT, list[BlockLoss]]:
+def learned(loaded: LoadedModel, steps: int = 20) -> tuple[QuantizedViT, list[BlockLoss]]:
     images = images_of(loaded)
     equal, quantized = quantize(loaded, images)
     return quantized, reconstruct(equal, quantized, images, steps)
 
 
 def test_every_block_is_better_on_held_out_images(loaded: LoadedModel) -> None:
-    _, losses = learnt(loaded, 60)
+    _, losses = learned(loaded, 60)
     assert [loss.name for loss in losses] == ["blocks.0", "blocks.1"]
     assert all(loss.after < loss.before for loss in losses)
 
@@ -64,13 +64,13 @@ def test_no_block_of_any_family_gets_worse(family: Family) -> None:
     model = family.make()
     channels = model.get_parameter("patch_embed.proj.weight").shape[1]
     loaded = load_model(model, mean=[0.4] * channels, std=[0.25] * channels)
-    _, losses = learnt(loaded, 6)
+    _, losses = learned(loaded, 6)
     assert all(0 < loss.after <= loss.before for loss in losses)
 
 
 @pytest.mark.parametrize("attention", ["float", "int8"])
 @torch.no_grad()
-def test_the_integer_block_is_as_good_as_what_was_learnt(
+def test_the_integer_block_is_as_good_as_what_was_learned(
     loaded: LoadedModel, attention: AttentionMode
 ) -> None:
     images = images_of(loaded)
@@ -103,7 +103,7 @@ def test_integers_stay_and_the_rest_moves(loaded: LoadedModel) -> None:
 
 
 def test_the_same_seed_gives_the_same_model(loaded: LoadedModel) -> None:
-    (first, losses), (second, again) = learnt(loaded), learnt(loaded)
+    (first, losses), (second, again) = learned(loaded), learned(loaded)
     assert losses == again
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name])

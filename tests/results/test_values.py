@@ -47,9 +47,9 @@ def fields_of(kind: type[Any]) -> list[str]:
 
 
 def test_json_has_the_fields_of_the_results(
-    tmp_path: Path, tiny: VisionTransformer, labelled_npz: Path
+    tmp_path: Path, tiny: VisionTransformer, labeled_npz: Path
 ) -> None:
-    found = to_json(quantize(tiny, tmp_path / "out", eval=labelled_npz))
+    found = to_json(quantize(tiny, tmp_path / "out", eval=labeled_npz))
     assert list(found) == fields_of(QuantizeResult)
     assert list(found["calibration"]) == fields_of(CalibrationSource)
     assert list(found["seconds"]) == fields_of(Seconds)

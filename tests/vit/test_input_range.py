@@ -114,7 +114,7 @@ def test_scale_and_offset_of_the_units_do_not_matter(
 
 
 def raw(model: VisionTransformer, mean: Any, std: Any, low: float, high: float) -> Any:
-    """The same model, but of values in ``low..high`` as they come and not of normalised pixels."""
+    """The same model, but of values in ``low..high`` as they come and not of normalized pixels."""
     model = copy.deepcopy(model)
     proj, width = model.patch_embed.proj, high - low
     m, s = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (mean, std))
@@ -126,9 +126,9 @@ def raw(model: VisionTransformer, mean: Any, std: Any, low: float, high: float) 
 
 
 @pytest.mark.parametrize("span", [(0, 255), (-1, 1), (-1024, 3071), (0, 1e-3), (100, 102)])
-def test_a_normalisation_inside_the_network_gives_the_same(span: tuple[float, float]) -> None:
+def test_a_normalization_inside_the_network_gives_the_same(span: tuple[float, float]) -> None:
     """Of a mean and a spread of half and a quarter of the range, which are taken for data whose
-    normalisation is not known: the same images, integers and logits."""
+    normalization is not known: the same images, integers and logits."""
     mean, std = (0.5,) * 3, (0.25,) * 3
     ours = load_model(make_vit(), mean=mean, std=std)
     theirs = load_model(raw(make_vit(), mean, std, *span), input_range=span)
@@ -192,7 +192,7 @@ def test_a_level_stands_for_its_value() -> None:
     torch.testing.assert_close(x, (values - mean) / std, rtol=1e-6, atol=1e-6)
 
 
-def test_every_level_survives_any_accepted_normalisation(loaded: LoadedModel) -> None:
+def test_every_level_survives_any_accepted_normalization(loaded: LoadedModel) -> None:
     grid = dataclasses.replace(loaded.vit.arch.grid, image_size=(16, 16), patch_size=(16, 16))
     pixels = torch.arange(256, dtype=torch.uint8).repeat(1, 3)
     for prepared in (
@@ -360,7 +360,7 @@ def test_values_are_rounded_as_the_patch_embedding_rounds(checkpoint: Path, tmp_
         physical_npz(tmp_path / "a.npz", x=x, y=np.arange(6) % 5),
         model.arch,
         model.preprocessing,
-        labelled=True,
+        labeled=True,
     )
     ((images, labels),) = load_batches(source, model.preprocessing, 20)
     p = model.preprocessing
@@ -376,7 +376,7 @@ def test_a_model_of_pixels_takes_values_too(loaded: LoadedModel, tmp_path: Path)
     for name, values in (("uint8", x), ("float", (x / 255).astype(np.float32))):
         np.savez(tmp_path / f"{name}.npz", x=values, y=np.zeros(4, int))
     sources = [
-        open_images(tmp_path / f"{n}.npz", loaded.vit.arch, loaded.preprocessing, labelled=True)
+        open_images(tmp_path / f"{n}.npz", loaded.vit.arch, loaded.preprocessing, labeled=True)
         for n in ("uint8", "float")
     ]
     for i in range(4):
@@ -387,14 +387,14 @@ def test_pixels_from_0_to_255_are_pixels(tiny: VisionTransformer, tmp_path: Path
     loaded = load_model(tiny, mean=scaled(MEAN, 255), std=scaled(STD, 255), input_range=(0, 255))
     x = levels().permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "a.npz", x=x, y=np.zeros(4, int))
-    source = open_images(tmp_path / "a.npz", loaded.vit.arch, loaded.preprocessing, labelled=True)
+    source = open_images(tmp_path / "a.npz", loaded.vit.arch, loaded.preprocessing, labeled=True)
     assert np.array_equal(source.pixels(2), x[2])
 
 
 BAD_VALUES: dict[str, tuple[Any, str]] = {
     "above": (np.full((1, 16, 16, 3), 3090.0), r"3090 to 3090.*range is -1024 to 3071"),
     "below": (np.full((1, 16, 16, 3), -1100.0), "-1100"),
-    "normalised": (np.full((1, 16, 16, 3), np.nan), "nan"),
+    "normalized": (np.full((1, 16, 16, 3), np.nan), "nan"),
     "infinite": (np.full((1, 16, 16, 3), np.inf), "inf"),
     "another size": (np.zeros((1, 8, 8, 3)), r"\[1, 8, 8, 3\].*\[N, 16, 16, 3\]"),
     "one channel": (np.zeros((1, 16, 16)), r"\[N, 16, 16, 3\]"),
@@ -408,7 +408,7 @@ def test_values_that_are_no_input_are_refused(x: Any, named: str, tmp_path: Path
     loaded = load_model(make_vit(), **PHYSICAL)
     path = physical_npz(tmp_path / "a.npz", x=x, y=np.zeros(1, int))
     with pytest.raises(DataError, match=named) as caught:
-        open_images(path, loaded.vit.arch, loaded.preprocessing, labelled=True)
+        open_images(path, loaded.vit.arch, loaded.preprocessing, labeled=True)
     assert "a.npz" in str(caught.value)
 
 
@@ -418,14 +418,14 @@ def test_pictures_are_refused_by_a_model_of_other_values(tmp_path: Path) -> None
     loaded = load_model(make_vit(), **PHYSICAL)
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="8-bit pictures"):
-        open_images(tmp_path, loaded.vit.arch, loaded.preprocessing, labelled=False)
+        open_images(tmp_path, loaded.vit.arch, loaded.preprocessing, labeled=False)
 
 
 def test_values_of_float32_ends_are_in_the_range(tmp_path: Path) -> None:
     """0.1 in float32 is above 0.1."""
     loaded = load_model(make_vit(in_chans=1), input_range=(0, 0.1))
     np.savez(tmp_path / "a.npz", x=np.full((1, 16, 16), 0.1, np.float32))
-    source = open_images(tmp_path / "a.npz", loaded.vit.arch, loaded.preprocessing, labelled=False)
+    source = open_images(tmp_path / "a.npz", loaded.vit.arch, loaded.preprocessing, labeled=False)
     assert source.pixels(0).shape == (16, 16, 1)
     assert set(source.pixels(0).flatten()) == {255}
 

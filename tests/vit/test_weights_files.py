@@ -437,7 +437,7 @@ def test_positions_are_resampled_as_timm_does(
 
 
 def smooth_positions(grid: tuple[int, int], width: int = 48, prefix: int = 1) -> Tensor:
-    """Position embeddings ``[1, prefix + N, width]`` whose neighbours resemble each other, as
+    """Position embeddings ``[1, prefix + N, width]`` whose neighbors resemble each other, as
     training makes them."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, prefix + 16, width, generator=generator)
@@ -445,7 +445,7 @@ def smooth_positions(grid: tuple[int, int], width: int = 48, prefix: int = 1) ->
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (4, 16), (16, 4)], ids=str)
-def test_the_grid_of_learnt_positions_is_told(grid: tuple[int, int]) -> None:
+def test_the_grid_of_learned_positions_is_told(grid: tuple[int, int]) -> None:
     assert likely_grid(smooth_positions(grid)[0, 1:], (8, 8)) == grid
     assert likely_grid(torch.randn(64, 48), grid) == grid
 

@@ -23,7 +23,7 @@ from calibration_bench.measure.features import (
     network_input,
     real_input,
 )
-from calibration_bench.measure.logits import LabelledImages
+from calibration_bench.measure.logits import LabeledImages
 from calibration_bench.measure.methods import Method
 from calibration_bench.measure.quantized import Subject, about, load, scratch
 from calibration_bench.measure.variants import VARIANTS
@@ -99,7 +99,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
             yield Measured(key, _trajectories(loaded, means, key, bench))
 
 
-def _real(loaded: LoadedModel, data: LabelledImages, means: ClassMeans) -> Row:
+def _real(loaded: LoadedModel, data: LabeledImages, means: ClassMeans) -> Row:
     """The half of the real images that the class means are not made of."""
     indices = range(1, len(data), 2)
     labels = torch.from_numpy(data.labels[list(indices)])

@@ -30,7 +30,7 @@ STAGES = {
 STAGES_NOTE = (
     "*Confidence*: mean probability that the float model gives the target class, of exactly the "
     "patches that the image holds. *Filled*: the same with the absent patches put in as patches of "
-    "the data's mean colour. *Cosine*: features of the pooled token after the last block against "
+    "the data's mean color. *Cosine*: features of the pooled token after the last block against "
     "class means of one half of the real images; the row *real* is the other half. *Attention*: "
     "importance of the patches at the moment at which they leave, over the mean of all that are "
     "alive; 1 is chance, and the last stage is not ranked. *pri-random*, *pri-least*: random or "
@@ -40,7 +40,7 @@ STAGES_NOTE = (
 
 LOSS_NOTE = (
     "Mean loss of a trajectory (without the prior) over each quarter of the iterations, as the "
-    "optimiser sees it: on the live patches, under jitter. When patches leave, the model sees "
+    "optimizer sees it: on the live patches, under jitter. When patches leave, the model sees "
     "fewer."
 )
 

@@ -52,7 +52,7 @@ class Options(Subject):
     )
     class_sources: str = option("dmi,pri4", "Those of the comparison class; real joins them.")
     real: str | None = option(
-        None, "Labelled training images, a folder or an .npz, as a further source."
+        None, "Labeled training images, a folder or an .npz, as a further source."
     )
     images: int = option(32, "Images of the comparisons count and class.")
     budget: float = option(2.0, "Seconds of inversion of the comparison time.")

@@ -1,4 +1,4 @@
-"""Tables of what students have learnt, by source of their images."""
+"""Tables of what students have learned, by source of their images."""
 
 from __future__ import annotations
 
