@@ -1,5 +1,5 @@
-"""How fast inversion is, and which calibration set is worth what: a bench for sceptics.
+"""Benchmarks of inversion speed and of calibration sets, for readers who want proof.
 
-It uses dfq as its users do, keeps every measurement with the machine it was made on, and
-renders its tables from what it kept alone.
+They call dfq's public functions, store every measurement with the machine it was made on, and
+render tables from the stored rows alone.
 """

@@ -1,4 +1,4 @@
-"""The command line: ``list``, ``run NAME``, ``report``, ``rescale``."""
+"""Command line of the bench: ``list``, ``run NAME``, ``report``, ``rescale``."""
 
 from __future__ import annotations
 
@@ -29,28 +29,31 @@ Json = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="One JSON object on stdout, nothing else.",
+        help="Print one JSON object on stdout, nothing else.",
         is_eager=True,
         callback=parsed_json,
     ),
 ]
-Again = Annotated[bool, typer.Option("--again", help="Measure also the rows already there.")]
+Again = Annotated[bool, typer.Option("--again", help="Measure stored rows again.")]
 Plots = Annotated[
-    Path | None, typer.Option(help="Draw plots into this directory; takes the extra `report`.")
+    Path | None, typer.Option(help="Draw plots into this directory; needs the extra `report`.")
 ]
 Jobs = Annotated[
     int | None,
-    typer.Option(help="Experiments at once, sharing the threads.", show_default="a thread each"),
+    typer.Option(
+        help="Number of experiments that run at once and share the threads.",
+        show_default="one per thread",
+    ),
 ]
 DEFAULT_RESULTS = Path("bench-results")
 
 
 ALL = "all"
-ALL_HELP = "Every experiment that runs on the demo model, with its defaults."
+ALL_HELP = "Run every experiment that works with the demo model, with default options."
 
 
 class _Group(TyperGroup):
-    """Turns dfq's errors into messages and exit codes."""
+    """Command group that turns dfq's errors into messages and exit codes."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
@@ -72,7 +75,7 @@ class _Group(TyperGroup):
             err_console.print(f"[bold red]error:[/] {escape(str(error))}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            text = "Interrupted. Finished rows are kept; run it again to go on."
+            text = "Interrupted. Finished rows are stored; run the command again to continue."
             if wants_json(ctx):
                 print_json({"error": {"type": "KeyboardInterrupt", "message": text}})
             err_console.print(text)
@@ -80,7 +83,7 @@ class _Group(TyperGroup):
 
 
 class _Experiments(TyperGroup):
-    """The registry's experiments as commands, imported when one is called."""
+    """Command group of the experiments; each is imported when it is called."""
 
     def list_commands(self, _: Any) -> list[str]:
         return [*(e.name for e in registry.ENTRIES), ALL]
@@ -111,7 +114,7 @@ def _command(name: str, text: str, body: Any) -> Any:
 app = typer.Typer(
     cls=_Group,
     name="calibration_bench",
-    help="Measure inversion and calibration, keep every measurement, and report.",
+    help="Measure inversion and calibration, store the measurements, and report them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -123,16 +126,16 @@ app.add_typer(runs, name="run")
 
 @runs.callback()
 def _runs() -> None:
-    """Run an experiment; what is there already is not measured again."""
+    """Run an experiment; stored rows are not measured again."""
 
 
 @app.command("list")
 def list_(json_: Json = False) -> None:
-    """List the experiments: name, what it answers, what it needs."""
+    """List the experiments with their questions and requirements."""
     if json_:
         print_json({"rows": [dataclasses.asdict(e) for e in registry.ENTRIES]})
         return
-    table = RichTable("name", "what it answers", "needs")
+    table = RichTable("name", "question", "needs")
     for entry in registry.ENTRIES:
         table.add_row(entry.name, entry.line, entry.needs)
     print_text(table)
@@ -140,17 +143,17 @@ def list_(json_: Json = False) -> None:
 
 @app.command("report")
 def report_(results: Results = DEFAULT_RESULTS, plots: Plots = None) -> None:
-    """Render the stored results as Markdown tables, and as plots where a place is named."""
+    """Print the stored results as Markdown tables; draw plots if a directory is given."""
     _write(report(results, plots))
 
 
 @app.command("rescale")
 def rescale_(
-    weights: Annotated[Path, typer.Argument(help="A timm ViT's weights, safetensors.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    seed: Annotated[int, typer.Option(help="Of the factors.")] = 0,
+    weights: Annotated[Path, typer.Argument(help="Weights of a timm ViT, a safetensors file.")],
+    out: Annotated[Path, typer.Option(help="Safetensors file to write.")],
+    seed: Annotated[int, typer.Option(help="Random seed of the channel factors.")] = 0,
 ) -> None:
-    """Write weights of the same function whose channels differ in size up to 100 times."""
+    """Rescale channels by 1/100 to 100 without changing the function of the model."""
     from calibration_bench.core.rescale import rescale_file
 
     rescale_file(weights, out, seed)
@@ -172,22 +175,22 @@ def _run_all(
     again: Again = False,
     jobs: Jobs = None,
 ) -> None:
-    """Each experiment's tables are printed as it ends; with --json one object at the end."""
+    """Print each experiment's tables as it ends; with --json print one object at the end."""
     from calibration_bench.core.everything import run_all
 
-    found = {}
+    outcomes = {}
     for outcome in run_all(results, Lines(), again=again, jobs=jobs):
-        found[outcome["experiment"]] = outcome
+        outcomes[outcome["experiment"]] = outcome
         if not json_:
             _print_tables(outcome)
     if json_:
-        print_json(found)
+        print_json(outcomes)
 
 
 def _print_tables(outcome: dict[str, Any]) -> None:
     tables = [markdown(registry.Table(**table)) for table in outcome["tables"]]
     _write("\n\n".join(tables) + "\n")
-    err_console.print(f"Kept in {outcome['results']}", soft_wrap=True)
+    err_console.print(f"Results: {outcome['results']}", soft_wrap=True)
 
 
 def _write(text: str) -> None:

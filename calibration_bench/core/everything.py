@@ -1,4 +1,4 @@
-"""All experiments on the demo model, several at once."""
+"""``run all``: all experiments on the demo model, several at once."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from calibration_bench.core.runner import run
 def run_all(
     results: Path, lines: Lines, *, again: bool = False, jobs: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Run every experiment that ``run all`` has; yields what each gives as it ends.
+    """Run every experiment with ``in_all``; yield the outcome of each as it ends.
 
-    Those of speed run alone and first, with all threads; the others ``jobs`` at once, each in
-    a process of its own with an equal share of the threads (a thread each by default).
-
-    The first that fails ends the run, after those that have begun.
+    Experiments that measure speed run first, one at a time, with all threads.  Of the others,
+    ``jobs`` run at once (by default one per thread), each in its own process with an equal share
+    of the threads.  After a failure no further experiment is started.
 
     Raises:
         SettingError: ``jobs`` is below 1.

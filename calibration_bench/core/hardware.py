@@ -1,4 +1,4 @@
-"""What a measurement was made on, as JSON values."""
+"""Description of the hardware and software of a measurement, as JSON values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import dfq
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, threads, memory in bytes, and what PyTorch uses of them."""
+    """Return processor, cores, threads, memory in bytes, and PyTorch's CPU capability."""
     report = dfq.doctor()
     return {
         "processor": report.processor,
@@ -33,12 +33,12 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of dfq and what it stands on, and a digest of dfq's own code."""
+    """Return versions of dfq and its dependencies, and a digest of dfq's code."""
     return {**dfq.doctor().versions, "dfq_code": dfq_code()}
 
 
 def dfq_code() -> str:
-    """SHA-256 (first 16 hex digits) over dfq's Python files: which code was measured."""
+    """Return the SHA-256 (first 16 hex digits) over dfq's Python files."""
     root = Path(dfq.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

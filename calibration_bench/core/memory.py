@@ -1,6 +1,7 @@
-"""Peak memory of making images in one pass, measured in a process of its own.
+"""Peak memory of one inversion pass, measured in its own process.
 
-``python -m calibration_bench.core.memory`` reads a request from stdin and prints the answer.
+``python -m calibration_bench.core.memory`` reads a request from stdin and prints the result, both
+as JSON.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from calibration_bench.measure.official import Official
 from dfq.errors import RunError
 
 EACH = 2
-"""Iterations of each stage; the first stage holds the most."""
+"""Iterations of each stage; few are enough, as the first stage uses the most memory."""
 
 
 def peak(request: dict[str, Any]) -> dict[str, Any]:
-    """Measure in a fresh process; see :func:`answer`.
+    """Measure in a new process; see :func:`measure` for ``request`` and result.
 
     Raises:
-        RunError: that process failed, as it does where memory runs out.
+        RunError: the process failed, for example out of memory.
     """
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -43,12 +44,12 @@ def peak(request: dict[str, Any]) -> dict[str, Any]:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunError(f"Measuring memory failed (exit {done.returncode}): {last:.200}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Peak memory in MB above the loaded float32 model, and of the whole process.
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the peak memory in MB above the loaded float32 model, and of the whole process.
 
     ``request`` has ``implementation``, ``model``, ``method``, ``images``, ``precision``,
     ``threads``, ``seed``, ``device`` and, for official ones, ``official``.
@@ -87,5 +88,5 @@ def _result(memory: PeakMemory, trajectories: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
-        found = answer(json.load(sys.stdin))
-    print(json.dumps(found))
+        measured = measure(json.load(sys.stdin))
+    print(json.dumps(measured))

@@ -1,4 +1,4 @@
-"""Notes on what is going on, for people."""
+"""Progress messages."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dfq.text import escape
 
 
 class Lines:
-    """Notes on stderr, each with the seconds since the start and what it is about."""
+    """Progress messages on stderr, each with the seconds since the start and a prefix."""
 
     def __init__(self, about: str = "", started: float | None = None) -> None:
-        """``started`` is in seconds since the epoch; now by default."""
+        """``about``: prefix of the messages.  ``started``: seconds since the epoch; else now."""
         self.about = f"{about}: " if about else ""
         self.started = time.time() if started is None else started
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Options of experiments: fields of a dataclass that become flags of the command line."""
+"""Options of experiments: dataclasses whose fields become flags of the command line."""
 
 from __future__ import annotations
 
@@ -14,52 +14,54 @@ from dfq.errors import SettingError, nearest
 
 
 def option(default: Any, text: str) -> Any:
-    """A documented field of an options dataclass."""
+    """Declare a field of an options dataclass with its help text."""
     return field(default=default, metadata={"help": text})
 
 
 def words(text: str, flag: str, known: Iterable[str] | None = None) -> list[str]:
-    """A list written with commas, each of ``known`` where that is given.
+    """Parse a comma-separated list of distinct words.
 
     Raises:
-        SettingError: it is empty, or names something unknown.
+        SettingError: the list is empty, or a word is not in ``known``.
     """
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found:
-        raise SettingError(f"{flag} is empty; give one or more, with commas.")
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    if not chosen:
+        raise SettingError(f"{flag} is empty; give one or more values, separated by commas.")
     if known is not None:
         choices = list(known)
-        for word in found:
+        for word in chosen:
             if word not in choices:
                 raise SettingError(
                     f"{flag} names {word!r}; known: {', '.join(choices)}.{nearest(word, choices)}"
                 )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(chosen))
 
 
 def numbers(text: str, flag: str, low: int = 0) -> list[int]:
-    """Whole numbers of at least ``low`` written with commas.
+    """Parse a comma-separated list of whole numbers of at least ``low``.
 
     Raises:
-        SettingError: one is not.
+        SettingError: the list is empty, or a value is another one.
     """
-    found = words(text, flag)
-    if not all(w.isdecimal() and int(w) >= low for w in found):
-        raise SettingError(f"{flag} is {text!r}; give whole numbers of at least {low}.")
-    return [int(w) for w in found]
+    chosen = words(text, flag)
+    if not all(w.isdecimal() and int(w) >= low for w in chosen):
+        raise SettingError(
+            f"{flag} is {text!r}; give whole numbers of at least {low}, separated by commas."
+        )
+    return [int(w) for w in chosen]
 
 
 def at_least(value: int | None, low: int, flag: str) -> None:
-    """Raise :class:`SettingError` if a number is below its bound; None passes."""
+    """Raise :class:`SettingError` if a value is below ``low``; None is allowed."""
     if value is not None and value < low:
         raise SettingError(f"{flag} is {value}; it must be at least {low}.")
 
 
 def function(options: type[Any], body: Callable[..., None], shared: dict[str, Any]) -> Any:
-    """A function for typer whose parameters are an options dataclass's fields.
+    """Return a function for typer whose parameters are the fields of an options dataclass.
 
-    ``shared`` maps further parameters to (annotation, default); ``body`` is called with
-    the options, then these by name.
+    ``shared`` maps further parameters to (annotation, default).  ``body`` is called with the
+    options as an instance of the dataclass, and the further parameters by name.
     """
     hints = get_type_hints(options)
     parameters = {

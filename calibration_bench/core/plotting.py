@@ -16,21 +16,21 @@ MARKERS = "osD^vPX*<>hd"
 
 
 def draw_plots(plots: Iterable[Plot], directory: Path) -> list[Path]:
-    """Write each plot as a file of its name; a name that comes again gets a number.
+    """Write each plot to a PNG file of its name; repeated names get a number.
 
     Raises:
         UsageError: matplotlib is not installed.
         OutputError: a file cannot be written.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for plot in plots:
         name = safe_name(plot.name)
-        same = sum(path.stem.rsplit("--", 1)[0] == name for path in found)
+        same = sum(path.stem.rsplit("--", 1)[0] == name for path in paths)
         path = directory / (f"{name}--{same + 1}.png" if same else f"{name}.png")
         make_directory(directory)
         write_bytes(path, _png(plot))
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def _figure() -> Any:
@@ -61,7 +61,7 @@ def _png(plot: Plot) -> bytes:
 
 
 def _draw(axes: Any, curve: Curve, number: int, *, lines: bool) -> None:
-    """A line, or points alone; long ones without markers, error bars where there are any."""
+    """Draw a curve: a line or points, with error bars if given; long lines without markers."""
     style = {
         "label": curve.name,
         "color": f"C{number % 10}",
@@ -77,7 +77,7 @@ def _draw(axes: Any, curve: Curve, number: int, *, lines: bool) -> None:
 
 
 def _plain_ticks(axes: Any, plot: Plot) -> None:
-    """Few whole values on a logarithmic axis stand there themselves."""
+    """Label a logarithmic axis with the values themselves if they are few whole numbers."""
     values = sorted({x for curve in plot.curves for x in curve.x})
     if len(values) <= 8 and all(value == round(value) for value in values):
         axes.set_xticks(values, [f"{value:g}" for value in values])

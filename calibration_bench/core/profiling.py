@@ -1,4 +1,4 @@
-"""Where an iteration's time goes: self time of operators, in groups that mean something."""
+"""Profile of inversion: self time of operators, grouped by purpose."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ GROUPS = (
     ("Adam", ("lerp", "addcmul", "addcdiv", "sqrt", "adam")),
     ("total variation", ("norm", "linalg_vector_norm")),
 )
-"""Groups by parts of an operator's name; the first that fits counts."""
+"""Operator groups by parts of the operator's name; the first match counts."""
 
 
 class Profiled:
-    """Profiles the iterations of every stage but its first ``warmup``; call it after each."""
+    """Callback that profiles the iterations of every stage after its first ``warmup``."""
 
     def __init__(self, lengths: Iterable[int], warmup: int) -> None:
         self.starts, self.ends, done = set[int](), set[int](), 0
@@ -37,7 +37,7 @@ class Profiled:
             self.starts.add(done + warmup)
             done += length
             self.ends.add(done)
-        self.done, self.found = 0, list[Any]()
+        self.done, self.averages = 0, list[Any]()
         self.open: Any = None
         self._turn()
 
@@ -48,7 +48,7 @@ class Profiled:
     def _turn(self) -> None:
         if self.open is not None and self.done in self.ends:
             self.open.__exit__(None, None, None)
-            self.found.append(self.open.key_averages(group_by_input_shape=True))
+            self.averages.append(self.open.key_averages(group_by_input_shape=True))
             self.open = None
         if self.done in self.starts:
             self.open = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
@@ -56,7 +56,7 @@ class Profiled:
 
 
 def shares(loaded: LoadedModel, settings: InversionSettings, warmup: int) -> list[dict[str, float]]:
-    """For every stage, each group's share of the self time of all operators."""
+    """Return each group's share of the self time of all operators, stage by stage."""
     grid = loaded.vit.arch.grid
     parts = stages(settings, grid.patches)
     (unit,) = plan_units(settings, grid.patches)
@@ -64,7 +64,7 @@ def shares(loaded: LoadedModel, settings: InversionSettings, warmup: int) -> lis
     Engine(loaded.vit, loaded.preprocessing, settings).run(unit, profiled)
     return [
         _grouped(averages, grid, stage.live)
-        for averages, stage in zip(profiled.found, parts, strict=True)
+        for averages, stage in zip(profiled.averages, parts, strict=True)
     ]
 
 
@@ -77,7 +77,7 @@ def _grouped(averages: Any, grid: Grid, live: int) -> dict[str, float]:
 
 
 def group(operator: str, shapes: Any, grid: Grid, live: int) -> str:
-    """What an operator is for, by its name; elementwise ones by what they work on."""
+    """Return the group of an operator by its name, of elementwise ones by their shapes."""
     name = operator.rpartition("::")[2]
     named = next((g for g, parts in GROUPS if any(part in name for part in parts)), None)
     if named is not None and named != "total variation":

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file an experiment, replaced whole whenever a row is added."""
+"""Results on disk: one JSON file per experiment, rewritten atomically with every new row."""
 
 from __future__ import annotations
 
@@ -17,29 +17,34 @@ from dfq.files import check_writable, write_json
 
 FORMAT = "dfq-bench"
 FORMAT_VERSION = 2
-"""Version 1 differs in that keys lack ``reduce_range``."""
+"""In version 1 the keys have no ``reduce_range``."""
 
-OF_FULL_RANGE = ("calibration-sources", "inversion-quality", "quantization-accuracy", "rebirth")
-"""Experiments whose rows of version 1 were measured with weights of the full range."""
+FULL_RANGE_IN_VERSION_1 = (
+    "calibration-sources",
+    "inversion-quality",
+    "quantization-accuracy",
+    "rebirth",
+)
+"""Experiments whose rows in version 1 were measured without ``reduce_range``."""
 
-ENTRY = {"key", "row", "complete", "session", "measured"}
-"""What is stored of a row."""
+ENTRY_FIELDS = {"key", "row", "complete", "session", "measured"}
+"""Fields of a stored row."""
 
 
 def now() -> str:
-    """The time, in UTC to the second."""
+    """Return the time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class Store:
-    """The rows of one experiment, each with its key and the session that measured it."""
+    """File with the rows of one experiment, each with its key and the session that measured it."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.path = directory / f"{name}.json"
         self.name = name
 
     def read(self) -> dict[str, Any]:
-        """The file's content; that of an empty one where there is none.
+        """Return the content of the file; an empty store if it does not exist.
 
         Raises:
             DataError: the file is damaged or of another format.
@@ -54,26 +59,28 @@ class Store:
         if not isinstance(content, dict) or (
             (content.get("format"), content.get("format_version")) not in known
         ):
-            raise DataError(f"{str(self.path)!r} holds no results of format {known[-1]}.")
-        if not _whole(content):
             raise DataError(
-                f"{str(self.path)!r} holds rows or sessions that this bench did not write. Move it "
-                "away, or choose another --results."
+                f"{str(self.path)!r} has another format than {FORMAT} 1 to {FORMAT_VERSION}."
             )
-        return _of_this_version(content)
+        if not _is_valid(content):
+            raise DataError(
+                f"{str(self.path)!r} has malformed rows or sessions. Move it away, or choose "
+                "another --results."
+            )
+        return _upgraded(content)
 
     def rows(self) -> list[Row]:
-        """All rows, in the order in which they were first measured."""
+        """Return all rows in the order of their first measurement."""
         return [flat(entry) for entry in self.read()["rows"]]
 
     def find(self, key: Key) -> dict[str, Any] | None:
-        """The stored entry of a key."""
+        """Return the stored entry of a key; None if there is none."""
         return next((e for e in self.read()["rows"] if e["key"] == key), None)
 
     def begin(self, session: dict[str, Any]) -> str:
-        """Store what all rows of a run share; returns its name."""
+        """Store a session, the facts that all rows of a run share; return its name."""
         check_writable(self.path.parent)
-        with self._alone():
+        with self._lock():
             content = self.read()
             name = str(1 + max((int(n) for n in content["sessions"]), default=0))
             content["sessions"][name] = session
@@ -81,7 +88,7 @@ class Store:
         return name
 
     def put(self, measured: Measured, session: str) -> None:
-        """Add a row, or put it in the place of the one with its key."""
+        """Add a row, or replace the row of the same key."""
         entry = {
             "key": measured.key,
             "row": measured.row,
@@ -89,7 +96,7 @@ class Store:
             "session": session,
             "measured": now(),
         }
-        with self._alone():
+        with self._lock():
             content = self.read()
             places = [i for i, e in enumerate(content["rows"]) if e["key"] == measured.key]
             if places:
@@ -98,13 +105,13 @@ class Store:
                 content["rows"].append(entry)
             write_json(self.path, content)
 
-    def _alone(self) -> FileLock:
-        """No other run of the bench changes the file meanwhile."""
+    def _lock(self) -> FileLock:
+        """Return the lock that a run holds while it changes the file."""
         return FileLock(self.path.with_name(f".{self.path.name}.lock"))
 
 
-def _whole(content: dict[str, Any]) -> bool:
-    """Every row has its parts, and a session of this file."""
+def _is_valid(content: dict[str, Any]) -> bool:
+    """Whether every row has its fields and a session of this file."""
     rows, sessions = content.get("rows"), content.get("sessions")
     return (
         isinstance(rows, list)
@@ -112,7 +119,7 @@ def _whole(content: dict[str, Any]) -> bool:
         and all(name.isdecimal() and isinstance(s, dict) for name, s in sessions.items())
         and all(
             isinstance(row, dict)
-            and set(row) >= ENTRY
+            and set(row) >= ENTRY_FIELDS
             and isinstance(row["key"], dict)
             and isinstance(row["row"], dict)
             and isinstance(row["session"], str)
@@ -122,22 +129,22 @@ def _whole(content: dict[str, Any]) -> bool:
     )
 
 
-def _of_this_version(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a file of any version as this version has it."""
-    if content["format_version"] == 1 and content.get("experiment") in OF_FULL_RANGE:
+def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """Convert the content of a file to the current format version."""
+    if content["format_version"] == 1 and content.get("experiment") in FULL_RANGE_IN_VERSION_1:
         for row in content["rows"]:
             row["key"]["reduce_range"] = False
     return {**content, "format_version": FORMAT_VERSION}
 
 
 def flat(entry: dict[str, Any]) -> Row:
-    """A row as it is shown: what decides it, what was measured, and when."""
+    """Return a row with the fields of its key, its measurements and its session."""
     about = {name: entry[name] for name in ("complete", "session", "measured")}
     return {**entry["key"], **entry["row"], **about}
 
 
 def command_line() -> str:
-    """How this process was called; absolute paths by their last part."""
+    """Return the command line of this process, absolute paths shortened to their last part."""
     return " ".join(["calibration_bench", *map(_shortened, sys.argv[1:])])
 
 

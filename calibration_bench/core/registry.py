@@ -1,4 +1,4 @@
-"""Which experiments there are, and what one is made of."""
+"""List of the experiments, and the types that they are made of."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any, Protocol
 from dfq.errors import UsageError, nearest
 
 Row = dict[str, Any]
-"""One measurement: JSON values by column."""
+"""Measured JSON values by column."""
 
 Key = dict[str, Any]
-"""The settings that decide a row; rows of equal keys are the same measurement."""
+"""Settings that identify a row; rows with equal keys repeat the same measurement."""
 
 
 class Notes(Protocol):
-    """Where an experiment says what it is doing."""
+    """Receiver of progress messages."""
 
     def note(self, text: str) -> None:
-        """A line for people."""
+        """Show a line."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What an experiment is given besides its options: a place for files, and a voice."""
+    """Context of an experiment: the directory of the results, and the progress messages."""
 
     results: Path
     notes: Notes
@@ -34,7 +34,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row and its key; an incomplete one is stored, shown, and measured again later."""
+    """Measured row with its key; an incomplete row is stored, shown, and measured again later."""
 
     key: Key
     row: Row
@@ -43,9 +43,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a report; ``columns`` maps a key of the rows to how it is written.
+    """Table of a report; ``columns`` maps keys of the rows to headings.
 
-    ``note`` says below it what a reader has to know to read it right.
+    ``note``: explanation below the table.
     """
 
     title: str
@@ -56,7 +56,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of a plot with a name, and half the length of their error bars."""
+    """Named curve of a plot; ``error``: half the length of the error bars."""
 
     name: str
     x: Sequence[float]
@@ -66,7 +66,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of curves; ``name`` becomes that of its file."""
+    """Plot of curves; ``name``: file name without suffix."""
 
     name: str
     title: str
@@ -79,17 +79,17 @@ class Plot:
 
 
 def no_plots(_: list[Row]) -> list[Plot]:
-    """Of an experiment that has none."""
+    """Return no plots."""
     return []
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a module of ``calibration_bench.experiments`` exports as ``EXPERIMENT``.
+    """Experiment, exported by a module of ``calibration_bench.experiments`` as ``EXPERIMENT``.
 
-    ``options`` is a dataclass whose fields become options of the command line; ``plan``
-    lists the keys of all rows that options ask for; ``measure`` yields those missing as
-    they are done; ``tables`` and ``plots`` render stored rows and read nothing else.
+    ``options``: dataclass whose fields become options of the command line.  ``plan``: lists the
+    keys of all rows for given options.  ``measure``: yields the rows of the missing keys.
+    ``tables``, ``plots``: render stored rows and read nothing else.
     """
 
     options: type[Any]
@@ -101,10 +101,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Entry:
-    """An experiment as ``list`` shows it, without importing it.
+    """Description of an experiment, known without importing it.
 
-    ``in_all``: ``run all`` runs it, with its defaults; ``alone``: nothing else beside it, as
-    it measures speed.
+    ``line``: its question.  ``needs``: its requirements.  ``in_all``: part of ``run all``.
+    ``alone``: measures speed, so nothing else may run at the same time.
     """
 
     name: str
@@ -122,71 +122,71 @@ class Entry:
 ENTRIES = (
     Entry(
         "inversion-speed",
-        "Seconds and memory an image: dfq beside the official code of SMI",
-        "official rows: a checkout of Egg-Hu/SMI (--official DIR)",
+        "Time and memory per image: dfq compared with the official code of SMI",
+        "for official rows a checkout of Egg-Hu/SMI (--official DIR)",
         in_all=False,
     ),
     Entry(
         "inversion-floor",
-        "How far an iteration is from what this processor could do, and where the rest goes",
+        "Time of an iteration compared with the processor's limits, by operator group",
         "nothing",
         in_all=False,
     ),
     Entry(
         "inversion-quality",
-        "Accuracy after quantization over inversion effort: where each method's knee is",
+        "Accuracy after quantization over inversion time, and each method's knee",
         "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "calibration-sources",
-        "Accuracy by calibration source, image count and width, alone and with coverage",
+        "Accuracy by calibration source, number of images and bits, with and without augmentation",
         "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "rebirth",
-        "What re-birth is worth: PRI beside controls of equal patch updates",
+        "Ablation of re-birth: PRI compared with controls at equal patch updates",
         "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "evolution",
-        "What evolves along a trajectory: confidence, features, attention, loss; pictures",
+        "Trajectories by stage: confidence, features, attention, loss, pictures",
         "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "image-statistics",
-        "Kept patches against DMI's, activations against real images', stability of rankings",
+        "Patches compared with DMI, activations with real images, stability of rankings",
         "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "across-models",
-        "Seconds an image of PRI, SMI and DMI on models of all sizes and kinds",
+        "Seconds per image of PRI, SMI and DMI on models of all sizes and families",
         "nothing",
         alone=True,
     ),
     Entry(
         "gpu-check",
-        "What dfq makes of a GPU: iterations as graphs, GPTQ, inversion and quantization",
-        "a GPU, or --device cpu --tiny; official rows: a checkout of Egg-Hu/SMI (--official DIR)",
+        "Check of a GPU: CUDA graphs, GPTQ, inversion and quantization",
+        "a GPU, or --device cpu --tiny; for official rows a checkout of Egg-Hu/SMI",
         in_all=False,
     ),
     Entry(
         "knowledge-transfer",
-        "What students learn from images of each method: by count, by time, from one class",
+        "Accuracy of students by source of their images: by count, by time, from one class",
         "a model with weights and labeled images; the demo has both",
     ),
     Entry(
         "quantization-accuracy",
-        "Accuracy by calibration source, and what each ingredient of quantization is worth",
+        "Accuracy by calibration source, and ablation of the quantization settings",
         "a model with weights and labeled images; the demo has both",
     ),
 )
 
 
 def entry(name: str) -> Entry:
-    """The experiment of that name.
+    """Return an experiment by name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no experiment of that name.
     """
     known = {e.name: e for e in ENTRIES}
     if name not in known:

@@ -1,4 +1,4 @@
-"""Stored results as Markdown; nothing but the JSON files is read."""
+"""Report of stored results as Markdown; only the JSON files are read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def report(directory: Path, plots: Path | None = None) -> str:
         DataError: there is none, or a file is damaged.
         UsageError: there are plots to draw, and matplotlib is not installed.
     """
-    found = [e for e in ENTRIES if (directory / f"{e.name}.json").is_file()]
-    if not found:
+    stored = [e for e in ENTRIES if (directory / f"{e.name}.json").is_file()]
+    if not stored:
         raise DataError(f"{str(directory)!r} holds no results; `run` an experiment first.")
-    sections = [_section(entry, Store(directory, entry.name), plots) for entry in found]
+    sections = [_section(entry, Store(directory, entry.name), plots) for entry in stored]
     return "\n\n".join(sections) + "\n"
 
 
@@ -40,7 +40,7 @@ def _section(entry: Entry, store: Store, plots: Path | None) -> str:
     parts += [_session(n, s) for n, s in content["sessions"].items() if n in used]
     unfinished = sum(not row["complete"] for row in rows)
     if unfinished:
-        parts.append(f"{unfinished} rows are of an unfinished run.")
+        parts.append(f"{unfinished} rows are incomplete.")
     return "\n\n".join(parts)
 
 
@@ -57,7 +57,7 @@ def _session(name: str, session: dict[str, Any]) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table with its title."""
+    """Return a table with its title as Markdown."""
     header = list(table.columns.values())
     lines = [header, ["---"] * len(header)]
     lines += [[cell(row.get(key)) for key in table.columns] for row in table.rows]
@@ -67,7 +67,7 @@ def markdown(table: Table) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value for people: four significant digits, nothing for None."""
+    """Format a value with four significant digits; None as an empty string."""
     if value is None:
         return ""
     if isinstance(value, bool):

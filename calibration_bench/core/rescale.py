@@ -1,7 +1,7 @@
-"""Weights that compute the same function through channels of very different size.
+"""Rescaling of channels: the same function with channels of very different ranges.
 
-Trained ViTs have channels after layer norms a hundred times wider than others, and ranges per
-tensor collapse on them.  A model without any is given some here.
+In trained ViTs some channels after layer norms have a hundred times the range of others, which
+makes ranges per tensor useless.  A model without such outliers gets them here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dfq.errors import DataError
 from dfq.files import check_writable, write_bytes
 
 PAIRS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))
-"""Of timm's names in a block: a layer norm, and the only layer that reads it."""
+"""Layer norms of a block and the only layer that reads each, by timm's names."""
 
 MOST = 100.0
 
@@ -31,23 +31,23 @@ def rescale(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     Raises:
         DataError: it has no such blocks.
     """
-    found = {name: x.float() if x.is_floating_point() else x for name, x in state.items()}
+    rescaled = {name: x.float() if x.is_floating_point() else x for name, x in state.items()}
     blocks = sorted({name.split(".")[1] for name in state if name.startswith("blocks.")}, key=int)
     generator = torch.Generator().manual_seed(seed)
     for block in blocks:
         for norm, layer in PAIRS:
             names = [f"blocks.{block}.{n}" for n in (f"{norm}.weight", f"{norm}.bias")]
             column = f"blocks.{block}.{layer}.weight"
-            if any(name not in found for name in (*names, column)):
+            if any(name not in rescaled for name in (*names, column)):
                 raise DataError(f"There is no {column!r} with a layer norm before it to rescale.")
-            share = torch.rand(found[column].shape[1], generator=generator)
+            share = torch.rand(rescaled[column].shape[1], generator=generator)
             factor = MOST ** (2 * share - 1)
             for name in names:
-                found[name] = found[name] * factor
-            found[column] = found[column] / factor
+                rescaled[name] = rescaled[name] * factor
+            rescaled[column] = rescaled[column] / factor
     if not blocks:
         raise DataError("There are no blocks to rescale; it takes the weights of a timm ViT.")
-    return found
+    return rescaled
 
 
 def rescale_file(source: Path, target: Path, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Running an experiment: what is missing is measured, each row stored at once."""
+"""Runner of experiments: measures missing rows and stores each at once."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from calibration_bench.core.registry import Bench, Entry, Experiment, Key, Notes
 def run(
     entry: Entry, options: Any, results: Path, notes: Notes, *, again: bool = False
 ) -> dict[str, Any]:
-    """Measure what options ask for and is not there; returns rows, tables and session.
+    """Measure the rows that are not stored yet; return rows, tables and session.
 
-    Rows already there with the same key are measured anew only if ``again``.  Whatever
-    the measured code prints goes to stderr.
+    ``again``: also measure stored rows again.  Output of the measured code goes to stderr.
     """
     experiment, store, bench = entry.load(), Store(results, entry.name), Bench(results, notes)
     planned = experiment.plan(options, bench)
     session = _session(options)
     missing = [key for key in planned if again or not _done(store, key)]
     if len(missing) < len(planned):
-        notes.note(f"{len(planned) - len(missing)} of {len(planned)} rows are there already")
+        notes.note(f"{len(planned) - len(missing)} of {len(planned)} rows are stored already")
         _warn_of_other_code(store, planned, session["versions"]["dfq_code"], notes)
     if missing:
         _measure(experiment, options, missing, bench, store, session)
@@ -53,7 +52,7 @@ def _done(store: Store, key: Key) -> bool:
 
 
 def _session(options: Any) -> dict[str, Any]:
-    """What all rows of this run share."""
+    """Return the facts that all rows of this run share."""
     return {
         "date": now(),
         "command": command_line(),
@@ -65,7 +64,7 @@ def _session(options: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Paths by their last part: where things lay is nobody's business."""
+    """Shorten paths to their last part, to keep private directories out of the results."""
     is_path = isinstance(value, Path) or (isinstance(value, str) and value.startswith("/"))
     return Path(value).name if is_path else value
 
@@ -75,7 +74,9 @@ def _warn_of_other_code(store: Store, planned: list[Key], code: str, notes: Note
     entries = [e for e in map(store.find, planned) if e is not None and e["complete"]]
     other = [e for e in entries if sessions[e["session"]]["versions"]["dfq_code"] != code]
     if other:
-        notes.note(f"{len(other)} of them are of other dfq code; --again measures them anew")
+        notes.note(
+            f"{len(other)} of them were measured with other code of dfq; --again repeats them"
+        )
 
 
 def _outcome(

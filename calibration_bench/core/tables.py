@@ -1,4 +1,4 @@
-"""Stored rows of the experiments as tables; pure functions of JSON values."""
+"""Tables of stored rows, as pure functions of JSON values."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ GPU_PARTS = {
 
 
 def groups(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by their values of some columns, in the order of first appearance."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    """Group rows by their values in some columns, in the order of first appearance."""
+    grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row.get(name) for name in names), []).append(row)
-    return found
+        grouped.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return grouped
 
 
 def by_file(rows: Iterable[Row]) -> list[Row]:
@@ -116,11 +116,11 @@ def by_file(rows: Iterable[Row]) -> list[Row]:
 
 
 def speed_tables(rows: list[Row]) -> list[Table]:
-    """A table for each model and setting of a trajectory, and the checks."""
+    """Return a table for each model and trajectory setting, and one of the checks."""
     races = groups(
         (row for row in rows if row["kind"] == "speed"), "model", "iterations", "threads", "device"
     )
-    found = [
+    tables = [
         Table(
             f"{model}, T = {iterations}, {threads} threads, {device}",
             SPEED,
@@ -129,11 +129,11 @@ def speed_tables(rows: list[Row]) -> list[Table]:
         for (model, iterations, threads, device), same in races.items()
     ]
     checks = [row for row in rows if row["kind"] == "check"]
-    return [*found, Table("Extrapolation against whole runs", CHECKS, checks)]
+    return [*tables, Table("Extrapolation against whole runs", CHECKS, checks)]
 
 
 def _compared(row: Row, others: list[Row]) -> Row:
-    """A row with how many times faster it is than others' rows."""
+    """Return a row with its speed-ups over other implementations and methods."""
 
     def against(implementation: str, method: str) -> float | None:
         own = {"precision": row["precision"]} if implementation == row["implementation"] else {}
@@ -152,7 +152,7 @@ def _compared(row: Row, others: list[Row]) -> Row:
 
 
 def gpu_tables(rows: list[Row]) -> list[Table]:
-    """A table for each part of ``gpu-check``, model and device."""
+    """Return a table for each part of ``gpu-check``, model and device."""
     return [
         Table(f"{part}: {model}, {device}, {precision}", GPU_PARTS[part], _part(part, same))
         for (part, model, device, precision), same in groups(
@@ -171,26 +171,26 @@ def _part(part: str, rows: list[Row]) -> list[Row]:
 
 
 def _ratio(row: Row, rows: list[Row], who: str, method: str) -> float | None:
-    """How many times faster a row is than that of a method at the same batch."""
+    """Return the speed-up over another implementation and method at the same batch size."""
     whose = row["implementation"] if who == "own" else who
     for other in rows:
-        found = other["implementation"], other["method"], other["batch"]
-        if found == (whose, method, row["batch"]) and "seconds_per_image" in other:
+        setting = other["implementation"], other["method"], other["batch"]
+        if setting == (whose, method, row["batch"]) and "seconds_per_image" in other:
             own = row.get("seconds_per_image")
             return None if own is None else float(other["seconds_per_image"]) / float(own)
     return None
 
 
 def floor_tables(rows: list[Row]) -> list[Table]:
-    """A table for each model."""
-    found = groups(rows, "model", "batch", "precision", "threads")
+    """Return a table for each model."""
+    grouped = groups(rows, "model", "batch", "precision", "threads")
     return [
         Table(
             f"{model}: an iteration of {batch} trajectories, {precision}, {threads} threads",
             FLOOR,
             [_floor(row) for row in same],
         )
-        for (model, batch, precision, threads), same in found.items()
+        for (model, batch, precision, threads), same in grouped.items()
     ]
 
 
@@ -234,20 +234,20 @@ KNEES = {
 }
 
 POINTS, SHARE = 0.2, 0.1
-"""What counts as good as the best: percentage points of accuracy, share of the KL."""
+"""Tolerance of the knee: percentage points of accuracy, relative increase of the KL."""
 
 
 TESTED = ("model", "fingerprint", "data", "data_digest", "test_images")
-"""What tells apart the models and test images that rows are of."""
+"""Columns that identify model, bits and test images."""
 
 
 def weight_range(about: Row) -> str:
-    """Which values the integers of the weights may take."""
+    """Describe the range of the integer weights."""
     return f"weights {'within -64..63' if about['reduce_range'] else 'of the full range'}"
 
 
 def width(about: Row) -> str:
-    """Bits of the operands, and the range of the weights."""
+    """Describe the bits of weights and activations, and the range of the weights."""
     return f"W{about['bits']}A8, {weight_range(about)}"
 
 
@@ -262,8 +262,8 @@ QUALITY = (
 
 
 def quality_tables(rows: list[Row]) -> list[Table]:
-    """For each model and test set the sweep, averaged over seeds, and each method's knee."""
-    found: list[Table] = []
+    """Return, for each model and test set, the sweep averaged over seeds, and the knees."""
+    tables: list[Table] = []
     for values, same in groups(rows, *QUALITY).items():
         about = dict(zip(QUALITY, values, strict=True))
         title = (
@@ -273,12 +273,12 @@ def quality_tables(rows: list[Row]) -> list[Table]:
         means = [mean_over_seeds(part) for part in groups(same, "method", "iterations").values()]
         means.sort(key=lambda row: (row["method"], row["iterations"]))
         knees = [_knee(part) for part in groups(means, "method").values()]
-        found += [Table(f"Knee: {title}", KNEES, knees), Table(f"Sweep: {title}", SWEEP, means)]
-    return found
+        tables += [Table(f"Knee: {title}", KNEES, knees), Table(f"Sweep: {title}", SWEEP, means)]
+    return tables
 
 
 def mean_over_seeds(rows: list[Row]) -> Row:
-    """Means over seeds, in percent where they are shares; spreads are standard deviations."""
+    """Return means over seeds, shares in percent, with standard deviations."""
 
     def over(name: str) -> list[float]:
         return [float(row[name]) for row in rows]
@@ -299,7 +299,7 @@ def mean_over_seeds(rows: list[Row]) -> Row:
 
 
 def _knee(means: list[Row]) -> Row:
-    """The best of a method over iterations, and the least time that is as good."""
+    """Return the best result of a method, and the least time that is about as good."""
     best = max(means, key=lambda row: float(row["accuracy"]))
     least = min(means, key=lambda row: float(row["kl"]))
     good = [row for row in means if row["accuracy"] >= best["accuracy"] - POINTS - 1e-9]
@@ -322,8 +322,8 @@ def _knee(means: list[Row]) -> Row:
 
 
 def _against_chance(means: list[Row], column: str) -> str:
-    """Whether a method's means over iterations differ by more than seeds do: the range of
-    the means beside the mean standard deviation over seeds."""
+    """Say whether iterations matter more than seeds: the range of a method's means beside the
+    mean standard deviation over seeds."""
     spreads = [row[f"{column}_error"] for row in means if row[f"{column}_error"] is not None]
     if len(means) < 2 or not spreads:
         return "needs several iterations and seeds"
@@ -334,8 +334,8 @@ def _against_chance(means: list[Row], column: str) -> str:
 
 
 def quality_plots(rows: list[Row]) -> list[Plot]:
-    """Accuracy and KL over the seconds of inversion, a curve for each method."""
-    found: list[Plot] = []
+    """Return plots of accuracy and KL over inversion time, with a curve for each method."""
+    plots: list[Plot] = []
     for values, same in groups(rows, *QUALITY).items():
         about = dict(zip(QUALITY, values, strict=True))
         model, bits = about["model"], about["bits"]
@@ -352,7 +352,7 @@ def quality_plots(rows: list[Row]) -> list[Plot]:
                 )
                 for (method,), part in groups(means, "method").items()
             ]
-            found.append(
+            plots.append(
                 Plot(
                     f"quality-{column}-{model}-w{bits}a8{suffix}",
                     f"Quality over cost, {model}, {width(about)}",
@@ -362,4 +362,4 @@ def quality_plots(rows: list[Row]) -> list[Plot]:
                     log_x=True,
                 )
             )
-    return found
+    return plots

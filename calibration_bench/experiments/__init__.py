@@ -1,1 +1,1 @@
-"""One module an experiment; :mod:`calibration_bench.core.registry` lists them."""
+"""Experiments, one package each, listed in :mod:`calibration_bench.core.registry`."""

@@ -1,1 +1,1 @@
-"""What experiments measure, and of what."""
+"""Measurements that the experiments share, and their subjects."""

@@ -1,11 +1,11 @@
 """Operations and bytes of one iteration of inversion, counted from the architecture.
 
-An iteration needs the token-sparse forward and the gradient with respect to the patches:
-each linear layer is multiplied with once forward and once backward (no gradient of its
-weights), each of attention's two products once forward and twice backward.  Where only
-prefix tokens are classified, the last block needs keys and values of all tokens and
-everything else of those only.  Not subtracted: what the first block's prefix
-tokens cost, which are the same in every iteration (below 1 %).
+An iteration is a token-sparse forward pass and the gradient with respect to the patches: one
+matrix product forward and one backward for each linear layer (its weights need no gradient), one
+forward and two backward for each of the two products of attention.  If only prefix tokens are
+classified, the last block needs keys and values of all tokens and everything else of the prefix
+tokens only.  The cost of the first block's prefix tokens, the same in every iteration, is
+included (below 1 %).
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from dfq.vit import Architecture
 
 FLOAT = 4
-"""Bytes of pixels and of Adam's moments."""
+"""Bytes per value of pixels and of Adam's moments."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """``count`` times ``batch`` products ``[m, k] @ [k, n]``.
+    """``count`` times ``batch`` matrix products ``[m, k] @ [k, n]``.
 
-    ``weight`` says that the right factor is one of the model's matrices (read as it is
-    stored, ``[n, k]``, forward), so it is the same for the whole batch.
+    ``weight``: the right factor is a weight, stored as ``[n, k]`` and shared by the batch.
     """
 
     name: str
@@ -38,12 +37,12 @@ class Product:
 
     @property
     def operations(self) -> int:
-        """Multiply-adds, times 2."""
+        """Number of operations: two for each multiply-add."""
         return 2 * self.count * self.batch * self.m * self.k * self.n
 
     @property
     def values(self) -> int:
-        """Values read and written."""
+        """Number of values read and written."""
         sides = self.m * self.k + self.k * self.n + self.m * self.n
         return self.count * self.batch * sides
 
@@ -51,25 +50,25 @@ class Product:
 def products(
     arch: Architecture, live: int, batch: int, *, whole_last_block: bool = False
 ) -> list[Product]:
-    """All matrix products of an iteration over ``batch`` images of ``live`` patches.
+    """Return the matrix products of an iteration over ``batch`` images of ``live`` patches.
 
-    ``whole_last_block`` counts the last block as all others, needed or not.
+    ``whole_last_block``: count all tokens in the last block, even those that are not needed.
     """
     tokens, dim = arch.num_prefix_tokens + live, arch.embed_dim
     rows = None if whole_last_block else arch.pooled_tokens
     full = arch.depth - (rows is not None)
-    found = [*_linear("embed", batch * live, arch.grid.patch_values, dim)]
-    found += _block(arch, tokens, tokens, batch, full)
+    needed = [*_linear("embed", batch * live, arch.grid.patch_values, dim)]
+    needed += _block(arch, tokens, tokens, batch, full)
     if rows is not None:
-        found += _block(arch, tokens, rows, batch, 1)
+        needed += _block(arch, tokens, rows, batch, 1)
     if arch.pool == "map":
-        found += _pool(arch, tokens if arch.pool_includes_prefix else live, batch)
-    found += _linear("head", batch, arch.head_inputs, arch.num_classes)
-    return found
+        needed += _pool(arch, tokens if arch.pool_includes_prefix else live, batch)
+    needed += _linear("head", batch, arch.head_inputs, arch.num_classes)
+    return needed
 
 
 def _pool(arch: Architecture, tokens: int, batch: int) -> Iterator[Product]:
-    """Attention of one learned query, which has no gradient, and its MLP."""
+    """Return the products of attention pooling (one learned query, no gradient) and its MLP."""
     dim, heads = arch.embed_dim, batch * arch.pool_heads
     width = dim // arch.pool_heads
     yield from _linear("pool kv", batch * tokens, dim, 2 * dim)
@@ -87,7 +86,7 @@ def _pool(arch: Architecture, tokens: int, batch: int) -> Iterator[Product]:
 
 
 def _linear(name: str, rows: int, width: int, out: int, count: int = 1) -> Iterator[Product]:
-    """A linear layer's output, and the gradient of its input."""
+    """Return the products of a linear layer: its output and the gradient of its input."""
     yield Product(name, rows, width, out, count=count)
     yield Product(name, rows, out, width, count=count, backward=True)
 
@@ -95,7 +94,7 @@ def _linear(name: str, rows: int, width: int, out: int, count: int = 1) -> Itera
 def _block(
     arch: Architecture, tokens: int, queries: int, batch: int, count: int
 ) -> Iterator[Product]:
-    """Blocks in which so many tokens of each image ask, and all are asked."""
+    """Return the products of ``count`` blocks with ``queries`` queries and ``tokens`` keys."""
     dim, inner, rows = arch.embed_dim, arch.attention_dim, batch * queries
     if queries == tokens:
         yield from _linear("qkv", rows, dim, 3 * inner, count)
@@ -111,7 +110,7 @@ def _block(
 def _attention(
     arch: Architecture, tokens: int, queries: int, batch: int, count: int
 ) -> Iterator[Product]:
-    """Both products of attention, and for each the gradients of both its factors."""
+    """Return both products of attention, and the gradients of both factors of each."""
     heads, width = batch * arch.num_heads, arch.head_dim
 
     def product(name: str, m: int, k: int, n: int, backward: bool) -> Product:
@@ -126,15 +125,15 @@ def _attention(
 
 
 def operations(arch: Architecture, live: int, batch: int) -> int:
-    """Operations of matrix products that an iteration needs; all others are below 1 %."""
+    """Count the operations of the matrix products of an iteration; all others are below 1 %."""
     return sum(product.operations for product in products(arch, live, batch))
 
 
 def compulsory_bytes(arch: Architecture, live: int, batch: int, size: int) -> int:
-    """Least traffic to memory, if activations never left the caches.
+    """Count the bytes of memory traffic if activations stay in the caches: the lower bound.
 
-    Weights of ``size`` bytes a value are read forward and again backward; pixels and
-    Adam's moments are read and written.
+    Weights of ``size`` bytes per value are read in the forward and in the backward pass; pixels
+    and Adam's moments are read and written.
     """
     matrices = sum(
         p.count * p.k * p.n for p in products(arch, live, 1, whole_last_block=True) if p.weight
@@ -143,10 +142,10 @@ def compulsory_bytes(arch: Architecture, live: int, batch: int, size: int) -> in
 
 
 def unfused_bytes(arch: Architecture, live: int, batch: int, size: int) -> int:
-    """Traffic if every operation read its inputs from memory and wrote its results there.
+    """Count the bytes of memory traffic if every operation reads and writes memory.
 
-    Matrix products, norms, softmax, activations and residuals forward and backward at
-    ``size`` bytes a value; pixels, their total variation and Adam in float32.
+    Matrix products, norms, softmax, activations and residuals take ``size`` bytes per value;
+    pixels, total variation and Adam are in float32.
     """
     tokens = arch.num_prefix_tokens + live
     hidden = batch * tokens * arch.embed_dim

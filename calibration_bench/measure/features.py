@@ -1,4 +1,4 @@
-"""What a float model makes of images, block by block."""
+"""Features and predictions of a float model, block by block."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dfq.vit import ViT
 
 
 def network_input(loaded: LoadedModel, images: SparseImages) -> Tensor:
-    """Patches normalized for the model, float32 ``[B, L, D]``."""
+    """Return normalized patches, float32 ``[B, L, D]``."""
     p = loaded.preprocessing
     return pixels_to_input(images.patches, p, loaded.vit.arch.grid)
 
 
 def real_input(loaded: LoadedModel, data: LabeledImages, indices: range) -> Iterator[Tensor]:
-    """Batches ``[B, N, D]`` of labeled images, normalized."""
+    """Yield normalized batches ``[B, N, D]`` of labeled images."""
     p, grid = loaded.preprocessing, loaded.vit.arch.grid
     for start in range(0, len(indices), BATCH):
         chosen = list(indices[start : start + BATCH])
@@ -33,8 +33,8 @@ def real_input(loaded: LoadedModel, data: LabeledImages, indices: range) -> Iter
 
 @torch.no_grad()
 def block_features(vit: ViT, patches: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Outputs of all blocks, float32 ``[blocks, B, embed_dim]``: of the pooled tokens where
-    the model pools single tokens, else the mean of the patches'."""
+    """Return the outputs of all blocks, float32 ``[blocks, B, embed_dim]``: of the class token if
+    the model pools it, else the mean over the patches."""
     pooled, start = vit.arch.pooled_tokens, vit.arch.num_prefix_tokens
     with watched(list(vit.blocks)) as outputs:
         vit.tokens(patches, positions)
@@ -44,22 +44,22 @@ def block_features(vit: ViT, patches: Tensor, positions: Tensor | None = None) -
 
 @contextmanager
 def watched(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect what modules return while this is open."""
-    found: list[Tensor] = []
+    """Collect the outputs of modules inside the block."""
+    outputs: list[Tensor] = []
 
     def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        found.append(output)
+        outputs.append(output)
 
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
 class ClassMeans:
-    """Mean features of every class of real images, block by block."""
+    """Mean features of real images by class and block."""
 
     def __init__(self, loaded: LoadedModel, data: LabeledImages, indices: range) -> None:
         features = [block_features(loaded.vit, x) for x in real_input(loaded, data, indices)]
@@ -69,8 +69,8 @@ class ClassMeans:
         self.means = torch.stack([joined[:, self.labels == c].mean(1) for c in self.known], dim=1)
 
     def cosines(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine of features ``[blocks, B, C]`` with the mean of their own class, and the
-        mean cosine with the others', both ``[blocks]``, over images whose class is known."""
+        """Return the cosine of features ``[blocks, B, C]`` with the mean of their own class, and
+        the mean cosine with the other classes, both ``[blocks]``, over images of known classes."""
         own = labels[:, None] == self.known
         seen = own.any(1)
         if not bool(seen.any()):
@@ -85,7 +85,7 @@ class ClassMeans:
 
 @torch.no_grad()
 def confidence(outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Mean probability of the label, and the share of images for which it is the largest."""
+    """Return the mean probability of the label, and the accuracy."""
     shares = outputs.float().softmax(-1)
     return {
         "confidence": float(shares.gather(1, labels[:, None]).mean()),
@@ -95,7 +95,7 @@ def confidence(outputs: Tensor, labels: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def filled(loaded: LoadedModel, images: SparseImages) -> Tensor:
-    """Logits of whole images in which absent patches have the data's mean color."""
+    """Return logits of whole images whose missing patches have the data's mean color."""
     whole = unpatchify(network_input(loaded, images), images.positions, loaded.vit.arch.grid)
-    found: Tensor = loaded.vit(whole)
-    return found
+    outputs: Tensor = loaded.vit(whole)
+    return outputs

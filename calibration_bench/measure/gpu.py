@@ -1,4 +1,4 @@
-"""Iterations and GPTQ on a device, measured piece by piece."""
+"""Time of iterations and of GPTQ on a device."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from dfq.quantization.scheme import Scheme
 from dfq.recipe import QuantizationSettings
 
 WARMUP = 8
-"""Iterations before the clock starts: the host's, a graph's capture, and its first replays."""
+"""Untimed first iterations: eager ones, the capture of a graph, and its first replays."""
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all its work."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Median time of some work, after a first time that does not count."""
+    """Return the median time of a function, after an untimed call."""
     work()
-    found = []
+    seconds = []
     for _ in range(repeats):
         synchronize(device)
         before = time.perf_counter()
         work()
         synchronize(device)
-        found.append(time.perf_counter() - before)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - before)
+    return statistics.median(seconds)
 
 
 def start(engine: Engine, live: int, seed: int) -> State:
-    """Noise in so many patches, at random places."""
+    """Return noise in ``live`` patches at random positions."""
     generator = seeded(seed, "gpu-check", live)
     batch, grid = engine.settings.unit_size, engine.grid
     places = [torch.randperm(grid.patches, generator=generator)[:live] for _ in range(batch)]
@@ -52,22 +52,22 @@ def start(engine: Engine, live: int, seed: int) -> State:
 
 
 def moves(engine: Engine, count: int) -> list[Move]:
-    """So many moves of the jitter."""
+    """Return ``count`` random shifts of the jitter."""
     generator, settings = seeded(0, "gpu-check moves", 0), engine.settings
     return [draw(engine.grid, settings.jitter, settings.flip, generator) for _ in range(count)]
 
 
 def objective(engine: Engine) -> Any:
-    """What a unit is optimized for, on its device."""
-    found = make_objective(engine.vit.arch, 0, 0, engine.settings.unit_size)
-    found.targets = found.targets.to(engine.device)
-    return found
+    """Return the objective of a unit of work, on its device."""
+    target = make_objective(engine.vit.arch, 0, 0, engine.settings.unit_size)
+    target.targets = target.targets.to(engine.device)
+    return target
 
 
 def iterations(
     engine: Engine, runner: Runner, live: int, count: int, repeats: int = 3
 ) -> tuple[float, Tensor]:
-    """Median seconds of an iteration, and the patches after the warm-up."""
+    """Return the median seconds of an iteration, and the patches after the warm-up."""
     state, made = start(engine, live, 0), moves(engine, count)
     with engine.own_stream(), torch.enable_grad():
         runner.begin(state, objective(engine))
@@ -79,7 +79,7 @@ def iterations(
 
 
 def gradient_seconds(engine: Engine, live: int, count: int) -> float:
-    """Median seconds of the model's forward and gradient alone, on a GPU as a graph."""
+    """Return the median seconds of the forward and backward pass, on a GPU as a CUDA graph."""
     state, target = start(engine, live, 0), objective(engine)
 
     def work() -> None:
@@ -104,7 +104,7 @@ def _captured(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def launches(work: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels that some work starts on a GPU; None where there is none."""
+    """Return the number of kernels that a function launches on a GPU; None without a GPU."""
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -119,7 +119,7 @@ def launches(work: Callable[[], object], device: torch.device) -> int | None:
 
 
 def rounding_problem(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """A weight ``[out, in]`` and the mean of ``x x^T`` of correlated inputs with wide channels."""
+    """Return a weight ``[out, in]`` and the Hessian of correlated inputs with outlier channels."""
     generator = seeded(0, "gpu-check rounding", inputs)
     mixing = torch.randn(inputs, inputs // 2, generator=generator)
     x = torch.randn(2 * inputs, inputs // 2, generator=generator) @ mixing.T
@@ -131,9 +131,10 @@ def rounding_problem(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
 
 
 def gptq(outputs: int, inputs: int, group: int, damping: float, device: torch.device) -> Any:
-    """GPTQ of one layer on a device beside the CPU's, and the seconds of its parts.
+    """Compare GPTQ of one layer on a device and on the CPU, and time its parts.
 
-    ``equal_share``: of all integers; ``error_ratio``: of the outputs' squared errors.
+    ``equal_share``: share of equal integers.  ``error_ratio``: ratio of the squared errors of the
+    outputs.
     """
     scheme = Scheme(QuantizationSettings(bits=4, group=group)).for_layer("blocks.0.mlp.fc1")
     qtype = scheme.weight
@@ -150,7 +151,7 @@ def gptq(outputs: int, inputs: int, group: int, damping: float, device: torch.de
     def whole() -> Tensor:
         return rounding.round_gptq(there[0], moved, qtype, there[1], damping)
 
-    found = whole().cpu()
+    rounded = whole().cpu()
 
     def error(integers: Tensor) -> float:
         left = (weight - scales.dequantize(integers)).double()
@@ -158,9 +159,9 @@ def gptq(outputs: int, inputs: int, group: int, damping: float, device: torch.de
 
     own = rounding.search_scales(there[0], scheme, there[1].diagonal())
     return {
-        "equal_share": float((found == expected).double().mean()),
-        "equal_channels": float((found == expected).all(1).double().mean()),
-        "error_ratio": error(found) / error(expected),
+        "equal_share": float((rounded == expected).double().mean()),
+        "equal_channels": float((rounded == expected).all(1).double().mean()),
+        "error_ratio": error(rounded) / error(expected),
         "equal_scales": float((own.channel.cpu() == scales.channel).double().mean()),
         "seconds": median_seconds(whole, device),
         "factor_seconds": median_seconds(

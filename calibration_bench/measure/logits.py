@@ -1,4 +1,4 @@
-"""Logits on labeled images, and the float model's, computed once and kept."""
+"""Logits on labeled images; those of the float model are computed once and cached."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images at a model's size, held in memory: uint8 ``[N, H, W, C]``, labels ``[N]``."""
+    """Labeled images in memory at a model's size: uint8 ``[N, H, W, C]``, labels ``[N]``."""
 
     name: str
     pixels: np.ndarray
@@ -37,12 +37,12 @@ class LabeledImages:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) over pixels and labels."""
+        """SHA-256 (hex) of pixels and labels."""
         return hashlib.sha256(self.pixels.tobytes() + self.labels.tobytes()).hexdigest()
 
 
 def open_data(data: str, loaded: LoadedModel, limit: int | None) -> LabeledImages:
-    """The first ``limit`` labeled images, read as ``dfq evaluate`` reads them.
+    """Load the first ``limit`` labeled images, as ``dfq evaluate`` does.
 
     Raises:
         DataError: they are missing, unreadable or do not fit the model.
@@ -60,49 +60,49 @@ def open_data(data: str, loaded: LoadedModel, limit: int | None) -> LabeledImage
 def logits(
     model: Callable[[Tensor], Tensor], data: LabeledImages, preprocessing: Preprocessing
 ) -> Tensor:
-    """float32 ``[N, classes]`` of a model that takes normalized images."""
-    found = []
+    """Return float32 logits ``[N, classes]`` of a model that takes normalized images."""
+    outputs = []
     for start in range(0, len(data), BATCH):
         pixels = torch.from_numpy(data.pixels[start : start + BATCH]).permute(0, 3, 1, 2)
-        found.append(model(images_to_input(pixels, preprocessing)).float())
-    return torch.cat(found)
+        outputs.append(model(images_to_input(pixels, preprocessing)).float())
+    return torch.cat(outputs)
 
 
 def float_logits(loaded: LoadedModel, data: LabeledImages, directory: Path) -> Tensor:
-    """The float model's logits, from a file named by the model and the images."""
+    """Return the float model's logits, cached in a file named by the model and the images."""
     name = hashlib.sha256(f"{loaded.fingerprint} {data.digest}".encode()).hexdigest()[:24]
     path = directory / f"{name}.npz"
     kept = _kept(path, len(data))
     if kept is not None:
         return kept
-    found = logits(loaded.vit, data, loaded.preprocessing)
+    outputs = logits(loaded.vit, data, loaded.preprocessing)
     make_directory(directory)
     buffer = io.BytesIO()
-    np.savez(buffer, logits=found.numpy())
+    np.savez(buffer, logits=outputs.numpy())
     write_bytes(path, buffer.getvalue())
-    return found
+    return outputs
 
 
 def _kept(path: Path, count: int) -> Tensor | None:
-    """What a file holds; None if it is missing, damaged or of another number of images."""
+    """Read cached logits; None if the file is missing, damaged or of another size."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
-            found = torch.from_numpy(content["logits"])
+            outputs = torch.from_numpy(content["logits"])
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    return found if found.ndim == 2 and len(found) == count else None
+    return outputs if outputs.ndim == 2 and len(outputs) == count else None
 
 
 def first_image(data: LabeledImages, path: Path) -> None:
-    """An ``.npz`` with one image and its label."""
+    """Write an ``.npz`` with one image and its label."""
     buffer = io.BytesIO()
     np.savez(buffer, x=data.pixels[:1], y=data.labels[:1])
     write_bytes(path, buffer.getvalue())
 
 
 def compare(ours: Tensor, reference: Tensor, labels: Tensor) -> dict[str, float]:
-    """Shares from 0 to 1 of right and of equal top-1 classes, and the mean KL divergence
-    of the quantized from the float prediction in nats."""
+    """Return accuracy and agreement (0 to 1), and the mean KL divergence in nats of the quantized
+    from the float prediction."""
     ours, reference = class_logits(ours), class_logits(reference)
     top, float_top = ours.argmax(-1), reference.argmax(-1)
     p, q = reference.double().log_softmax(-1), ours.double().log_softmax(-1)

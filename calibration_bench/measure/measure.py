@@ -1,4 +1,4 @@
-"""Timing iterations, and the highest memory of a process."""
+"""Times of iterations, and peak memory of a process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MB = 1e6
 
 
 class Stopwatch:
-    """Moments in seconds; waits for the device before it looks at the clock."""
+    """Callback that records the time in seconds, after the device has finished."""
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
@@ -34,10 +34,10 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Trace:
-    """Seconds of every iteration of a run in order, and of what came after the last.
+    """Seconds of every iteration of a run, and of the work after the last (``tail``).
 
-    An iteration at which patches leave may include that; ``lengths`` are the iterations
-    of each stage.
+    The last iteration of a stage may include the selection of patches.  ``lengths``: number of
+    iterations of each stage.
     """
 
     iterations: tuple[float, ...]
@@ -46,30 +46,30 @@ class Trace:
 
     @classmethod
     def of(cls, moments: Sequence[float], lengths: Sequence[int]) -> Trace:
-        """From the start, the end of each iteration, and the end of all."""
+        """Compute from the times of the start, the end of each iteration, and the end."""
         steps = tuple(b - a for a, b in itertools.pairwise(moments))
         if len(steps) != sum(lengths) + 1:
             raise ValueError(f"{len(steps) - 1} iterations were timed, not {sum(lengths)}")
         return cls(steps[:-1], steps[-1], tuple(lengths))
 
     def stages(self) -> list[tuple[float, ...]]:
-        """The iterations of each stage."""
-        found, start = [], 0
+        """Return the seconds of the iterations of each stage."""
+        parts, start = [], 0
         for length in self.lengths:
-            found.append(self.iterations[start : start + length])
+            parts.append(self.iterations[start : start + length])
             start += length
-        return found
+        return parts
 
 
 @dataclass
 class Stages:
-    """Several short runs of the same stages, from which a long one is predicted."""
+    """Short runs of the same stages, from which a full run is extrapolated."""
 
     warmup: int
     traces: list[Trace] = field(default_factory=list)
 
     def seconds(self) -> list[float]:
-        """Median seconds per iteration of each stage, without its first ``warmup``."""
+        """Return the median seconds per iteration of each stage, without its first ``warmup``."""
         runs = [trace.stages() for trace in self.traces]
         return [
             statistics.median([t for stage in same for t in stage[self.warmup :]])
@@ -77,23 +77,23 @@ class Stages:
         ]
 
     def timed(self) -> int:
-        """Iterations of each stage that count."""
+        """Return the number of timed iterations of each stage."""
         return sum(trace.lengths[0] - self.warmup for trace in self.traces)
 
     def spread(self) -> float:
-        """Largest over stages of interquartile range / median: how quiet the machine was."""
+        """Return the largest interquartile range / median of a stage: the noise of the machine."""
         runs = [trace.stages() for trace in self.traces]
-        found = []
+        spreads = []
         for same in zip(*runs, strict=True):
             times = [t for stage in same for t in stage[self.warmup :]]
             if len(times) > 1:
                 low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
-                found.append((high - low) / middle)
-        return max(found, default=0.0)
+                spreads.append((high - low) / middle)
+        return max(spreads, default=0.0)
 
     def overhead(self) -> float:
-        """Seconds of a run that its iterations do not explain: the start, selection at each
-        stage's end, the assembly of images.  The median over the runs."""
+        """Return the median seconds of a run outside its iterations: start, selection of patches,
+        assembly of images."""
         typical = self.seconds()
         return statistics.median(
             trace.tail
@@ -105,17 +105,17 @@ class Stages:
         )
 
     def predict(self, lengths: Sequence[int]) -> float:
-        """Seconds of a run whose stages have these lengths."""
+        """Return the predicted seconds of a run with stages of these lengths."""
         typical = zip(self.seconds(), lengths, strict=True)
         return self.overhead() + sum(seconds * length for seconds, length in typical)
 
 
 class PeakMemory:
-    """Memory of this process from its making on, in MB (10^6 bytes).
+    """Peak memory of this process since the object was created, in MB (10^6 bytes).
 
-    On CUDA it is what PyTorch allocated there.  On a CPU it is resident memory: the
-    kernel's high-water mark is reset where that is permitted; else it is the mark of the
-    process's life, and ``reset`` is False.
+    On CUDA: memory allocated by PyTorch.  On a CPU: peak resident memory; the kernel's high-water
+    mark is reset if that is permitted, else it is the peak since the process started, and
+    ``reset`` is False.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -129,14 +129,14 @@ class PeakMemory:
         self.before = _status("VmRSS") if self.reset else _lifetime_peak()
 
     def peak(self) -> float:
-        """The highest so far."""
+        """Return the peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / MB
         return _status("VmHWM") if self.reset else _lifetime_peak()
 
 
 def _give_back() -> None:
-    """Return freed memory to the system, so that it is not mistaken for memory in use."""
+    """Return freed memory to the system, so that it does not count."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,8 +1,7 @@
-"""The official code of SMI (github.com/Egg-Hu/SMI, arXiv 2510.27186), run as it is.
+"""Official code of SMI (github.com/Egg-Hu/SMI, arXiv 2510.27186), run unchanged.
 
-A checkout is imported and called; nothing in it is changed.  What it expects of its
-surroundings is put in place in memory: ``.cuda()`` stays on the CPU where there is no
-GPU, loaders start no processes, progress bars become a clock.
+A checkout is imported and called.  Its environment is patched in memory: ``.cuda()`` stays on the
+CPU if there is no GPU, data loaders start no processes, and progress bars record times.
 """
 
 from __future__ import annotations
@@ -30,35 +29,37 @@ from dfq import InversionSettings
 from dfq.errors import SettingError
 
 PACKAGES = ("utils", "synthesis", "quantization")
-"""Names that a checkout takes at the top level."""
+"""Top-level names of the checkout's modules."""
 
 FILES = ("synthesis/smi.py", "synthesis/_utils.py", "utils/build_model.py", "utils/data_utils.py")
-"""What is run of it."""
+"""Files of the checkout that are run."""
 
 SIDE, PATCH = 224, 16
-"""The only input and patch size in pixels that is measured, those of its examples."""
+"""Image and patch size in pixels of its examples, the only ones that are measured."""
 
 METHODS = ("dmi", "smi")
 TV, STEP = 1e-4, 0.25
-"""Weight of the total variation and step size, as its test_quant.py has them."""
+"""Weight of the total variation and learning rate of its test_quant.py."""
 
 
 def code(checkout: Path) -> str:
-    """SHA-256 (first 16 hex digits) over the files that are run.
+    """Return the SHA-256 (first 16 hex digits) over :data:`FILES`.
 
     Raises:
-        SettingError: the directory is no checkout.
+        SettingError: the directory is not a checkout.
     """
     digest = hashlib.sha256()
     for name in FILES:
         if not (checkout / name).is_file():
-            raise SettingError(f"--official {str(checkout)!r} is no checkout of SMI: no {name}.")
+            raise SettingError(
+                f"--official {str(checkout)!r} is not a checkout of Egg-Hu/SMI: it has no {name}."
+            )
         digest.update((checkout / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
 class Official:
-    """A checkout with a randomly initialized teacher."""
+    """Checkout with a randomly initialized teacher."""
 
     def __init__(self, checkout: Path, model: str, seed: int, batch: int, device: str) -> None:
         code(checkout)
@@ -70,7 +71,7 @@ class Official:
         self.teacher = self._teacher()
 
     def _teacher(self) -> nn.Module:
-        """What its ``build_model`` makes of a timm model."""
+        """Build a timm model as its ``build_model`` does."""
         module = random_module(self.model, self.seed)
         timm = types.SimpleNamespace(create_model=lambda *_, **__: module)
         with _surroundings(self.device), mock.patch.object(self.build, "timm", timm):
@@ -78,17 +79,17 @@ class Official:
         return teacher
 
     def stages(self, settings: InversionSettings) -> list[Stage]:
-        """Its stages: it rounds the live patches down at each pruning."""
-        live, found = (SIDE // PATCH) ** 2, []
+        """Return its stages; it rounds the number of live patches down at each pruning."""
+        live, parts = (SIDE // PATCH) ** 2, []
         for stage in stages(settings, live):
-            found.append(Stage(live, stage.length))
+            parts.append(Stage(live, stage.length))
             live = int(live * (1.0 - settings.prune_share))
-        return found
+        return parts
 
     def run(self, settings: InversionSettings, *, frozen: bool) -> Trace:
-        """Time one call of its ``SMI.synthesize``, a batch of images.
+        """Time one call of its ``SMI.synthesize`` for a batch of images.
 
-        With ``frozen`` the teacher's weights take no gradients.
+        ``frozen``: no gradients for the teacher's weights.
         """
         self.teacher.requires_grad_(not frozen)
         lengths = [stage.length for stage in stages(settings, (SIDE // PATCH) ** 2)]
@@ -124,19 +125,21 @@ class Official:
 
 
 def _pruning(settings: InversionSettings, lengths: list[int]) -> dict[str, Any]:
-    """Arguments of ``synthesize``; without pruning they are those of its README."""
+    """Return arguments of ``synthesize``; without pruning those of its README."""
     if settings.method == "dmi":
         at, ratio = [-1], [0.0]
     else:
         if 0 in lengths:
-            raise SettingError(f"{settings.iterations} iterations are too few for SMI's stages.")
+            raise SettingError(
+                f"{settings.iterations} iterations are too few for the stages of SMI; give more."
+            )
         at = [sum(lengths[:k]) for k in range(1, len(lengths))]
         ratio = [settings.prune_share] * len(at)
     return {"num_patches": 1 + (SIDE // PATCH) ** 2, "prune_it": at, "prune_ratio": ratio}
 
 
 def _clock(moments: list[float]) -> Any:
-    """In the place of ``tqdm``: notes when each iteration is over."""
+    """Return a replacement of ``tqdm`` that records the time after each iteration."""
 
     def tqdm(iterable: Iterable[int]) -> Iterator[int]:
         for item in iterable:
@@ -150,7 +153,7 @@ def _clock(moments: list[float]) -> Any:
 
 @contextlib.contextmanager
 def _imported(checkout: Path) -> Iterator[None]:
-    """The checkout's packages can be imported; afterwards all is as it was before."""
+    """Make the checkout importable inside the block."""
     before = _taken()
     stand_ins = _stand_ins()
     try:
@@ -167,29 +170,29 @@ def _imported(checkout: Path) -> Iterator[None]:
 
 
 def _taken() -> dict[str, types.ModuleType]:
-    """Take modules of the checkout's names out of ``sys.modules``."""
+    """Remove modules with the checkout's names from ``sys.modules`` and return them."""
     names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
     return {name: sys.modules.pop(name) for name in names}
 
 
 def _stand_ins() -> list[str]:
-    """Empty modules for what the checkout imports, is not installed, and is not used."""
-    found = []
+    """Add empty modules for unused imports of the checkout that are not installed."""
+    missing = []
     for package, parts in (("torchvision", ("transforms", "datasets")), ("tqdm", ("tqdm",))):
         if importlib.util.find_spec(package) is None:
             sys.modules[package] = types.ModuleType(package)
-            found.append(package)
+            missing.append(package)
             for part in parts:
                 name = f"{package}.{part}"
                 sys.modules[name] = types.ModuleType(name)
                 setattr(sys.modules[package], part, sys.modules[name])
-                found.append(name)
-    return found
+                missing.append(name)
+    return missing
 
 
 @contextlib.contextmanager
 def _surroundings(device: str) -> Iterator[None]:
-    """No GPU is asked for where none is used, and loaders start no processes."""
+    """Disable ``.cuda()`` on other devices, and processes of data loaders."""
     loader = torch.utils.data.DataLoader
 
     def here(*args: Any, **given: Any) -> Any:

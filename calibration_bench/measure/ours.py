@@ -1,4 +1,4 @@
-"""dfq's engine under the clock, and watched."""
+"""Runs of dfq's inversion engine, timed or with a callback."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dfq.inversion import Callback, Engine, Unit, plan_units
 
 
 def run(loaded: LoadedModel, settings: InversionSettings, device: str) -> Trace:
-    """Time one unit of work: ``settings.unit_size`` trajectories.
+    """Time one unit of work of ``settings.unit_size`` trajectories.
 
-    The engine is made before the clock starts; all else (noise, iterations, selection,
-    assembly of images) is timed.
+    Everything but the creation of the engine is timed: noise, iterations, selection of patches,
+    assembly of images.
     """
     patches = loaded.vit.arch.grid.patches
     (unit,) = plan_units(settings, patches)
@@ -30,11 +30,11 @@ def unit_images(
     unit: Unit,
     callback: Callback | None = None,
 ) -> list[SparseImages]:
-    """The images of a unit of work; ``precision`` and ``threads`` must be resolved."""
+    """Return the images of a unit of work; ``precision`` and ``threads`` must be resolved."""
     return Engine(loaded.vit, loaded.preprocessing, settings).run(unit, callback=callback)
 
 
 def images(loaded: LoadedModel, settings: InversionSettings) -> list[list[SparseImages]]:
-    """The images of every unit of work."""
+    """Return the images of all units of work."""
     units = plan_units(settings, loaded.vit.arch.grid.patches)
     return [unit_images(loaded, settings, unit) for unit in units]

@@ -1,4 +1,4 @@
-"""From a calibration source to figures of the quantized model, for several experiments."""
+"""Quantization from a calibration source, and evaluation of the quantized model."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ from dfq.files import make_directory
 from dfq.inversion import plan_units
 
 FLOATS = "float-logits"
-"""Directory of the float models' logits, in that of the results."""
+"""Subdirectory of the results with cached logits of float models."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Options that name a model and the images that it is tested on."""
+class ModelOptions:
+    """Options of the model, its test images, and inversion."""
 
-    model: str = option("demo", "A model with a classifier, as for dfq quantize.")
-    weights: Path | None = option(None, "Its weights.")
-    num_classes: int | None = option(None, "Classes of its head.")
-    img_size: int | None = option(None, "Side of its input in pixels.")
-    data: str = option("demo", "Labeled image folder, .npz, or 'demo'.")
-    limit: int | None = option(None, "Test on the first so many images only.")
+    model: str = option("demo", "Model with a classifier, as for dfq quantize.")
+    weights: Path | None = option(None, "Weights of the model: safetensors, or a torch file.")
+    num_classes: int | None = option(None, "Classes of the model's head.")
+    img_size: int | None = option(None, "Side of the images in pixels.")
+    data: str = option("demo", "Labeled test images: a folder, an .npz or 'demo'.")
+    limit: int | None = option(None, "Number of test images, the first of --data.")
     seeds: str = option("0,1,2", "Seeds of noise, targets and jitter.")
-    precision: str = option("auto", "Of inversion: auto, float32, bfloat16, int8.")
-    threads: int | None = option(None, "Threads; left out: torch's.")
+    precision: str = option("auto", "Precision of inversion: auto, float32, bfloat16 or int8.")
+    threads: int | None = option(None, "CPU threads; by default PyTorch's number.")
 
 
 @dataclass(frozen=True)
-class Tested(Subject):
-    """The same with one number of images to make."""
+class CalibrationOptions(ModelOptions):
+    """Options with a number of calibration images."""
 
-    images: int = option(32, "Images to make and calibrate on.")
-
-
-REDUCE_RANGE = "Keep weights within -64..63, as dfq does by default; else the full range."
-"""Help of the option of every experiment that quantizes."""
+    images: int = option(32, "Number of calibration images.")
 
 
-def model_arguments(options: Subject) -> dict[str, Any]:
-    """Arguments that dfq's functions take beside the model's name."""
+REDUCE_RANGE = "Restrict integer weights to -64..63, dfq's default, or use the full range."
+"""Help of the option ``reduce_range``."""
+
+
+def model_arguments(options: ModelOptions) -> dict[str, Any]:
+    """Return arguments of dfq's functions that go with the model's name."""
     return {
         "weights": options.weights,
         "num_classes": options.num_classes,
@@ -69,17 +69,17 @@ def model_arguments(options: Subject) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def load(options: Subject) -> tuple[LoadedModel, LabeledImages]:
-    """The float model and the test images."""
+def load(options: ModelOptions) -> tuple[LoadedModel, LabeledImages]:
+    """Load the float model and the test images."""
     loaded = dfq.load_model(options.model, **model_arguments(options))
     return loaded, open_data(options.data, loaded, options.limit)
 
 
-def about(options: Subject, loaded: LoadedModel, data: LabeledImages) -> Key:
-    """What all keys of a run share."""
+def about(options: ModelOptions, loaded: LoadedModel, data: LabeledImages) -> Key:
+    """Return the part of the keys about model, test images, precision and threads."""
     at_least(options.threads, 1, "--threads")
     InversionSettings(precision=cast(Any, options.precision))
-    images = {"images": options.images} if isinstance(options, Tested) else {}
+    images = {"images": options.images} if isinstance(options, CalibrationOptions) else {}
     return {
         **images,
         "model": options.model,
@@ -93,29 +93,29 @@ def about(options: Subject, loaded: LoadedModel, data: LabeledImages) -> Key:
 
 
 def scratch(bench: Bench) -> Path:
-    """A directory of the results for what is not kept."""
+    """Create a subdirectory of the results for temporary files."""
     path = bench.results / "scratch"
     make_directory(path)
     return path
 
 
 def invert(
-    options: Subject, name: str, key: Key, *, iterations: int, seed: int, out: Path
+    options: ModelOptions, name: str, key: Key, *, iterations: int, seed: int, out: Path
 ) -> InvertResult:
-    """Images of a method, made anew in ``out``."""
+    """Invert images by a method into ``out``."""
     return invert_settings(
         options, inversion(Method(name), key, iterations=iterations, seed=seed), out
     )
 
 
-def invert_settings(options: Subject, settings: InversionSettings, out: Path) -> InvertResult:
-    """Images made anew in ``out``, as settings say."""
+def invert_settings(options: ModelOptions, settings: InversionSettings, out: Path) -> InvertResult:
+    """Invert images with given settings into ``out``."""
     recipe = dfq.Recipe(inversion=settings)
     return dfq.invert(options.model, out=out, recipe=recipe, **model_arguments(options))
 
 
 def inversion(method: Method, key: Key, *, iterations: int, seed: int) -> InversionSettings:
-    """The settings of a method; noise has no iterations."""
+    """Return the inversion settings of a method; noise has no iterations."""
     given = {name: key[name] for name in ("images", "precision", "threads")}
     given["classes"] = tuple(key.get("classes", ()))
     effort = {} if method.name == "noise" else {"iterations": iterations}
@@ -125,7 +125,7 @@ def inversion(method: Method, key: Key, *, iterations: int, seed: int) -> Invers
 def check_inversion(
     name: str, shared: Key, images: int, iterations: int, loaded: LoadedModel
 ) -> None:
-    """Raise SettingError if a source that is inverted cannot be, before anything is measured."""
+    """Raise SettingError for invalid inversion settings of a source, before any measurement."""
     if re.fullmatch(r"dmi|smi|pri\d+", name):
         key = {**shared, "images": images}
         settings = inversion(Method(name), key, iterations=iterations, seed=0)
@@ -134,7 +134,7 @@ def check_inversion(
 
 @dataclass(frozen=True)
 class Made:
-    """Images to calibrate on: where they are, and what they cost."""
+    """Calibration images: their path, seconds of inversion, and size in bytes."""
 
     path: str
     seconds: float
@@ -142,7 +142,7 @@ class Made:
 
 
 def quantize_each(
-    options: Subject,
+    options: ModelOptions,
     missing: list[Key],
     bench: Bench,
     *,
@@ -152,8 +152,8 @@ def quantize_each(
 ) -> Iterator[Measured]:
     """Make images, quantize and compare, key by key.
 
-    ``images`` names the columns of a key that decide its images: they are kept while the
-    next key has the same.
+    ``images``: columns of a key that determine its images, which are reused while these columns
+    do not change.
     """
     torch.set_num_threads(options.threads or torch.get_num_threads())
     loaded, data = load(options)
@@ -168,7 +168,7 @@ def quantize_each(
                 made = {name: make(key, Path(directory) / str(number))}
             source = made[name]
             with tempfile.TemporaryDirectory(dir=directory) as place:
-                found = quantize(
+                row = quantize(
                     options,
                     source.path,
                     settings(key),
@@ -177,18 +177,18 @@ def quantize_each(
                     images=key["images"],
                 )
             cost = {"invert_seconds": source.seconds, "dataset_bytes": source.bytes}
-            yield Measured(key, {**cost, **found})
+            yield Measured(key, {**cost, **row})
 
 
-SHOWN = ("source", "method", "images", "iterations", "seed", "variant", "bits", "attention")
+TITLE_COLUMNS = ("source", "method", "images", "iterations", "seed", "variant", "bits", "attention")
 
 
 def _title(key: Key) -> str:
-    return ", ".join(f"{name} {key[name]}" for name in SHOWN if name in key)
+    return ", ".join(f"{name} {key[name]}" for name in TITLE_COLUMNS if name in key)
 
 
 def quantize(
-    options: Subject,
+    options: ModelOptions,
     source: str,
     settings: QuantizationSettings,
     directory: Path,
@@ -196,11 +196,10 @@ def quantize(
     *,
     images: int,
 ) -> Row:
-    """Quantize from images in ``source``, of a folder at most so many of them, and compare
-    with the float logits.
+    """Quantize from images in ``source`` and compare with the float logits.
 
-    dfq measures every checkpoint that it makes; it is given a single image for that, and
-    the bench compares with the float logits that it has.
+    ``images``: how many to take of a folder.  dfq itself evaluates the checkpoint on a single
+    image, as the bench compares all test images with cached float logits.
     """
     loaded, data = load(options)
     first_image(data, directory / "one.npz")

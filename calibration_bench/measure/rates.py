@@ -1,4 +1,4 @@
-"""How fast this processor multiplies matrices of given shapes, and copies memory."""
+"""Rates of this processor: matrix products of given shapes, and copies of memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from calibration_bench.measure.counting import Product
 
 BIG = 1536
-"""Side of the square matrices that show what the processor can reach."""
+"""Side of the square matrices of :func:`best_rate`."""
 
 
 def seconds_of(call: Callable[[], object], budget: float) -> float:
-    """Median seconds of a call, repeated for ``budget`` seconds and at least 3 times."""
+    """Return the median seconds of a call, repeated for ``budget`` seconds, at least 3 times."""
     call()
     times: list[float] = []
     started = time.perf_counter()
@@ -28,9 +28,9 @@ def seconds_of(call: Callable[[], object], budget: float) -> float:
 
 
 def product_seconds(products: Iterable[Product], dtype: torch.dtype, budget: float) -> float:
-    """Seconds of all products if each ran as fast as it does alone, repeated.
+    """Return the total seconds of products, each at the speed of repeated calls of its shape.
 
-    ``budget`` is the time spent on each distinct shape, in seconds.
+    ``budget``: seconds spent on each distinct shape.
     """
     known: dict[object, float] = {}
     total = 0.0
@@ -43,7 +43,7 @@ def product_seconds(products: Iterable[Product], dtype: torch.dtype, budget: flo
 
 
 def _layout(product: Product) -> str:
-    """Whether the right factor lies transposed in memory, as a linear layer's forward has it."""
+    """Whether the right factor is transposed in memory, as in a linear layer's forward pass."""
     if product.weight:
         return "plain" if product.backward else "transposed"
     return "transposed" if product.name in ("scores", "d scores") else "plain"
@@ -51,7 +51,7 @@ def _layout(product: Product) -> str:
 
 @torch.no_grad()
 def _call(product: Product, dtype: torch.dtype) -> Callable[[], object]:
-    """The product on random values, written to memory that is there already."""
+    """Return a function that computes the product of random values into allocated memory."""
     m, k, n, batch = product.m, product.k, product.n, product.batch
     left = torch.randn(batch, m, k).to(dtype)
     transposed = _layout(product) == "transposed"
@@ -64,13 +64,13 @@ def _call(product: Product, dtype: torch.dtype) -> Callable[[], object]:
 
 
 def best_rate(dtype: torch.dtype, budget: float) -> float:
-    """Operations per second on large square matrices."""
+    """Return operations per second of products of large square matrices."""
     product = Product("square", BIG, BIG, BIG)
     return product.operations / seconds_of(_call(product, dtype), budget)
 
 
 def copy_rate(budget: float) -> float:
-    """Bytes per second that a copy reads and writes, far beyond the caches."""
+    """Return bytes per second read and written by a copy much larger than the caches."""
     source = torch.zeros(64 * 2**20, dtype=torch.float32)
     target: Tensor = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), budget)

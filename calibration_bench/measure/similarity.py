@@ -1,4 +1,4 @@
-"""Likeness of pictures, of rankings, and of activation statistics."""
+"""Similarity of images, of rankings, and of activation statistics."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def psnr(a: Tensor, b: Tensor) -> float | None:
-    """Peak signal-to-noise ratio of pixels 0..255 in dB, over all of them together; None
-    where they are equal and it is infinite."""
+    """Return the peak signal-to-noise ratio of pixels 0..255 in dB; None for equal images,
+    where it is infinite."""
     error = float((a.double() - b.double()).square().mean())
     return 10 * math.log10(255**2 / error) if error else None
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Mean structural similarity of patches ``[..., D]``, each patch one window."""
+    """Return the mean structural similarity of patches ``[..., D]``, one window per patch."""
     a, b = a.double(), b.double()
     mean_a, mean_b = a.mean(-1), b.mean(-1)
     var_a, var_b = a.var(-1, correction=0), b.var(-1, correction=0)
@@ -33,14 +33,14 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def ranks(x: Tensor) -> Tensor:
-    """Ranks from 1 of a vector, equal values with their mean rank, float64."""
+    """Return the ranks of a vector from 1, float64; equal values get their mean rank."""
     _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     return (ends - (counts.double() - 1) / 2)[inverse]
 
 
 def spearman(a: Tensor, b: Tensor) -> float | None:
-    """Rank correlation of two vectors (Pearson's of their ranks); None where one is constant."""
+    """Return Spearman's rank correlation of two vectors; None if one of them is constant."""
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(), y - y.mean()
     size = float(x.norm() * y.norm())
@@ -49,7 +49,7 @@ def spearman(a: Tensor, b: Tensor) -> float | None:
 
 @dataclass
 class Moments:
-    """Count, sum, sum of squares and range of every feature of a layer's input."""
+    """Moments of a layer's input: count, and per feature sum, sum of squares and range."""
 
     count: int
     total: Tensor
@@ -66,7 +66,7 @@ class Moments:
         return (self.squares / self.count - self.mean.square()).clamp_min(0)
 
     def add(self, x: Tensor) -> None:
-        """Take inputs ``[rows, features]`` into account."""
+        """Add inputs ``[rows, features]``."""
         wide = x.double()
         self.count += len(x)
         self.total += wide.sum(0)
@@ -77,17 +77,20 @@ class Moments:
 
 @torch.no_grad()
 def input_moments(vit: ViT, inputs: Iterable[tuple[Tensor, Tensor | None]]) -> dict[str, Moments]:
-    """Those of every linear layer's input in the blocks, over patches ``[B, L, D]`` and their
-    positions; only the tokens present are seen."""
-    found: dict[str, Moments] = {}
+    """Return the moments of the input of every linear layer in the blocks.
+
+    ``inputs``: patches ``[B, L, D]`` and their positions."""
+    moments: dict[str, Moments] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             x = given[0].flatten(0, -2)
-            if name not in found:
+            if name not in moments:
                 empty = torch.zeros(x.shape[1], dtype=torch.float64)
-                found[name] = Moments(0, empty, empty.clone(), empty + torch.inf, empty - torch.inf)
-            found[name].add(x)
+                moments[name] = Moments(
+                    0, empty, empty.clone(), empty + torch.inf, empty - torch.inf
+                )
+            moments[name].add(x)
 
         return hook
 
@@ -99,24 +102,26 @@ def input_moments(vit: ViT, inputs: Iterable[tuple[Tensor, Tensor | None]]) -> d
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return moments
 
 
-def distances(found: Moments, real: Moments) -> dict[str, float]:
-    """How far a layer's statistics are from those of real images.
+def distances(moments: Moments, real: Moments) -> dict[str, float]:
+    """Return the distances of a layer's statistics from those of real images.
 
     ``mean``: length of the difference of means over that of real standard deviations.
     ``variance`` and ``range``: sum over features of absolute differences over the sum of
     the real ones.  ``outside``: the part of the real ranges, over all features, that is not
     inside.
     """
-    span, real_span = found.high - found.low, real.high - real.low
-    inside = (torch.minimum(found.high, real.high) - torch.maximum(found.low, real.low)).clamp_min(
-        0
-    )
+    span, real_span = moments.high - moments.low, real.high - real.low
+    inside = (
+        torch.minimum(moments.high, real.high) - torch.maximum(moments.low, real.low)
+    ).clamp_min(0)
     return {
-        "mean": float((found.mean - real.mean).norm() / real.variance.sum().sqrt()),
-        "variance": float((found.variance - real.variance).abs().sum() / real.variance.abs().sum()),
+        "mean": float((moments.mean - real.mean).norm() / real.variance.sum().sqrt()),
+        "variance": float(
+            (moments.variance - real.variance).abs().sum() / real.variance.abs().sum()
+        ),
         "range": float((span - real_span).abs().sum() / real_span.sum()),
         "outside": float(1 - inside.sum() / real_span.sum()),
     }

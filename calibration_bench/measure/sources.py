@@ -16,55 +16,54 @@ import dfq
 from calibration_bench.core.registry import Key
 from calibration_bench.measure.logits import LabeledImages
 from calibration_bench.measure.methods import Method
-from calibration_bench.measure.quantized import Made, Subject, invert
+from calibration_bench.measure.quantized import Made, ModelOptions, invert
 from dfq import LoadedModel, SparseImages
 from dfq.data.images import ImageSource, open_images
 from dfq.errors import DataError, SettingError, nearest
 from dfq.inversion import seeded
 from dfq.sparse import Grid, patchify
 
-COVERED = "+coverage"
-OTHERS = ("real", "noise", "uniform", "fractal")
-APART = 4096
-"""Fractal images of a seed begin at its multiple of this: dfq's own additions are those
-below it."""
+AUGMENTED = "+coverage"
+NOT_INVERTED = ("real", "noise", "uniform", "fractal")
+FRACTAL_IMAGES = 4096
+"""Fractal images reserved for each seed; dfq's augmentation uses the first of them."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """``pri4``: those images alone.  ``pri4+coverage``: with the images beside them that
-    dfq's default settings add, which are the same whatever the source."""
+    """Calibration source by name; ``pri4+coverage`` is ``pri4`` with dfq's augmentation, which
+    is the same for every source."""
 
     name: str
 
     def __post_init__(self) -> None:
-        if self.base not in OTHERS:
+        if self.base not in NOT_INVERTED:
             try:
                 Method(self.base)
             except SettingError as error:
                 raise SettingError(
-                    f"No source is called {self.name!r}; there are {', '.join(OTHERS)}, dmi, smi, "
-                    f"and pri with its number of stages, each also with {COVERED}."
-                    f"{nearest(self.base, OTHERS)}"
+                    f"Unknown source {self.name!r}; known: {', '.join(NOT_INVERTED)}, dmi, smi, "
+                    f"and pri with its number of stages, each also with {AUGMENTED}."
+                    f"{nearest(self.base, NOT_INVERTED)}"
                 ) from error
 
     @property
     def base(self) -> str:
-        return self.name.removesuffix(COVERED)
+        return self.name.removesuffix(AUGMENTED)
 
     @property
     def augmented(self) -> bool:
-        return self.name.endswith(COVERED)
+        return self.name.endswith(AUGMENTED)
 
     @property
     def inverted(self) -> bool:
-        return self.base not in OTHERS
+        return self.base not in NOT_INVERTED
 
 
 class RealImages:
-    """Images of the user's: those of ``real``, or those of ``data`` that a test leaves out.
+    """Real images: those of ``real``, or those of ``data`` that are not tested on.
 
-    ``classes`` takes those of some classes alone, for which ``real`` must have labels.
+    ``classes``: take images of these classes only; ``real`` must then have labels.
     """
 
     def __init__(
@@ -89,24 +88,23 @@ class RealImages:
         return len(self._indices)
 
     def need(self, count: int) -> None:
-        """Raise DataError if there are fewer."""
+        """Raise DataError if there are fewer than ``count``."""
         if len(self) < count:
             raise DataError(
-                f"{count} real images are asked for, and {self.name!r} has {len(self)} that are "
-                "not tested on and of the classes asked for. Give others with --real, or test on "
-                "fewer with --limit."
+                f"{count} real images are needed, but {self.name!r} has {len(self)} of these "
+                "classes that are not test images. Give others with --real, or lower --limit."
             )
 
     def sample(self, count: int, seed: int) -> SparseImages:
-        """So many of them at random."""
+        """Draw ``count`` random images."""
         whole = torch.from_numpy(np.stack(self._drawn(count, seed))).permute(0, 3, 1, 2)
         return dense(patchify(whole, self.grid), self.grid)
 
     def identity(self, count: int, seed: int, tested: LabeledImages) -> str:
-        """What :meth:`sample` draws: a name and the start of a SHA-256 over its pixels.
+        """Identify the images of :meth:`sample`: name and first digits of their SHA-256.
 
         Raises:
-            DataError: there are fewer, or one of them is also tested on.
+            DataError: there are fewer images, or one of them is also a test image.
         """
         drawn = [pixels.tobytes() for pixels in self._drawn(count, seed)]
         known = set(drawn) if self._given else set()
@@ -124,7 +122,7 @@ class RealImages:
 
 
 def dense(patches: torch.Tensor, grid: Grid) -> SparseImages:
-    """Whole images of uint8 patches ``[B, N, D]``, a trajectory each, without labels."""
+    """Return uint8 patches ``[B, N, D]`` as whole images without labels, one per trajectory."""
     count = len(patches)
     return SparseImages(
         patches=patches.contiguous(),
@@ -136,19 +134,19 @@ def dense(patches: torch.Tensor, grid: Grid) -> SparseImages:
 
 
 def uniform(count: int, grid: Grid, seed: int) -> SparseImages:
-    """Images of one color each, every channel uniform over 0..255."""
+    """Return images of one random color each, uniform over 0..255."""
     values = torch.randint(0, 256, (count, grid.channels), generator=seeded(seed, "uniform", 0))
     spread = values.repeat_interleave(grid.patch_size[0] * grid.patch_size[1], dim=1)
     return dense(spread[:, None].expand(-1, grid.patches, -1).to(torch.uint8), grid)
 
 
 def make(
-    options: Subject, loaded: LoadedModel, real: RealImages | None, key: Key, out: Path
+    options: ModelOptions, loaded: LoadedModel, real: RealImages | None, key: Key, out: Path
 ) -> Made:
-    """The images of ``key``: its ``source``, ``images``, ``iterations`` and ``seed``."""
+    """Make the images of a key from its ``source``, ``images``, ``iterations`` and ``seed``."""
     base, count, seed = Source(key["source"]).base, key["images"], key["seed"]
     grid = loaded.vit.arch.grid
-    if base not in OTHERS:
+    if base not in NOT_INVERTED:
         made = invert(options, base, key, iterations=key["iterations"], seed=seed, out=out)
         return Made(made.path, made.seconds, made.bytes)
     started = time.perf_counter()
@@ -159,7 +157,7 @@ def make(
     elif base == "uniform":
         units = [[uniform(count, grid, seed)]]
     elif base == "fractal":
-        noise = dfq.fractal_noise(count, grid, APART * (seed + 1))
+        noise = dfq.fractal_noise(count, grid, FRACTAL_IMAGES * (seed + 1))
         units = [[dataclasses.replace(noise, trajectory=torch.arange(count))]]
     else:
         drawn = out.with_name(f"{out.name}-noise")

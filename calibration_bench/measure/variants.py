@@ -1,4 +1,4 @@
-"""Variants of PRI, and controls, that tell apart what re-birth is made of."""
+"""Variants of PRI and controls for the ablation of re-birth."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dfq import InversionSettings
 from dfq.errors import SettingError
 
 RERANKINGS = 12
-"""Prune events of the control that ranks again and again."""
+"""Number of prunings of the control that ranks the patches repeatedly."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """``change`` maps the number v of stages to settings beside those of all variants."""
+    """Variant of PRI; ``change``: maps the number v of stages to its settings."""
 
     line: str
     change: Callable[[int], dict[str, Any]]
 
     def settings(self, v: int, iterations: int, **shared: Any) -> InversionSettings:
-        """Of a run with so many iterations."""
+        """Return the settings for ``v`` stages and a number of iterations."""
         return InversionSettings(iterations=iterations, **shared, **self.change(v))
 
 
@@ -66,8 +66,8 @@ VARIANTS = {
 def equal_iterations(
     make: Callable[[int], InversionSettings], patches: int, budget: int, v: int
 ) -> int:
-    """The iterations whose patch updates are nearest to ``budget``, of those that leave every
-    one of ``v`` stages an iteration."""
+    """Return the number of iterations with the number of patch updates nearest to ``budget``, and
+    at least one iteration in each of ``v`` stages."""
     far = 1000 * v
     guess = round(budget / patch_updates(make(far), patches) * far)
     tries = range(max(1, guess - 3), max(guess + 3, 2 * v * v) + 1)

@@ -1,4 +1,4 @@
-"""What is recorded of trajectories while they are optimized, and pictures of it."""
+"""Recording of trajectories while they are optimized, and pictures of their attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAYING = np.array([150, 200, 255]) / 255
 
 
 class Recorder(Callback):
-    """Losses and live patches of every iteration, and every ranking, of a unit of work."""
+    """Callbacks that record losses, live patches and rankings of a unit of work."""
 
     def __init__(self, trajectories: int) -> None:
         self.trajectories = trajectories
@@ -34,7 +34,7 @@ class Recorder(Callback):
 
 
 def kept_share(importance: Tensor, leaving: Tensor) -> float:
-    """Importance of the leaving patches over what as many average ones would have."""
+    """Return the mean importance of the leaving patches over the mean of all patches."""
     part = importance.gather(1, leaving).mean(1) / importance.mean(1)
     return float(part.mean())
 
@@ -42,8 +42,8 @@ def kept_share(importance: Tensor, leaving: Tensor) -> float:
 def draw_attention(
     rankings: list[tuple[Tensor, Tensor, Tensor]], grid: Grid, out: Path, rows: int = 8
 ) -> Path:
-    """A row for each trajectory and a column for each ranking: brighter is more important,
-    orange leaves, blue stays, dark gray had left before."""
+    """Draw trajectories as rows and rankings as columns: brighter patches are more important,
+    orange ones leave, blue ones stay, dark gray ones left before."""
     cells: dict[tuple[int, int], np.ndarray] = {}
     for column, (importance, positions, leaving) in enumerate(rankings):
         heat = (importance / importance.amax(1, keepdim=True)).clamp(0, 1).sqrt()
@@ -54,7 +54,7 @@ def draw_attention(
 
 
 def _map(heat: Tensor, leaves: Tensor, positions: Tensor, grid: Grid) -> np.ndarray:
-    """A picture uint8 ``[H, W, 3]`` of a value a patch."""
+    """Return a picture uint8 ``[H, W, 3]`` with one value per patch."""
     colors = torch.tensor(np.where(leaves[:, None] > 0, LEAVING, STAYING))
     values = (heat[:, None].double() * colors * 255).clamp(0, 255)
     small = Grid((grid.rows, grid.columns), (1, 1), 3)

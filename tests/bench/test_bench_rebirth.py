@@ -9,6 +9,7 @@ import pytest
 from silent import Silent
 
 from calibration_bench.core import registry
+from calibration_bench.core.registry import Bench
 from calibration_bench.core.runner import run
 from calibration_bench.experiments.rebirth.experiment import Options, _settings
 from calibration_bench.experiments.rebirth.tables import rebirth_tables
@@ -79,21 +80,23 @@ def test_a_run_has_every_variant(tmp_path: Path, small_weights: Path, labeled_np
         "images": 4,
         "stages": 2,
         "iterations": 8,
-        "seeds": "0,1",
+        "seeds": "0",
         "precision": "float32",
         "threads": 1,
         "limit": None,
     }
-    found = run(EXPERIMENT, Options(**options), tmp_path, Silent())
-    rows = found["rows"]
-    assert [r["variant"] for r in rows] == list(VARIANTS) * 2
+    outcome = run(EXPERIMENT, Options(**options), tmp_path, Silent())
+    rows = outcome["rows"]
+    assert [r["variant"] for r in rows] == list(VARIANTS)
+    both = EXPERIMENT.load().plan(Options(**{**options, "seeds": "0,1"}), Bench(tmp_path, Silent()))
+    assert [(k["seed"], k["variant"]) for k in both] == [(s, v) for s in (0, 1) for v in VARIANTS]
     by = {r["variant"]: r for r in rows}
     assert by["pri"]["patch_updates"] == by["pri"]["budget"] == by["pri-least"]["patch_updates"]
     assert by["dmi"]["trajectories"] == 4
     assert by["dmi-snapshots"]["trajectories"] == 2
     assert by["dmi"]["patches_kept"] == 2 * by["pri"]["patches_kept"]
     assert (by["pri"]["first_kept_at"], by["pri"]["last_kept_at"]) == (4, 8)
-    (table,) = found["tables"]
+    (table,) = outcome["tables"]
     assert [r["variant"] for r in table["rows"]] == list(VARIANTS)
     assert table["rows"][0]["against"] is None
 

@@ -30,7 +30,7 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
         "img_size": 32,
         "data": str(data),
         "limit": 12,
-        "sources": "real,noise,noise+coverage,fractal,uniform,pri2,pri2+coverage",
+        "sources": "real,noise,noise+coverage,pri2+coverage",
         "counts": "2,4",
         "iterations": 2,
         "seeds": "3",
@@ -51,7 +51,7 @@ def test_every_source_count_and_width_is_a_row(
     options = small(small_weights, labeled_npz)
     found = run(EXPERIMENT, options, tmp_path, Silent())
     rows = found["rows"]
-    assert len(rows) == 7 * 2 * 2
+    assert len(rows) == 4 * 2 * 2
     assert {row["test_images"] for row in rows} == {12}
     drawn = {(row["images"], row["real"]) for row in rows if row["source"] == "real"}
     assert len(drawn) == 2
@@ -60,11 +60,11 @@ def test_every_source_count_and_width_is_a_row(
     by = {(r["source"], r["images"], r["bits"]): r for r in rows}
     assert by["noise", 4, 8]["dataset_bytes"] == by["noise+coverage", 4, 8]["dataset_bytes"]
     assert by["noise", 4, 4]["kl"] != by["noise+coverage", 4, 4]["kl"]
-    assert by["pri2", 4, 8]["dataset_bytes"] < by["noise", 4, 8]["dataset_bytes"]
+    assert by["pri2+coverage", 4, 8]["dataset_bytes"] < by["noise", 4, 8]["dataset_bytes"]
     pivot, table = found["tables"][:2]
-    assert len(pivot["rows"]) == 7
+    assert len(pivot["rows"]) == 4
     assert set(pivot["columns"]) == {"source", "kl_2", "kl_4"}
-    assert len(table["rows"]) == 14
+    assert len(table["rows"]) == 8
     assert "pri2+coverage, T = 2" in {row["source"] for row in table["rows"]}
 
 

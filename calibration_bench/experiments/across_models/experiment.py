@@ -1,7 +1,7 @@
-"""What inversion costs on models of all sizes and kinds; speed does not depend on weights.
+"""Cost of inversion on models of all sizes and families, with random weights.
 
-A few iterations of every stage are timed, method after method, and whole runs follow from
-them as in ``inversion-speed``.
+Speed does not depend on the weights.  A few iterations of every stage are timed, the methods in
+turns, and extrapolated to whole runs as in ``inversion-speed``.
 """
 
 from __future__ import annotations
@@ -36,27 +36,29 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Options:
-    """What ``run across-models`` takes."""
+    """Options of ``run across-models``."""
 
     models: str = option(
-        ",".join(MODELS), "timm names, with random weights; NAME@SIDE for another input; demo."
+        ",".join(MODELS), "timm models with random weights; NAME@SIDE sets the image size; or demo."
     )
     methods: str = option("dmi,smi,pri4", "Methods.")
-    unit_size: int = option(2, "Trajectories at once.")
+    unit_size: int = option(2, "Trajectories optimized at once.")
     iterations: int = option(
-        InversionSettings().iterations, "Of a trajectory that is extrapolated to."
+        InversionSettings().iterations, "Iterations of the full run that is extrapolated to."
     )
-    iterations_per_stage: int = option(3, "Timed in every round, with the warm-up.")
-    warmup: int = option(1, "First iterations of each stage that do not count.")
-    rounds: int = option(1, "How often each is run.")
-    precision: str = option("auto", "auto, float32, bfloat16, int8.")
-    threads: int | None = option(None, "Threads; left out: torch's.")
-    device: str = option("cpu", "cpu, cuda, ...")
-    seed: int = option(0, "Of weights, noise and jitter.")
+    iterations_per_stage: int = option(
+        3, "Iterations per stage in every round, including the warm-up."
+    )
+    warmup: int = option(1, "Untimed first iterations of each stage.")
+    rounds: int = option(1, "Number of rounds.")
+    precision: str = option("auto", "Precision of inversion: auto, float32, bfloat16 or int8.")
+    threads: int | None = option(None, "CPU threads; by default PyTorch's number.")
+    device: str = option("cpu", "Device: cpu, cuda, ...")
+    seed: int = option(0, "Seed of weights, noise and jitter.")
 
 
 def plan(options: Options, _: Bench) -> list[Key]:
-    """One key for each model and method."""
+    """Return a key for each model and method."""
     at_least(options.iterations_per_stage, options.warmup + 1, "--iterations-per-stage")
     at_least(options.rounds, 1, "--rounds")
     at_least(options.iterations, 1, "--iterations")
@@ -82,7 +84,7 @@ def plan(options: Options, _: Bench) -> list[Key]:
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
-    """Model by model; its methods take turns."""
+    """Measure one model after the other; the methods of a model take turns."""
     torch.set_num_threads(options.threads or torch.get_num_threads())
     for model in dict.fromkeys(key["model"] for key in missing):
         bench.notes.note(f"making {model}")
@@ -97,7 +99,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
 
 
 def _about(loaded: LoadedModel, contender: Contender) -> Row:
-    """What a model is, and what a method does to it."""
+    """Return the size of the model and the patch updates of the method."""
     arch = loaded.vit.arch
     return {
         "parameters": sum(p.numel() for p in loaded.vit.parameters()),

@@ -1,4 +1,4 @@
-"""Tables of what inversion costs on many models."""
+"""Tables and plots of ``across-models``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NOTE = (
 
 
 def model_tables(rows: list[Row]) -> list[Table]:
-    """A row for each model, a column for each method."""
-    found: list[Table] = []
+    """Return tables with a row for each model and a column for each method."""
+    tables: list[Table] = []
     for values, same in groups(rows, *SETTING).items():
         iterations, batch, precision, threads, device = values
         methods = list(dict.fromkeys(row["method"] for row in same))
@@ -37,38 +37,38 @@ def model_tables(rows: list[Row]) -> list[Table]:
             f"{device}"
         )
         models = [_row(part) for part in groups(same, "model").values()]
-        found.append(Table(title, columns, models, NOTE))
-    return found
+        tables.append(Table(title, columns, models, NOTE))
+    return tables
 
 
 def _row(rows: list[Row]) -> Row:
     first, by = rows[0], {row["method"]: row for row in rows}
-    found = {
+    columns = {
         **{name: first[name] for name in ("model", "patches", "pool", "importance")},
         "millions": first["parameters"] / 1e6,
         "shape": f"{first['depth']} x {first['width']}",
         "spread": max(row["spread"] for row in rows),
     }
     for method, row in by.items():
-        found[f"{method}_seconds"] = row["seconds_per_image"]
+        columns[f"{method}_seconds"] = row["seconds_per_image"]
         if "dmi" in by and method != "dmi":
             time, updates = (
                 by["dmi"][name] / row[name] for name in ("seconds_per_image", "updates_per_image")
             )
-            found[f"{method}_faster"] = f"{time:.1f}x ({updates:.1f}x)"
-    return found
+            columns[f"{method}_faster"] = f"{time:.1f}x ({updates:.1f}x)"
+    return columns
 
 
 def model_plots(rows: list[Row]) -> list[Plot]:
-    """Seconds an image over parameters."""
-    found: list[Plot] = []
+    """Return plots of seconds per image over the number of parameters."""
+    plots: list[Plot] = []
     for number, same in enumerate(groups(rows, *SETTING).values(), 1):
         curves = []
         for (method,), part in groups(same, "method").items():
             part = sorted(part, key=lambda row: int(row["parameters"]))
             seconds = [float(row["seconds_per_image"]) for row in part]
             curves.append(Curve(str(method), [row["parameters"] / 1e6 for row in part], seconds))
-        found.append(
+        plots.append(
             Plot(
                 f"models-{number}",
                 f"Inversion, T = {same[0]['iterations']}",
@@ -80,4 +80,4 @@ def model_plots(rows: list[Row]) -> list[Plot]:
                 lines=False,
             )
         )
-    return found
+    return plots

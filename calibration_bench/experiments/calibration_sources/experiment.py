@@ -1,8 +1,7 @@
-"""Which calibration images are worth what, at what cost: the headline table.
+"""Accuracy and cost by calibration source: the main table.
 
-Every source goes the same way (a sparse-image dataset, dfq's default quantization), alone
-and with the images that dfq puts beside inverted ones, so that what inversion is worth can
-be told from what those additions are worth.
+Every source becomes a sparse-image dataset and is quantized with dfq's defaults, with and without
+dfq's augmentation, which separates the effect of inversion from that of augmentation.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from calibration_bench.core.registry import Bench, Experiment, Key, Measured
 from calibration_bench.experiments.calibration_sources.tables import source_plots, source_tables
 from calibration_bench.measure.quantized import (
     REDUCE_RANGE,
-    Subject,
+    ModelOptions,
     about,
     check_inversion,
     load,
@@ -31,30 +30,32 @@ SOURCES = "real,noise,noise+coverage,uniform,fractal,dmi,smi,pri2,pri4,pri7,pri4
 
 
 @dataclass(frozen=True)
-class Options(Subject):
-    """What ``run calibration-sources`` takes."""
+class Options(ModelOptions):
+    """Options of ``run calibration-sources``."""
 
     sources: str = option(
-        SOURCES, "real, noise, uniform, fractal, dmi, smi, pri4, ..., each also with +coverage."
+        SOURCES,
+        "Calibration sources: real, noise, uniform, fractal, dmi, smi, pri4, ...; each also "
+        "as NAME+coverage, with dfq's augmentation.",
     )
     real: str | None = option(
         None,
-        "Images for real: a folder or an .npz; left out: those of --data beyond the first --limit.",
+        "Images of the source real: a folder or .npz; by default those of --data after --limit.",
     )
-    counts: str = option("8,32", "Numbers of images to calibrate on.")
-    bits: str = option("8,4", "Of the weights.")
+    counts: str = option("8,32", "Numbers of calibration images.")
+    bits: str = option("8,4", "Bits of the weights, 4 or 8.")
     reduce_range: bool = option(QuantizationSettings().reduce_range, REDUCE_RANGE)
     iterations: int = option(24, "Of inversion.")
-    limit: int | None = option(256, "Test on the first so many images only.")
+    limit: int | None = option(256, "Number of test images, the first of --data.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
-    """Seed by seed, source by source: images are made once for all widths and additions."""
+    """Return the keys by seed and source, so that images are made once for all schemes."""
     at_least(options.limit, 1, "--limit")
     at_least(options.iterations, 1, "--iterations")
     sources = [Source(name) for name in words(options.sources, "--sources")]
     counts = numbers(options.counts, "--counts", 1)
-    bench.notes.note(f"reading {options.model} and {options.data}")
+    bench.notes.note(f"loading {options.model} and {options.data}")
     loaded, tested = load(options)
     shared = about(options, loaded, tested)
     seeds = numbers(options.seeds, "--seeds")
@@ -86,10 +87,10 @@ def plan(options: Options, bench: Bench) -> list[Key]:
 
 
 def _bits(options: Options) -> list[int]:
-    found = numbers(options.bits, "--bits", 1)
-    if not set(found) <= {4, 8}:
-        raise SettingError(f"--bits is {options.bits!r}; there are 4 and 8.")
-    return found
+    bits = numbers(options.bits, "--bits", 1)
+    if not set(bits) <= {4, 8}:
+        raise SettingError(f"--bits is {options.bits!r}; give 4, 8 or both.")
+    return bits
 
 
 def _real(options: Options) -> RealImages:
@@ -97,7 +98,7 @@ def _real(options: Options) -> RealImages:
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
-    """Quantize and compare; images are kept while the next key has the same."""
+    """Quantize and compare; images are reused for consecutive keys with the same images."""
     loaded, _ = load(options)
     real = _real(options) if any(Source(k["source"]).base == "real" for k in missing) else None
     keys = [{**key, "base": Source(key["source"]).base} for key in missing]
@@ -109,8 +110,8 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
         settings=_settings,
         images=("base", "images", "seed"),
     )
-    for key, found in zip(missing, measured, strict=True):
-        yield Measured(key, found.row)
+    for key, result in zip(missing, measured, strict=True):
+        yield Measured(key, result.row)
 
 
 def _settings(key: Key) -> QuantizationSettings:

@@ -1,4 +1,4 @@
-"""Tables of accuracy by calibration source and by variant of quantization."""
+"""Tables and plots of accuracy by calibration source and by variant of quantization."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ ACCURACY = (*TESTED, "float_accuracy", "images", "threads", "reduce_range")
 
 
 def accuracy_tables(rows: list[Row]) -> list[Table]:
-    """For each model, test set and range of weights a row for every source, variant, width and
-    attention."""
-    found: list[Table] = []
+    """Return tables for each model, test set and range of weights, with a row for every source,
+    variant, bit width and attention."""
+    tables: list[Table] = []
     for values, same in groups(rows, *ACCURACY).items():
         about = dict(zip(ACCURACY, values, strict=True))
         title = (
@@ -50,8 +50,8 @@ def accuracy_tables(rows: list[Row]) -> list[Table]:
         parts = groups(by_file(same), *alike)
         means = [_row(part) for part in parts.values()]
         means.sort(key=lambda r: (r["bits"], r["attention"], r["variant"], r["kl"]))
-        found.append(Table(title, COLUMNS, means))
-    return found
+        tables.append(Table(title, COLUMNS, means))
+    return tables
 
 
 def _row(rows: list[Row]) -> Row:
@@ -88,8 +88,8 @@ COVERAGE = (
 
 
 def source_tables(rows: list[Row]) -> list[Table]:
-    """For each model, test set, width and range of weights: KL by image count, then all figures."""
-    found: list[Table] = []
+    """Return KL by number of images, then all results, for each model, test set and scheme."""
+    tables: list[Table] = []
     for values, same in groups(rows, *ABOUT).items():
         about = dict(zip(ABOUT, values, strict=True))
         title = (
@@ -97,21 +97,21 @@ def source_tables(rows: list[Row]) -> list[Table]:
             f"{about['data']}, float top-1 {100 * float(str(about['float_accuracy'])):.2f} %"
         )
         means = _means(same)
-        found.append(_pivot(f"KL by number of images: {title}", means))
+        tables.append(_pivot(f"KL by number of images: {title}", means))
         made = f"{title}; images made by {about['threads']} threads in {about['precision']}"
-        found.append(Table(made, SOURCES, means, COVERAGE))
-    return found
+        tables.append(Table(made, SOURCES, means, COVERAGE))
+    return tables
 
 
 def _means(rows: list[Row]) -> list[Row]:
-    """Means over seeds of every source (and T) and image count."""
-    found = []
+    """Return means over seeds of every source, number of iterations and number of images."""
+    averaged = []
     parts = groups(by_file(rows), "source", "iterations", "images", "real")
     for (source, iterations, count, _), same in parts.items():
         means = mean_over_seeds(same)
         name = f"{source}, T = {iterations}" if iterations else str(source)
         size = [row["dataset_bytes"] for row in same]
-        found.append(
+        averaged.append(
             {
                 **means,
                 "source": name,
@@ -120,7 +120,7 @@ def _means(rows: list[Row]) -> list[Row]:
                 "kilobytes": sum(size) / len(size) / 1e3,
             }
         )
-    return sorted(found, key=lambda row: int(row["images"]))
+    return sorted(averaged, key=lambda row: int(row["images"]))
 
 
 def _pivot(title: str, means: list[Row]) -> Table:
@@ -141,8 +141,8 @@ def _pivot(title: str, means: list[Row]) -> Table:
 
 
 def source_plots(rows: list[Row]) -> list[Plot]:
-    """KL over the number of images, a picture for each model, width and range of weights."""
-    found = []
+    """Return plots of KL over the number of images, for each model and scheme."""
+    plots = []
     for values, same in groups(rows, *ABOUT).items():
         about = dict(zip(ABOUT, values, strict=True))
         model, bits = about["model"], about["bits"]
@@ -156,7 +156,7 @@ def source_plots(rows: list[Row]) -> list[Plot]:
             )
             for (source,), points in groups(_means(same), "source").items()
         ]
-        found.append(
+        plots.append(
             Plot(
                 f"sources-{model}-w{bits}a8{suffix}",
                 f"Calibration sources, {model}, {width(about)}",
@@ -167,4 +167,4 @@ def source_plots(rows: list[Row]) -> list[Plot]:
                 log_y=True,
             )
         )
-    return found
+    return plots

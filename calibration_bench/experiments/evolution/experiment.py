@@ -1,4 +1,4 @@
-"""What evolves along a trajectory: confidence, features, attention and loss by stage."""
+"""Evolution of trajectories: confidence, features, attention and loss by stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from calibration_bench.measure.features import (
 )
 from calibration_bench.measure.logits import LabeledImages
 from calibration_bench.measure.methods import Method
-from calibration_bench.measure.quantized import Subject, about, load, scratch
+from calibration_bench.measure.quantized import ModelOptions, about, load, scratch
 from calibration_bench.measure.variants import VARIANTS
 from calibration_bench.measure.watching import Recorder, draw_attention, kept_share
 from dfq import InversionSettings, LoadedModel, SparseImages
@@ -37,28 +37,29 @@ PICTURES = "pictures"
 
 
 @dataclass(frozen=True)
-class Options(Subject):
-    """What ``run evolution`` takes."""
+class Options(ModelOptions):
+    """Options of ``run evolution``."""
 
     methods: str = option(
-        "pri4,pri-random,pri-least,smi,dmi", "Methods, and variants of `run rebirth` as controls."
+        "pri4,pri-random,pri-least,smi,dmi",
+        "Inversion methods, and variants of `run rebirth` as controls.",
     )
-    stages: int = option(4, "v of the variants.")
-    trajectories: int = option(8, "Of every method.")
-    iterations: int = option(InversionSettings().iterations, "Of a trajectory.")
-    limit: int | None = option(512, "Compare with the first so many images only.")
+    stages: int = option(4, "Stages (v) of the variants.")
+    trajectories: int = option(8, "Trajectories of every method.")
+    iterations: int = option(InversionSettings().iterations, "Iterations of a trajectory.")
+    limit: int | None = option(512, "Number of real images to compare with, the first of --data.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
-    """A row for each method and seed, and one of real images."""
+    """Return a key for each method and seed, and one for real images."""
     at_least(options.limit, 2, "--limit")
     at_least(options.trajectories, 1, "--trajectories")
     at_least(options.stages, 1, "--stages")
     methods = {name: _images(name, options.stages) for name in words(options.methods, "--methods")}
     deepest = max(methods.values())
     if options.iterations < deepest:
-        raise SettingError(f"--iterations is {options.iterations}; at least {deepest} are needed.")
-    bench.notes.note(f"reading {options.model} and {options.data}")
+        raise SettingError(f"--iterations is {options.iterations}; it must be at least {deepest}.")
+    bench.notes.note(f"loading {options.model} and {options.data}")
     loaded, data = load(options)
     shared = about(options, loaded, data)
     effort = {"trajectories": options.trajectories, "iterations": options.iterations}
@@ -74,10 +75,10 @@ def plan(options: Options, bench: Bench) -> list[Key]:
 
 
 def _images(name: str, v: int) -> int:
-    """Images of a trajectory."""
+    """Return the number of images of a trajectory."""
     if name == "noise":
         raise SettingError(
-            "--methods names 'noise', which makes no iterations that could be followed."
+            "--methods names 'noise', which has no iterations to record. Leave it out."
         )
     if name not in VARIANTS:
         return Method(name).images
@@ -85,7 +86,7 @@ def _images(name: str, v: int) -> int:
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
-    """One method and seed after the other; pictures of PRI are put beside the results."""
+    """Run one method and seed after the other; pictures of PRI are saved with the results."""
     torch.set_num_threads(options.threads or torch.get_num_threads())
     loaded, data = load(options)
     bench.notes.note("features of real images")
@@ -100,7 +101,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
 
 
 def _real(loaded: LoadedModel, data: LabeledImages, means: ClassMeans) -> Row:
-    """The half of the real images that the class means are not made of."""
+    """Describe the half of the real images that is not in the class means."""
     indices = range(1, len(data), 2)
     labels = torch.from_numpy(data.labels[list(indices)])
     batches = list(real_input(loaded, data, indices))
@@ -117,11 +118,11 @@ def _real(loaded: LoadedModel, data: LabeledImages, means: ClassMeans) -> Row:
 
 
 def _cosines(means: ClassMeans, features: torch.Tensor, labels: torch.Tensor) -> Row:
-    """By block; None where no real image is of any of the classes."""
-    found = dict(zip(("own", "others"), means.cosines(features, labels), strict=True))
+    """Return cosines by block; None if there are no real images of the classes."""
+    cosines = dict(zip(("own", "others"), means.cosines(features, labels), strict=True))
     return {
         name: [None if math.isnan(x) else x for x in values.tolist()]
-        for name, values in found.items()
+        for name, values in cosines.items()
     }
 
 
@@ -135,7 +136,7 @@ def _settings(key: Key) -> InversionSettings:
 
 
 def _trajectories(loaded: LoadedModel, means: ClassMeans, key: Key, bench: Bench) -> Row:
-    """Run all trajectories of a method with a callback, and look at their images by stage."""
+    """Run all trajectories of a method with a callback, and describe their images by stage."""
     settings, units, recorders = _settings(key), [], []
     importance = resolve_importance(settings.importance, loaded.vit.arch)
     by_attention = settings.method == "pri" and importance == "attention"
@@ -143,14 +144,14 @@ def _trajectories(loaded: LoadedModel, means: ClassMeans, key: Key, bench: Bench
         recorders.append(Recorder(unit.trajectories))
         units.append(ours.unit_images(loaded, settings, unit, recorders[-1]))
     by_stage = [[unit[stage] for unit in units] for stage in range(len(units[0]))]
-    found: list[Row] = []
+    described: list[Row] = []
     for stage, batches in enumerate(by_stage):
         shares = [
             (r.trajectories, kept_share(importance, leaving))
             for r in recorders
             for importance, _, leaving in r.rankings[stage : stage + 1]
         ]
-        found.append(
+        described.append(
             {
                 **_stage(loaded, means, batches),
                 "stage": stage + 1,
@@ -163,11 +164,11 @@ def _trajectories(loaded: LoadedModel, means: ClassMeans, key: Key, bench: Bench
         for values in zip(*(recorder.losses for recorder in recorders), strict=True)
     ]
     pictures = _draw(loaded, units, recorders[0], key, bench) if settings.method == "pri" else []
-    return {"stages": found, "losses": losses, "live": recorders[0].live, "pictures": pictures}
+    return {"stages": described, "losses": losses, "live": recorders[0].live, "pictures": pictures}
 
 
 def _weighted(parts: list[tuple[int, float]]) -> float:
-    """Mean of values, each with its weight."""
+    """Return the weighted mean of values."""
     return sum(weight * value for weight, value in parts) / sum(weight for weight, _ in parts)
 
 
@@ -193,7 +194,7 @@ def _draw(
     key: Key,
     bench: Bench,
 ) -> list[str]:
-    """Pictures of a run's first trajectories; returns their names."""
+    """Draw a run's first trajectories; return the names of the files."""
     model = safe_name(str(key["model"]))
     name = f"{model}-{key['source']}-v{key['stages']}-T{key['iterations']}-seed{key['seed']}"
     place = bench.results / PICTURES
@@ -201,11 +202,11 @@ def _draw(
         path = Path(directory) / "images"
         dfq.write_dataset(path, units, loaded, origin="evolution")
         dfq.preview(path, place / f"{name}-images.png")
-    found = [f"{PICTURES}/{name}-images.png"]
+    names = [f"{PICTURES}/{name}-images.png"]
     if recorder.rankings:
         draw_attention(recorder.rankings, loaded.vit.arch.grid, place / f"{name}-attention.png")
-        found.append(f"{PICTURES}/{name}-attention.png")
-    return found
+        names.append(f"{PICTURES}/{name}-attention.png")
+    return names
 
 
 EXPERIMENT = Experiment(Options, plan, measure, evolution_tables, evolution_plots)

@@ -1,4 +1,4 @@
-"""Tables and curves of what evolves along a trajectory."""
+"""Tables and plots of ``evolution``."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ LOSS_NOTE = (
 
 
 def evolution_tables(rows: list[Row]) -> list[Table]:
-    """For each model: figures by stage, cosines by block, and losses."""
-    found: list[Table] = []
+    """Return tables by stage, of cosines by block, and of losses, for each model."""
+    tables: list[Table] = []
     for values, same in groups(rows, *ABOUT).items():
         about = dict(zip(ABOUT, values, strict=True))
         title = f"{about['model']}, {about['test_images']} real images of {about['data']}"
         merged = _merged(same)
-        found.append(Table(f"By stage: {title}", STAGES, merged, STAGES_NOTE))
-        found.append(_blocks(f"Cosine to the own class's mean, by block: {title}", merged, "owns"))
-        found.append(_blocks(f"The same less that to other classes: {title}", merged, "margins"))
-        found.append(_losses(f"Loss: {title}", same))
-    return found
+        tables.append(Table(f"By stage: {title}", STAGES, merged, STAGES_NOTE))
+        tables.append(_blocks(f"Cosine to the own class's mean, by block: {title}", merged, "owns"))
+        tables.append(_blocks(f"The same less that to other classes: {title}", merged, "margins"))
+        tables.append(_losses(f"Loss: {title}", same))
+    return tables
 
 
 def _name(row: Row) -> str:
@@ -68,14 +68,14 @@ def _name(row: Row) -> str:
 
 
 def _runs(rows: list[Row]) -> list[list[Row]]:
-    """Rows that differ by their seed alone."""
+    """Group rows that differ only in their seed."""
     counted = [{**row, "of": len(row["stages"])} for row in rows]
     return list(groups(counted, "source", "iterations", "trajectories", "of").values())
 
 
 def _merged(rows: list[Row]) -> list[Row]:
-    """Means over seeds of every stage of every source."""
-    found: list[Row] = []
+    """Return means over seeds of every stage of every source."""
+    merged: list[Row] = []
     for same in _runs(rows):
         of = len(same[0]["stages"])
         for number in range(of):
@@ -90,7 +90,7 @@ def _merged(rows: list[Row]) -> list[Row]:
             ]
             spread = [100 * stage["confidence"] for stage in stages]
             percent = {n: None if v is None else 100 * v for n, v in means.items()}
-            found.append(
+            merged.append(
                 {
                     **percent,
                     "attention": means["attention"],
@@ -107,7 +107,7 @@ def _merged(rows: list[Row]) -> list[Row]:
                     "margin": margins[-1],
                 }
             )
-    return found
+    return merged
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -137,7 +137,7 @@ def _blocks(title: str, merged: list[Row], name: str) -> Table:
 def _losses(title: str, rows: list[Row]) -> Table:
     columns: dict[str, Any] = {"source": "method", "seeds": "seeds"}
     columns |= {f"q{i}": f"quarter {i} of T" for i in range(1, 5)}
-    found = []
+    losses = []
     for same in _runs([r for r in rows if r["losses"]]):
         curve = _curve(same)
         edges = [round(i * len(curve) / 4) for i in range(5)]
@@ -146,8 +146,8 @@ def _losses(title: str, rows: list[Row]) -> Table:
             for i, (a, b) in enumerate(pairwise(edges), 1)
             if b > a
         }
-        found.append({"source": _name(same[0]), "seeds": len(same), **quarters})
-    return Table(title, columns, found, LOSS_NOTE)
+        losses.append({"source": _name(same[0]), "seeds": len(same), **quarters})
+    return Table(title, columns, losses, LOSS_NOTE)
 
 
 def _curve(rows: list[Row]) -> list[float]:
@@ -155,8 +155,8 @@ def _curve(rows: list[Row]) -> list[float]:
 
 
 def evolution_plots(rows: list[Row]) -> list[Plot]:
-    """Loss over iterations, and cosine margins over blocks, for each model."""
-    found: list[Plot] = []
+    """Return plots of the loss over iterations and of cosine margins over blocks."""
+    plots: list[Plot] = []
     for values, same in groups(rows, *ABOUT).items():
         model = values[0]
         runs = _runs([r for r in same if r["losses"]])
@@ -173,7 +173,7 @@ def evolution_plots(rows: list[Row]) -> list[Plot]:
             for row in _merged(same)
             if None not in row["margins"]
         ]
-        found.append(
+        plots.append(
             Plot(
                 f"evolution-loss-{model}",
                 f"Loss of trajectories, {model}",
@@ -183,7 +183,7 @@ def evolution_plots(rows: list[Row]) -> list[Plot]:
                 log_y=True,
             )
         )
-        found.append(
+        plots.append(
             Plot(
                 f"evolution-features-{model}",
                 f"Features by stage, {model}",
@@ -192,4 +192,4 @@ def evolution_plots(rows: list[Row]) -> list[Plot]:
                 margins,
             )
         )
-    return found
+    return plots

@@ -1,6 +1,6 @@
-"""What dfq makes of a GPU, in one command: iterations, inversion, GPTQ, ``dfq quantize``.
+"""Check of a GPU in one command: iterations, inversion, GPTQ, ``dfq quantize``.
 
-Each part is a row of its own.  One that fails is stored with its error, and the others go on.
+Each part is a row.  A part that fails is stored with its error, and the others are still measured.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ from dfq.inversion.runners import DeviceRunner
 PARTS = ("gptq", "iteration", "quantize", "inversion")
 METHODS = ("dmi", "smi", "pri4", "pri7")
 LENGTH = 4000
-"""Iterations of a trajectory that is extrapolated to, as published."""
+"""Iterations of the full run that is extrapolated to, as published."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What ``run gpu-check`` takes."""
+    """Options of ``run gpu-check``."""
 
-    model: str = option("vit_base_patch16_224", "A timm name, with random weights.")
-    official: Path | None = option(None, "Checkout of Egg-Hu/SMI; without it only dfq runs.")
-    device: str = option("cuda", "cuda, cuda:1, ... or cpu.")
-    tiny: bool = option(False, "A small model and few repeats: a rehearsal where no GPU is.")
+    model: str = option("vit_base_patch16_224", "timm model with random weights.")
+    official: Path | None = option(None, "Checkout of Egg-Hu/SMI; without it only dfq is measured.")
+    device: str = option("cuda", "Device: cuda, cuda:1, ... or cpu.")
+    tiny: bool = option(
+        False, "Use a small model and few repeats, to test the experiment without a GPU."
+    )
     parts: str = option(",".join(PARTS), "Which parts.")
-    seed: int = option(0, "Of weights, noise and jitter.")
+    seed: int = option(0, "Seed of weights, noise and jitter.")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Sizes of the measurements, by part."""
 
     model: str
     shapes: tuple[tuple[int, int], ...]
@@ -79,7 +81,7 @@ def _sizes(options: Options) -> Sizes:
 
 
 def plan(options: Options, _: Bench) -> list[Key]:
-    """A key for each part."""
+    """Return the keys of each part."""
     device, sizes = resolve_device(options.device), _sizes(options)
     shared = {
         "model": sizes.model,
@@ -100,14 +102,14 @@ def plan(options: Options, _: Bench) -> list[Key]:
         for method in sizes.methods
     ]
     if options.official is not None:
-        found = code(options.official)
+        official_code = code(options.official)
         rows += [
             {
                 "part": "inversion",
                 "implementation": "official",
                 "batch": batch,
                 "method": method,
-                "official_code": found,
+                "official_code": official_code,
             }
             for batch in sizes.batches
             for method in ("dmi", "smi")
@@ -117,7 +119,7 @@ def plan(options: Options, _: Bench) -> list[Key]:
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
-    """Component by part; a failure is a row too."""
+    """Measure part by part; a failure becomes a row with its error."""
     sizes, device = _sizes(options), resolve_device(options.device)
     loaded = random_model(sizes.model, options.seed)
     parts: dict[str, Callable[[Key], Row]] = {
@@ -140,8 +142,8 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
 
 def _gptq(key: Key, device: torch.device) -> Row:
     defaults = QuantizationSettings(bits=4)
-    found: Row = gpu.gptq(key["outputs"], key["inputs"], defaults.group, defaults.damping, device)
-    return found
+    row: Row = gpu.gptq(key["outputs"], key["inputs"], defaults.group, defaults.damping, device)
+    return row
 
 
 def _engine(key: Key, loaded: LoadedModel, device: torch.device) -> Engine:
@@ -152,7 +154,7 @@ def _engine(key: Key, loaded: LoadedModel, device: torch.device) -> Engine:
 
 
 def _iteration(key: Key, loaded: LoadedModel, sizes: Sizes, device: torch.device) -> Row:
-    """An iteration as it is run and started from the host, and its forward and gradient."""
+    """Time an iteration as a CUDA graph and eagerly, and its forward and backward pass."""
     engine, live, count = _engine(key, loaded, device), key["live"], sizes.iterations
     runner = engine.runner
     seconds, graph = gpu.iterations(engine, runner, live, count)
@@ -180,7 +182,7 @@ def _fallbacks(engine: Engine) -> list[str]:
 def _inversion(
     key: Key, loaded: LoadedModel, sizes: Sizes, options: Options, device: torch.device
 ) -> Row:
-    """Seconds an image of a whole trajectory, extrapolated."""
+    """Measure seconds per image, extrapolated to a whole trajectory."""
     method = Method(key["method"])
     if key["implementation"] == "official":
         return _official(key, loaded, sizes, options)
@@ -193,7 +195,7 @@ def _inversion(
     )
     patches = loaded.vit.arch.grid.patches
     engine = Engine(loaded.vit, loaded.preprocessing, settings, device)
-    found = [
+    runs = [
         (stage, gpu.iterations(engine, engine.runner, stage.live, sizes.iterations, 1)[0])
         for stage in stages(settings, patches)
     ]
@@ -201,14 +203,14 @@ def _inversion(
     (unit,) = plan_units(short, patches)
     shorter = Engine(loaded.vit, loaded.preprocessing, short, device)
     outside = gpu.median_seconds(lambda: shorter.run(unit), device, 1) - gpu.WARMUP * sum(
-        seconds for _, seconds in found
+        seconds for _, seconds in runs
     )
-    total = max(0.0, outside) + sum(stage.length * seconds for stage, seconds in found)
+    total = max(0.0, outside) + sum(stage.length * seconds for stage, seconds in runs)
     return {
         "seconds_per_image": total / unit.images,
         "outside_seconds": outside,
         "stages": [
-            {"live": s.live, "length": s.length, "seconds_per_iteration": t} for s, t in found
+            {"live": s.live, "length": s.length, "seconds_per_iteration": t} for s, t in runs
         ],
         "fallbacks": _fallbacks(engine),
     }
@@ -231,11 +233,11 @@ def _official(key: Key, loaded: LoadedModel, sizes: Sizes, options: Options) -> 
 
 
 def _quantize(key: Key, sizes: Sizes, options: Options, results: Path) -> Row:
-    """Stages of ``dfq quantize`` with its defaults, images made anew; loading apart."""
+    """Time the stages of ``dfq quantize`` with its defaults and without cached images."""
     module = random_module(sizes.model, options.seed)
     results.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=results) as directory:
-        found = dfq.quantize(
+        result = dfq.quantize(
             module,
             bits=key["bits"],
             device=options.device,
@@ -245,7 +247,7 @@ def _quantize(key: Key, sizes: Sizes, options: Options, results: Path) -> Row:
             **sizes.quantize,
         )
     spent = {
-        name: getattr(found.seconds, name)
+        name: getattr(result.seconds, name)
         for name in ("load", "invert", "calibrate", "quantize", "evaluate", "total")
     }
     return {**spent, "without_loading": spent["total"] - spent["load"]}

@@ -1,4 +1,4 @@
-"""How inverted images differ: from DMI's, from real images' activations, among themselves."""
+"""Statistics of inverted images, compared with DMI, with real images and among themselves."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from calibration_bench.experiments.image_statistics.tables import statistics_tab
 from calibration_bench.measure import ours
 from calibration_bench.measure.features import network_input, real_input
 from calibration_bench.measure.methods import Method
-from calibration_bench.measure.quantized import Subject, about, check_inversion, load, scratch
+from calibration_bench.measure.quantized import ModelOptions, about, check_inversion, load, scratch
 from calibration_bench.measure.similarity import distances, input_moments, psnr, spearman, ssim
-from calibration_bench.measure.sources import OTHERS, RealImages, Source, make
+from calibration_bench.measure.sources import NOT_INVERTED, RealImages, Source, make
 from dfq import InversionSettings, LoadedModel, SparseImages
 from dfq.errors import SettingError
 from dfq.inversion import importance_of, make_objective, plan_units, seeded
@@ -29,38 +29,41 @@ MEASURES = ("attention", "gradient", "activation", "random")
 
 
 @dataclass(frozen=True)
-class Options(Subject):
-    """What ``run image-statistics`` takes."""
+class Options(ModelOptions):
+    """Options of ``run image-statistics``."""
 
-    methods: str = option("pri2,pri4,pri7", "PRI with its stages: compared with DMI.")
-    trajectories: int = option(8, "Of that comparison.")
-    snapshots: int = option(4, "Of DMI, between which rankings are compared.")
+    methods: str = option("pri2,pri4,pri7", "Variants of PRI to compare with DMI, patch by patch.")
+    trajectories: int = option(8, "Trajectories of that comparison.")
+    snapshots: int = option(4, "Snapshots of DMI between which rankings are compared.")
     sources: str = option(
-        "real,noise,uniform,fractal,dmi,smi,pri2,pri4,pri7", "Whose activations are compared."
+        "real,noise,uniform,fractal,dmi,smi,pri2,pri4,pri7",
+        "Sources whose activations are compared.",
     )
     real: str | None = option(
         None,
-        "Images for real: a folder or an .npz; left out: those of --data beyond the first --limit.",
+        "Images of the source real: a folder or .npz; by default those of --data after --limit.",
     )
-    images: int = option(16, "Of each source.")
-    iterations: int = option(InversionSettings().iterations, "Of a trajectory.")
-    limit: int | None = option(256, "The real images compared with: the first so many of --data.")
+    images: int = option(16, "Images of each source.")
+    iterations: int = option(InversionSettings().iterations, "Iterations of a trajectory.")
+    limit: int | None = option(256, "Number of real images to compare with, the first of --data.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
-    """Seed by seed: a row for each source, each method, and DMI's rankings."""
+    """Return the keys by seed: each method, DMI's rankings, and each source."""
     for name in ("limit", "trajectories", "snapshots", "images"):
         at_least(getattr(options, name), 1, f"--{name}")
     methods = [Method(name) for name in words(options.methods, "--methods")]
     if not all(method.name.startswith("pri") for method in methods):
-        raise SettingError("--methods are compared with DMI patch by patch; give PRI's alone.")
+        raise SettingError(
+            "--methods are compared with DMI patch by patch; give variants of PRI alone."
+        )
     sources = [Source(name) for name in words(options.sources, "--sources")]
     if any(source.augmented for source in sources):
-        raise SettingError("--sources are compared alone; leave +coverage out.")
+        raise SettingError("--sources are compared without augmentation; leave +coverage out.")
     deepest = max([options.snapshots, *(method.images for method in methods)])
     if options.iterations < deepest:
-        raise SettingError(f"--iterations is {options.iterations}; at least {deepest} are needed.")
-    bench.notes.note(f"reading {options.model} and {options.data}")
+        raise SettingError(f"--iterations is {options.iterations}; it must be at least {deepest}.")
+    bench.notes.note(f"loading {options.model} and {options.data}")
     loaded, tested = load(options)
     shared = about(options, loaded, tested)
     seeds = numbers(options.seeds, "--seeds")
@@ -86,7 +89,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
                 "source": source.name,
                 "real": real.get(seed) if source.name == "real" else None,
                 "images": options.images,
-                "iterations": 0 if source.name in OTHERS else options.iterations,
+                "iterations": 0 if source.name in NOT_INVERTED else options.iterations,
                 "seed": seed,
             }
             for source in sources
@@ -99,7 +102,7 @@ def _real(options: Options) -> RealImages:
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
-    """Row by row; real images' statistics are taken once."""
+    """Measure row by row; the statistics of real images are computed once."""
     torch.set_num_threads(options.threads or torch.get_num_threads())
     loaded, data = load(options)
     reference, real = None, None
@@ -122,8 +125,8 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
                 made = make(options, loaded, real, key, Path(directory) / "images")
                 dataset = dfq.SparseImageDataset(made.path)
                 inputs = ((network_input(loaded, b), b.positions) for b in dataset.batches(8))
-                found = input_moments(loaded.vit, inputs)
-            row = {"layers": {n: distances(found[n], reference[n]) for n in reference}}
+                moments = input_moments(loaded.vit, inputs)
+            row = {"layers": {n: distances(moments[n], reference[n]) for n in reference}}
         yield Measured(key, row)
 
 
@@ -146,7 +149,7 @@ def _dmi(loaded: LoadedModel, key: Key, snapshots: int) -> list[list[SparseImage
 
 
 def _fidelity(loaded: LoadedModel, key: Key) -> Row:
-    """Kept patches against DMI's at the same place: when they left, and at the end."""
+    """Compare kept patches with DMI's at the same positions, at that iteration and at the end."""
     v = Method(key["source"]).images
     pri = ours.images(loaded, _settings(key, stages=v, images=key["trajectories"] * v))
     dmi = _dmi(loaded, key, v)
@@ -172,13 +175,13 @@ def _fidelity(loaded: LoadedModel, key: Key) -> Row:
 
 
 def _at(whole: SparseImages, part: SparseImages) -> Tensor:
-    """The patches of whole images at the positions of sparse ones."""
+    """Return the patches of whole images at the positions of sparse images."""
     index = part.positions[..., None].expand_as(part.patches)
     return whole.patches.gather(1, index)
 
 
 def _ranking(loaded: LoadedModel, key: Key) -> Row:
-    """Rank correlation of importance over DMI's snapshots and over measures."""
+    """Compute rank correlations of importance between DMI's snapshots and between measures."""
     settings = _settings(key, method="dmi", images=key["trajectories"])
     units = _dmi(loaded, key, key["snapshots"])
     firsts = plan_units(settings, loaded.vit.arch.grid.patches)
@@ -208,17 +211,19 @@ def _importance(
     x = network_input(loaded, images)
     objective = make_objective(loaded.vit.arch, seed, first, len(images))
     generator = seeded(seed, "ranking", first)
-    found: dict[str, Tensor] = {}
+    importances: dict[str, Tensor] = {}
     for measure in MEASURES:
         given: Any = measure
-        found[measure] = importance_of(given, loaded.vit, x, images.positions, objective, generator)
-    return found
+        importances[measure] = importance_of(
+            given, loaded.vit, x, images.positions, objective, generator
+        )
+    return importances
 
 
 def _mean(a: Tensor, b: Tensor) -> float | None:
-    """Mean rank correlation of the rows of two tables."""
-    found = [spearman(x, y) for x, y in zip(a, b, strict=True)]
-    known = [value for value in found if value is not None]
+    """Return the mean rank correlation of the rows of two tables."""
+    correlations = [spearman(x, y) for x, y in zip(a, b, strict=True)]
+    known = [value for value in correlations if value is not None]
     return sum(known) / len(known) if known else None
 
 

@@ -1,4 +1,4 @@
-"""Tables of how inverted images differ."""
+"""Tables of ``image-statistics``."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ RANKING_NOTE = (
 
 
 def statistics_tables(rows: list[Row]) -> list[Table]:
-    """For each model: likeness to DMI, to real activations, and of rankings."""
-    found: list[Table] = []
+    """Return tables of similarity to DMI and to real images, and of rankings, for each model."""
+    tables: list[Table] = []
     for values, same in groups(rows, *ABOUT).items():
         about = dict(zip(ABOUT, values, strict=True))
         title = f"{about['model']}, {about['test_images']} real images of {about['data']}"
@@ -72,12 +72,12 @@ def statistics_tables(rows: list[Row]) -> list[Table]:
         activations = _activations(kinds.get(("activations",), []))
         rankings = _rankings(kinds.get(("ranking",), []))
         columns = {"pair": "rankings compared", "seeds": "seeds", "value": "Spearman"}
-        found += [
+        tables += [
             Table(f"Kept patches against DMI: {about['model']}", FIDELITY, fidelity, FIDELITY_NOTE),
             Table(f"Activations: {title}", ACTIVATIONS, activations, ACTIVATIONS_NOTE),
             Table(f"Stability of importance: {about['model']}", columns, rankings, RANKING_NOTE),
         ]
-    return found
+    return tables
 
 
 def _name(row: Row) -> str:
@@ -90,7 +90,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _fidelity(rows: list[Row]) -> list[Row]:
-    found: list[Row] = []
+    averaged: list[Row] = []
     for same in groups(rows, "source", "iterations", "trajectories").values():
         of = len(same[0]["stages"])
         for number in range(of):
@@ -101,7 +101,7 @@ def _fidelity(rows: list[Row]) -> list[Row]:
             }
             if all(stage["identical"] for stage in stages):
                 row["psnr_then"] = "identical"
-            found.append(
+            averaged.append(
                 {
                     **row,
                     "source": _name(same[0]),
@@ -110,11 +110,11 @@ def _fidelity(rows: list[Row]) -> list[Row]:
                     "seeds": len(same),
                 }
             )
-    return found
+    return averaged
 
 
 def _activations(rows: list[Row]) -> list[Row]:
-    found: list[Row] = []
+    averaged: list[Row] = []
     for same in groups(by_file(rows), "source", "iterations", "images", "real").values():
         names = list(same[0]["layers"])
         means = {
@@ -123,7 +123,7 @@ def _activations(rows: list[Row]) -> list[Row]:
         }
         row: Row = {figure: statistics.mean(means[figure].values()) for figure in means}
         worst = max(names, key=means["mean"].__getitem__)
-        found.append(
+        averaged.append(
             {
                 **row,
                 "outside": 100 * row["outside"],
@@ -133,28 +133,28 @@ def _activations(rows: list[Row]) -> list[Row]:
                 "worst": f"block {int(worst.split('.')[0]) + 1}, {worst.split('.', 1)[1]}",
             }
         )
-    return sorted(found, key=lambda row: float(row["mean"]))
+    return sorted(averaged, key=lambda row: float(row["mean"]))
 
 
 def _rankings(rows: list[Row]) -> list[Row]:
-    found: list[Row] = []
+    correlations: list[Row] = []
     for same in groups(rows, "iterations", "trajectories", "snapshots").values():
         count, total = len(same[0]["over_time"]), same[0]["iterations"]
         for number in range(count - 1):
             at = round((number + 1) * total / count)
             value = _mean(row["over_time"][number] for row in same)
             pair = f"attention after {at} iterations, after {total}"
-            found.append({"pair": pair, "seeds": len(same), "value": value})
+            correlations.append({"pair": pair, "seeds": len(same), "value": value})
         for pair in same[0]["measures"]:
             value = _mean(row["measures"][pair] for row in same)
-            found.append({"pair": f"by {pair}", "seeds": len(same), "value": value})
+            correlations.append({"pair": f"by {pair}", "seeds": len(same), "value": value})
         for pair, value in _between_seeds(same).items():
-            found.append({"pair": pair, "seeds": len(same), "value": value})
-    return found
+            correlations.append({"pair": pair, "seeds": len(same), "value": value})
+    return correlations
 
 
 def _between_seeds(rows: list[Row]) -> dict[str, float | None]:
-    """Rank correlation of attention between trajectories of different seeds."""
+    """Return the rank correlation of attention between trajectories of different seeds."""
     values: dict[bool, list[float | None]] = {True: [], False: []}
     for a, b in combinations(rows, 2):
         for label, x in zip(a["labels"], a["attention"], strict=True):

@@ -1,8 +1,7 @@
-"""How far an iteration is from the best this processor could do, and where the rest goes.
+"""Lower bound of the time of an iteration on this processor, and the measured time.
 
-The best possible: every matrix product that an iteration needs at the rate at which that
-shape runs alone, repeated, with nothing between; and no less than the time in which the
-weights and pixels come from memory.
+The bound: every matrix product of an iteration at the rate that its shape reaches when it is
+repeated alone, and at least the time to read the weights and pixels from memory.
 """
 
 from __future__ import annotations
@@ -32,24 +31,28 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Options:
-    """What ``run inversion-floor`` takes."""
+    """Options of ``run inversion-floor``."""
 
-    models: str = option(MODELS, "timm names, NAME@SIDE for another input size; random weights.")
-    methods: str = option("pri4,smi", "Methods whose stages are looked at.")
-    unit_size: int = option(InversionSettings().unit_size, "Trajectories at once.")
-    precision: str = option("auto", "Of the engine: auto, float32 or bfloat16.")
-    iterations_per_stage: int = option(8, "Timed, and again profiled, with the warm-up.")
-    warmup: int = option(2, "First iterations of each stage that do not count.")
-    seconds_per_shape: float = option(0.3, "Spent on the rate of each shape of a product.")
-    threads: int | None = option(None, "Threads; left out: torch's.")
-    seed: int = option(0, "Of weights, noise and jitter.")
+    models: str = option(MODELS, "timm models with random weights; NAME@SIDE sets the image size.")
+    methods: str = option("pri4,smi", "Methods whose stages are measured.")
+    unit_size: int = option(InversionSettings().unit_size, "Trajectories optimized at once.")
+    precision: str = option("auto", "Precision of inversion: auto, float32 or bfloat16.")
+    iterations_per_stage: int = option(
+        8, "Iterations per stage, timed once and profiled once, including the warm-up."
+    )
+    warmup: int = option(2, "Untimed first iterations of each stage.")
+    seconds_per_shape: float = option(
+        0.3, "Seconds to measure the rate of each shape of a matrix product."
+    )
+    threads: int | None = option(None, "CPU threads; by default PyTorch's number.")
+    seed: int = option(0, "Seed of weights, noise and jitter.")
 
 
 def plan(options: Options, _: Bench) -> list[Key]:
-    """One key for each model, method and stage."""
+    """Return a key for each model, method and stage."""
     at_least(options.iterations_per_stage, options.warmup + 1, "--iterations-per-stage")
     if options.precision == "int8":
-        raise SettingError("--precision is int8; the floor is known for float32 and bfloat16.")
+        raise SettingError("--precision is int8; the bound is known for float32 and bfloat16 only.")
     return [
         {
             "model": model,
@@ -69,9 +72,9 @@ def plan(options: Options, _: Bench) -> list[Key]:
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
-    """The processor first, then the stages of each model and method."""
+    """Measure the processor first, then the stages of each model and method."""
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    bench.notes.note("rates of the processor")
+    bench.notes.note("measuring the processor")
     processor = _processor(options.seconds_per_shape)
     for model in dict.fromkeys(key["model"] for key in missing):
         loaded = random_model(model, options.seed)
@@ -83,7 +86,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
 
 
 def _processor(budget: float) -> Row:
-    """The best rates in TFLOP/s, and a copy's in GB/s."""
+    """Return the highest rates of matrix products in TFLOP/s, and of copies in GB/s."""
     rates = {f"best_tflops_{n}": best_rate(t, 4 * budget) / 1e12 for n, t in TYPES.items()}
     return {**rates, "copy_gb_per_second": copy_rate(4 * budget) / 1e9}
 
@@ -100,13 +103,13 @@ def _stages(
         at = key["stage"]
         floor = _floor(loaded, live[at], key, options.seconds_per_shape, processor)
         achieved = timed.seconds()[at]
-        found = {
+        timing = {
             "achieved_seconds": achieved,
             "achieved_over_possible": achieved / floor["possible_seconds"],
             "achieved_tflops": floor["operations"] / achieved / 1e12,
             "shares": where[at],
         }
-        yield Measured(key, {**processor, **floor, **found})
+        yield Measured(key, {**processor, **floor, **timing})
 
 
 def _settings(key: Key) -> InversionSettings:
@@ -118,7 +121,7 @@ def _settings(key: Key) -> InversionSettings:
 
 
 def _floor(loaded: LoadedModel, live: int, key: Key, budget: float, processor: Row) -> Row:
-    """Operations, bytes, and the time in seconds below which an iteration cannot be."""
+    """Return operations, bytes, and the lower bound of an iteration in seconds."""
     arch, batch, precision = loaded.vit.arch, key["batch"], key["precision"]
     needed = products(arch, live, batch)
     alone = {f"matmul_seconds_{n}": product_seconds(needed, t, budget) for n, t in TYPES.items()}

@@ -1,7 +1,7 @@
-"""What calibration on inverted images is worth, over the effort of inverting them.
+"""Accuracy after calibration on inverted images, over the number of iterations.
 
-Every method is swept over iterations and seeds; the summary is each method's knee: the
-least time whose accuracy is as good as the method's best.
+Every method is swept over iterations and seeds and summarized by its knee: the shortest time whose
+accuracy is about as good as the method's best.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from calibration_bench.measure.methods import Method
 from calibration_bench.measure.quantized import (
     FLOATS,
     REDUCE_RANGE,
-    Tested,
+    CalibrationOptions,
     about,
     invert,
     load,
@@ -34,26 +34,30 @@ from dfq.errors import SettingError
 
 
 @dataclass(frozen=True)
-class Options(Tested):
-    """What ``run inversion-quality`` takes."""
+class Options(CalibrationOptions):
+    """Options of ``run inversion-quality``."""
 
-    methods: str = option("dmi,smi,pri4", "Methods: also pri2, pri7, ..., and noise.")
-    iterations: str = option("8,24,48", "Iterations of a trajectory to try.")
-    bits: int = option(4, "Of the weights: 4 or 8.")
+    methods: str = option(
+        "dmi,smi,pri4", "Inversion methods: dmi, smi, pri4 (with any number of stages), noise."
+    )
+    iterations: str = option("8,24,48", "Numbers of iterations of a trajectory.")
+    bits: int = option(4, "Bits of the weights, 4 or 8.")
     reduce_range: bool = option(QuantizationSettings().reduce_range, REDUCE_RANGE)
-    limit: int | None = option(256, "Test on the first so many images only.")
+    limit: int | None = option(256, "Number of test images, the first of --data.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
-    """Seed by seed and effort by effort over the methods, so that they take turns."""
+    """Return the keys by seed and iterations over the methods, so that these take turns."""
     at_least(options.limit, 1, "--limit")
     methods = [Method(name) for name in words(options.methods, "--methods")]
     efforts = numbers(options.iterations, "--iterations", 1)
     seeds = numbers(options.seeds, "--seeds")
     deepest = max(method.images for method in methods)
     if min(efforts) < deepest:
-        raise SettingError(f"--iterations has {min(efforts)}; --methods need at least {deepest}.")
-    bench.notes.note(f"reading {options.model} and {options.data}")
+        raise SettingError(
+            f"--iterations has {min(efforts)}; these --methods need at least {deepest}."
+        )
+    bench.notes.note(f"loading {options.model} and {options.data}")
     shared = {
         **about(options, *load(options)),
         "bits": options.bits,
@@ -81,12 +85,12 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
         with tempfile.TemporaryDirectory(dir=scratch(bench)) as directory:
             place = Path(directory)
             made = invert(options, method, key, iterations=effort, seed=seed, out=place / "images")
-            found = quantize(options, made.path, settings, place, reference, images=options.images)
+            row = quantize(options, made.path, settings, place, reference, images=options.images)
         times = {
             "invert_seconds": made.seconds,
             "seconds_per_image": made.seconds / made.images,
         }
-        yield Measured(key, {**times, **found})
+        yield Measured(key, {**times, **row})
 
 
 EXPERIMENT = Experiment(Options, plan, measure, quality_tables, quality_plots)

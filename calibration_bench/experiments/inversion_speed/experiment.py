@@ -1,8 +1,8 @@
-"""Seconds and memory an image, dfq beside the official code of SMI.
+"""Time and memory per image of dfq and of the official code of SMI.
 
-Every implementation and method runs a short unit of work in turn, round after round, so
-that a machine that slows down slows all of them.  What a whole run would take follows
-from the median iteration of each stage and the real lengths of the stages.
+In every round each implementation and method does a short run, so that a slower machine affects
+all of them.  A full run is extrapolated from the median iteration of each stage and the lengths
+of its stages.
 """
 
 from __future__ import annotations
@@ -36,42 +36,50 @@ IMPLEMENTATIONS = ("dfq", "official", "official-frozen")
 
 @dataclass(frozen=True)
 class Options:
-    """What ``run inversion-speed`` takes."""
+    """Options of ``run inversion-speed``."""
 
     models: str = option(
-        "vit_base_patch16_224,deit_small_patch16_224", "timm names, with random weights."
+        "vit_base_patch16_224,deit_small_patch16_224", "timm models with random weights."
     )
-    methods: str = option("dmi,smi,pri2,pri4,pri7", "Methods of dfq; official has dmi and smi.")
-    implementations: str = option(",".join(IMPLEMENTATIONS), "Which to measure.")
-    official: Path | None = option(None, "Checkout of Egg-Hu/SMI; without it only dfq runs.")
-    official_batch: int = option(8, "Images at once of the official code.")
-    unit_size: int = option(InversionSettings().unit_size, "Trajectories at once of dfq.")
+    methods: str = option(
+        "dmi,smi,pri2,pri4,pri7", "Inversion methods; the official code has dmi and smi."
+    )
+    implementations: str = option(",".join(IMPLEMENTATIONS), "Implementations to measure.")
+    official: Path | None = option(None, "Checkout of Egg-Hu/SMI; without it only dfq is measured.")
+    official_batch: int = option(8, "Batch size of the official code.")
+    unit_size: int = option(
+        InversionSettings().unit_size, "Trajectories that dfq optimizes at once."
+    )
     precision: str = option(
-        "auto", "Of dfq: auto, float32, bfloat16, int8, or several; official is float32."
+        "auto", "Precisions of dfq: auto, float32, bfloat16, int8; the official code has float32."
     )
-    iterations: int = option(4000, "Iterations of a trajectory that is extrapolated to.")
-    iterations_per_stage: int = option(12, "Timed in every round, with the warm-up.")
-    warmup: int = option(2, "First iterations of each stage that do not count.")
-    rounds: int = option(2, "How often each is run.")
-    memory: bool = option(True, "Measure peak memory too.")
-    threads: int | None = option(None, "Threads; left out: torch's.")
-    device: str = option("cpu", "cpu, cuda, ...")
-    seed: int = option(0, "Of weights, noise and jitter.")
+    iterations: int = option(4000, "Iterations of the full run that is extrapolated to.")
+    iterations_per_stage: int = option(
+        12, "Iterations per stage in every round, including the warm-up."
+    )
+    warmup: int = option(2, "Untimed first iterations of each stage.")
+    rounds: int = option(2, "Number of rounds.")
+    memory: bool = option(True, "Also measure peak memory.")
+    threads: int | None = option(None, "CPU threads; by default PyTorch's number.")
+    device: str = option("cpu", "Device: cpu, cuda, ...")
+    seed: int = option(0, "Seed of weights, noise and jitter.")
     check_extrapolation: bool = option(
-        False, "Only compare prediction and reality, on whole short runs."
+        False, "Only compare extrapolated with measured times, on full runs of few iterations."
     )
-    check_models: str = option("deit_small_patch16_224", "Models of that comparison.")
+    check_models: str = option(
+        "deit_small_patch16_224", "Models of that comparison, with random weights."
+    )
     check_iterations: str = option("200", "Iterations of the runs of that comparison.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
-    """One key for each model, implementation and method."""
+    """Return a key for each model, implementation, precision and method."""
     at_least(options.iterations_per_stage, options.warmup + 1, "--iterations-per-stage")
     at_least(options.rounds, 1, "--rounds")
     at_least(options.official_batch, 1, "--official-batch")
     implementations = words(options.implementations, "--implementations", IMPLEMENTATIONS)
     if options.official is None and implementations != ["dfq"]:
-        bench.notes.note("Without --official DIR the rows of the official code are left out.")
+        bench.notes.note("No --official DIR: rows of the official code are left out.")
         implementations = [i for i in implementations if i == "dfq"]
     methods = [Method(name) for name in words(options.methods, "--methods")]
     if options.check_extrapolation:
@@ -87,7 +95,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
 
 
 def _precisions(options: Options, implementation: str) -> list[str]:
-    """Those of an implementation, resolved; the official code has one."""
+    """Return the resolved precisions of an implementation; the official code has one."""
     if implementation != "dfq":
         return ["float32"]
     device = resolve_device(options.device)
@@ -143,7 +151,7 @@ def _key(
 
 
 class Contender:
-    """One implementation of one method on one model."""
+    """Implementation of a method on a model, measured by short runs."""
 
     def __init__(self, key: Key, loaded: LoadedModel, official: Official | None) -> None:
         self.key, self.loaded, self.official = key, loaded, official
@@ -156,7 +164,7 @@ class Contender:
             threads=key["threads"],
             seed=key["seed"],
         )
-        self.found = Stages(key["warmup"])
+        self.runs = Stages(key["warmup"])
 
     @property
     def name(self) -> str:
@@ -165,7 +173,7 @@ class Contender:
 
     @property
     def images(self) -> int:
-        """Images of a run."""
+        """Number of images of a run."""
         return int(self.key["batch"]) * self.method.images
 
     def stages(self) -> list[Stage]:
@@ -182,38 +190,38 @@ class Contender:
         return self.official.run(settings, frozen=frozen)
 
     def short(self) -> None:
-        """One more short run."""
+        """Do one more short run."""
         settings = self.method.short(self.settings, self.key["iterations_per_stage"])
-        self.found.traces.append(self.run(settings))
+        self.runs.traces.append(self.run(settings))
 
     def row(self) -> Row:
-        """What the short runs so far say about a whole one."""
-        real, seconds = self.stages(), self.found.seconds()
-        total = self.found.predict([stage.length for stage in real])
+        """Return the row of a full run, extrapolated from the short runs so far."""
+        real, seconds = self.stages(), self.runs.seconds()
+        total = self.runs.predict([stage.length for stage in real])
         batch, arch = self.key["batch"], self.loaded.vit.arch
         done = sum(stage.length * operations(arch, stage.live, batch) for stage in real)
         return {
             "seconds_per_image": total / self.images,
             "peak_memory_mb": None,
             "images_per_trajectory": self.method.images,
-            "overhead_seconds_per_image": self.found.overhead() / self.images,
+            "overhead_seconds_per_image": self.runs.overhead() / self.images,
             "stages": [
                 {"live": s.live, "length": s.length, "seconds_per_iteration": t}
                 for s, t in zip(real, seconds, strict=True)
             ],
-            "rounds_done": len(self.found.traces),
-            "timed_per_stage": self.found.timed(),
-            "spread": self.found.spread(),
+            "rounds_done": len(self.runs.traces),
+            "timed_per_stage": self.runs.timed(),
+            "spread": self.runs.spread(),
             "tflops": done / total / 1e12,
             "extrapolation": (
-                f"{self.key['iterations']} iterations at the median of {self.found.timed()} of "
+                f"{self.key['iterations']} iterations at the median of {self.runs.timed()} of "
                 f"each stage, plus start, selection and assembly once; batch {batch}"
             ),
         }
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
-    """Model by model: rounds over all contenders, then the memory of each."""
+    """Measure model by model: rounds over all contenders, then the memory of each."""
     torch.set_num_threads(options.threads or torch.get_num_threads())
     for model in dict.fromkeys(key["model"] for key in missing):
         contenders = _contenders(options, [key for key in missing if key["model"] == model], bench)
@@ -254,7 +262,7 @@ def _race(contenders: list[Contender], options: Options, bench: Bench) -> Iterat
 
 
 def _peak(contender: Contender, options: Options) -> Row:
-    """Memory of 32 images in one pass; where that fails, why."""
+    """Measure the peak memory of 32 images in one pass; on failure return the reason."""
     where = {"images": IMAGES, "official": str(options.official)}
     try:
         return memory.peak({**contender.key, **where})
@@ -263,7 +271,7 @@ def _peak(contender: Contender, options: Options) -> Row:
 
 
 def _check(contenders: list[Contender], rounds: int, bench: Bench) -> Iterator[Measured]:
-    """Short runs before and after a whole one, so that a drift hits both."""
+    """Compare a full run with short runs before and after it, so that drift affects both."""
     for contender in contenders:
         bench.notes.note(f"check: {contender.name}, {contender.key['iterations']} iterations")
         for _ in range(rounds):
@@ -277,7 +285,7 @@ def _check(contenders: list[Contender], rounds: int, bench: Bench) -> Iterator[M
             "predicted_seconds_per_image": predicted,
             "actual_seconds_per_image": actual / contender.images,
             "error": predicted * contender.images / actual - 1,
-            "spread": contender.found.spread(),
+            "spread": contender.runs.spread(),
         }
         yield Measured(contender.key, row)
 

@@ -1,8 +1,8 @@
-"""What images teach a student: distillation by source of the images.
+"""Distillation by source of the images.
 
-``count``: as many images of every method.  ``time``: as many as the same seconds of inversion
-yield.  ``class``: images of one class only; what of the others does the student learn?
-(arXiv 2509.23235, section 4.3.)
+``count``: equal numbers of images of every method.  ``time``: equal seconds of inversion.
+``class``: images of one class only, and the accuracy on the others (arXiv 2509.23235,
+section 4.3).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from calibration_bench.measure.methods import Method
 from calibration_bench.measure.quantized import (
     FLOATS,
     Made,
-    Subject,
+    ModelOptions,
     about,
     check_inversion,
     inversion,
@@ -37,51 +37,58 @@ from dfq import DistillationSettings, DistillResult
 from dfq.errors import SettingError
 
 COMPARISONS = ("count", "time", "class")
-LONGEST = 1e6
+MAX_BUDGET = 1e6
+"""Largest ``--budget`` in seconds."""
 
-PLAIN: dict[str, Any] = {"smooth": (), "fractal": 0}
+NO_AUGMENTATION: dict[str, Any] = {"smooth": (), "fractal": 0}
 
 
 @dataclass(frozen=True)
-class Options(Subject):
-    """What ``run knowledge-transfer`` takes."""
+class Options(ModelOptions):
+    """Options of ``run knowledge-transfer``."""
 
-    comparisons: str = option(",".join(COMPARISONS), "count, time, class.")
+    comparisons: str = option(",".join(COMPARISONS), "Comparisons: count, time, class.")
     sources: str = option(
-        "dmi,smi,pri4,noise", "Images to train on: also pri2, ...; each also with +coverage."
+        "dmi,smi,pri4,noise",
+        "Sources of the training images: real, noise, uniform, fractal, dmi, smi, pri4, ...; "
+        "each also as NAME+coverage, with dfq's augmentation.",
     )
-    class_sources: str = option("dmi,pri4", "Those of the comparison class; real joins them.")
+    class_sources: str = option(
+        "dmi,pri4", "Sources of the comparison class; with --real also real."
+    )
     real: str | None = option(
-        None, "Labeled training images, a folder or an .npz, as a further source."
+        None, "Labeled training images for the source real: a folder or .npz."
     )
-    images: int = option(32, "Images of the comparisons count and class.")
-    budget: float = option(2.0, "Seconds of inversion of the comparison time.")
-    one_class: int = option(0, "The class of the comparison class.")
-    iterations: int = option(24, "Of inversion.")
-    student: str | None = option(None, "timm's name of the student; left out: the teacher's.")
+    images: int = option(32, "Number of images in the comparisons count and class.")
+    budget: float = option(2.0, "Seconds of inversion in the comparison time.")
+    one_class: int = option(0, "Index of the class in the comparison class.")
+    iterations: int = option(24, "Iterations of a trajectory.")
+    student: str | None = option(
+        None, "timm's name of the student; by default the teacher's model."
+    )
     depth: int | None = option(2, "Blocks of the student.")
-    width: int | None = option(None, "Its embedding width.")
-    heads: int | None = option(None, "Its attention heads.")
-    start: str = option("auto", "Weights it begins with: teacher, random, auto.")
-    steps: int = option(50, "Of training.")
-    batch: int = option(32, "Images of a step.")
-    limit: int | None = option(256, "Test on the first so many images only.")
+    width: int | None = option(None, "Embedding width of the student.")
+    heads: int | None = option(None, "Attention heads of the student.")
+    start: str = option("auto", "Initialization of the student: teacher, random or auto.")
+    steps: int = option(50, "Training steps.")
+    batch: int = option(32, "Batch size of training.")
+    limit: int | None = option(256, "Number of test images, the first of --data.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
-    """Seed by seed and comparison by comparison over the sources, so that they take turns."""
+    """Return the keys by seed and comparison over the sources, so that these take turns."""
     for value, flag in ((options.images, "--images"), (options.iterations, "--iterations")):
         at_least(value, 1, flag)
     at_least(options.limit, 1, "--limit")
     for name in ("depth", "width", "heads"):
         if getattr(options, name) is not None:
             at_least(getattr(options, name), 1, f"--{name}")
-    if not 0 < options.budget <= LONGEST:
+    if not 0 < options.budget <= MAX_BUDGET:
         raise SettingError(
-            f"--budget is {options.budget}; it must be above 0 and at most {LONGEST:g} seconds."
+            f"--budget is {options.budget}; it must be above 0 and at most {MAX_BUDGET:g} seconds."
         )
     comparisons = words(options.comparisons, "--comparisons", COMPARISONS)
-    bench.notes.note(f"reading {options.model} and {options.data}")
+    bench.notes.note(f"loading {options.model} and {options.data}")
     shared = {**about(options, *load(options)), **_student(options)}
     return [
         {**shared, **part, "seed": seed}
@@ -92,7 +99,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
 
 
 def _student(options: Options) -> Key:
-    """What every student of a run is, and how it is trained."""
+    """Return the part of the keys about the student's architecture and training."""
     start = cast(Any, options.start)
     plan = DistillationSettings(steps=options.steps, batch=options.batch, start=start)
     names = ("student", "depth", "width", "heads", "start")
@@ -100,7 +107,7 @@ def _student(options: Options) -> Key:
 
 
 def _parts(options: Options, comparison: str, shared: Key, seed: int) -> Iterator[Key]:
-    """What tells the rows of a comparison apart, source by source."""
+    """Yield the part of the keys about a comparison, source by source."""
     one = comparison == "class"
     flag = "--class-sources" if one else "--sources"
     given = words(options.class_sources if one else options.sources, flag)
@@ -112,9 +119,11 @@ def _parts(options: Options, comparison: str, shared: Key, seed: int) -> Iterato
         if source.base in ("real", "noise", "uniform", "fractal") and comparison == "time":
             continue
         if source.base == "real" and options.real is None:
-            raise SettingError(f"{flag} has real; name the images with --real.")
+            raise SettingError(f"{flag} has the source real; give its images with --real.")
         if source.base in ("noise", "uniform", "fractal") and one:
-            raise SettingError(f"{flag} has {source.name!r}, whose images are of no class.")
+            raise SettingError(
+                f"{flag} has {source.name!r}, whose images have no labels. Leave it out."
+            )
         real = None
         if source.base == "real":
             tested = load(options)[1]
@@ -138,7 +147,7 @@ def _classes(one: int | None) -> list[int]:
 def _check_class(options: Options, classes: list[int]) -> None:
     known = load(options)[0].vit.arch.num_classes
     if any(not 0 <= c < known for c in classes):
-        raise SettingError(f"--one-class is {classes[0]}; the model's are 0 to {known - 1}.")
+        raise SettingError(f"--one-class is {classes[0]}; the model has classes 0 to {known - 1}.")
 
 
 def _real(options: Options, classes: list[int]) -> RealImages:
@@ -146,7 +155,7 @@ def _real(options: Options, classes: list[int]) -> RealImages:
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
-    """Make images, train a student on them, and ask it the test images."""
+    """Make images, train a student on them, and evaluate it on the test images."""
     torch.set_num_threads(options.threads or torch.get_num_threads())
     loaded, data = load(options)
     bench.notes.note(f"teacher on {len(data)} images")
@@ -159,7 +168,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
             made, count, effort = _images(options, key, Path(directory))
             result = _distill(options, key, made.path, count, Path(directory))
             student = dfq.load_model(result.path)
-            found = logits(student.vit.eval(), data, student.preprocessing)
+            outputs = logits(student.vit.eval(), data, student.preprocessing)
         cost = {"invert_seconds": made.seconds, "dataset_bytes": made.bytes, **effort}
         trained = {
             "made": count,
@@ -174,14 +183,14 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
             {
                 **cost,
                 **trained,
-                **compare(found, reference, labels),
-                **_by_class(found, reference, labels, key["one_class"]),
+                **compare(outputs, reference, labels),
+                **_by_class(outputs, reference, labels, key["one_class"]),
             },
         )
 
 
 def _images(options: Options, key: Key, place: Path) -> tuple[Made, int, Row]:
-    """The images of a key, their number, and how it was found."""
+    """Make the images of a key; return them with their number and the measured unit of work."""
     key = {**key, "classes": _classes(key["one_class"])}
     real = _real(options, key["classes"]) if key["real"] else None
     count, effort = key["images"], {}
@@ -194,7 +203,7 @@ def _images(options: Options, key: Key, place: Path) -> tuple[Made, int, Row]:
 
 
 def _unit(options: Options, key: Key, place: Path) -> tuple[int, float]:
-    """Images of one unit of work, and its seconds; one before it is not timed."""
+    """Return the number of images of a unit of work and its seconds, after an untimed one."""
     method = Method(Source(key["source"]).base)
     one = {**key, "images": method.images}
     settings = inversion(method, one, iterations=key["iterations"], seed=key["seed"])
@@ -207,9 +216,9 @@ def _unit(options: Options, key: Key, place: Path) -> tuple[int, float]:
 
 
 def _distill(options: Options, key: Key, data: str, count: int, place: Path) -> DistillResult:
-    """A student of the images in ``data``, with dfq's settings but the run's own."""
+    """Train a student on the images in ``data``."""
     training = {"steps": key["steps"], "batch": key["batch"], "seed": key["seed"]}
-    added: dict[str, Any] = {} if Source(key["source"]).augmented else PLAIN
+    added: dict[str, Any] = {} if Source(key["source"]).augmented else NO_AUGMENTATION
     return dfq.distill(
         options.model,
         student=key["student"],
@@ -227,14 +236,14 @@ def _distill(options: Options, key: Key, data: str, count: int, place: Path) -> 
 
 
 def _by_class(
-    found: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, one: int | None
+    outputs: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, one: int | None
 ) -> Row:
-    """Accuracy on the images' class and on the others, of student and teacher, and how many
-    of the others the student names at all and rightly."""
+    """Return accuracies of student and teacher on the images' class and on the others, and the
+    number of other classes with a correct prediction of the student."""
     if one is None:
         return {}
     own = labels == one
-    top, teacher = found.argmax(-1), reference.argmax(-1)
+    top, teacher = outputs.argmax(-1), reference.argmax(-1)
     right = top == labels
     return {
         "own_accuracy": _share(right[own]),

@@ -1,4 +1,4 @@
-"""Tables of what students have learned, by source of their images."""
+"""Tables of ``knowledge-transfer``."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ NOTES = {
 
 
 def transfer_tables(rows: list[Row]) -> list[Table]:
-    """For each comparison, model and student a row for every source."""
+    """Return tables for each comparison, model and student, with a row for every source."""
     return [
         _table(dict(zip(ABOUT, values, strict=True)), same)
         for values, same in groups(rows, *ABOUT).items()
@@ -91,14 +91,14 @@ def _student(about: dict[str, Any]) -> str:
 
 
 def _mean(rows: list[Row]) -> Row:
-    """Means over seeds, in percent where they are shares; spreads are standard deviations."""
+    """Return means over seeds, shares in percent, with standard deviations."""
     numeric = {*COLUMNS, *TIMED, *ONE_CLASS} - {"source", "iterations", "seeds"}
-    found: Row = {n: rows[0][n] for n in ("source", "iterations")} | {"seeds": len(rows)}
+    means: Row = {n: rows[0][n] for n in ("source", "iterations")} | {"seeds": len(rows)}
     for name in sorted(numeric):
         values = [float(row[name]) for row in rows if row.get(name) is not None]
         if values:
             scale = 100 if name in SHARES else 1
-            found[name] = scale * statistics.mean(values)
+            means[name] = scale * statistics.mean(values)
             if name in SPREADS and len(values) > 1:
-                found[f"{name}_error"] = scale * statistics.stdev(values)
-    return found
+                means[f"{name}_error"] = scale * statistics.stdev(values)
+    return means

@@ -1,8 +1,8 @@
-"""Which calibration images are worth what, and which ingredient of quantization.
+"""Accuracy by calibration source, and ablation of the quantization settings.
 
-Sources are inversion methods, noise, and real images where some are given.  Variants
-change the quantization settings: the plain scheme with one ingredient after another
-added, and the default with each taken away.
+Sources are inversion methods, noise, and real images if they are given.  Variants change the
+quantization settings: the plain scheme with one technique after another added, and the default
+without each of them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from calibration_bench.experiments.calibration_sources.tables import accuracy_ta
 from calibration_bench.measure.methods import Method
 from calibration_bench.measure.quantized import (
     REDUCE_RANGE,
+    CalibrationOptions,
     Made,
-    Tested,
     about,
     invert,
     load,
@@ -42,7 +42,7 @@ PLAIN: dict[str, Any] = {
     "smooth": (),
     "fractal": 0,
 }
-"""Min-max ranges, rounding to the nearest, one scale per channel, the inverted images alone."""
+"""Min-max ranges, rounding to nearest, one scale per channel, no augmentation."""
 
 ORDER = (
     ("gptq", ("rounding",)),
@@ -53,50 +53,53 @@ ORDER = (
     ("smooth", ("smooth",)),
     ("fractal", ("fractal",)),
 )
-"""Ingredients in the order in which they are added, with their settings."""
+"""Techniques in the order in which they are added, with their settings."""
 
 
 def _variants() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {"default": {}, "plain": PLAIN}
+    variants: dict[str, dict[str, Any]] = {"default": {}, "plain": PLAIN}
     rest = dict(PLAIN)
     for name, fields in ORDER:
-        found[f"without-{name}"] = {f: PLAIN[f] for f in fields}
+        variants[f"without-{name}"] = {f: PLAIN[f] for f in fields}
         rest = {f: v for f, v in rest.items() if f not in fields}
-        found[f"plain+{name}"] = rest
-    del found[f"plain+{ORDER[-1][0]}"]
+        variants[f"plain+{name}"] = rest
+    del variants[f"plain+{ORDER[-1][0]}"]
     for strength in (0.25, 0.75, 1.0):
-        found[f"equalize-{strength:g}"] = {"equalize": strength}
+        variants[f"equalize-{strength:g}"] = {"equalize": strength}
     for observer in ("percentile", "mse"):
-        found[observer] = {"observer": observer}
-    return found
+        variants[observer] = {"observer": observer}
+    return variants
 
 
 VARIANTS = _variants()
 
-UNCOVERED: dict[str, Any] = {"smooth": (), "fractal": 0}
-"""Real images are calibrated on as they are."""
+NO_AUGMENTATION: dict[str, Any] = {"smooth": (), "fractal": 0}
+"""Augmentation of real images: none."""
 
 
 @dataclass(frozen=True)
-class Options(Tested):
-    """What ``run quantization-accuracy`` takes."""
+class Options(CalibrationOptions):
+    """Options of ``run quantization-accuracy``."""
 
-    sources: str = option("pri4,smi,dmi,noise", "Methods, noise, and real with --real.")
-    real: str | None = option(None, "Images for the source 'real': a folder or an .npz.")
-    variants: str = option("default", f"Of quantization: {', '.join(VARIANTS)}; or all.")
-    bits: str = option("4,8", "Of the weights.")
-    attention: str = option("float", "float, int8, or both with a comma.")
+    sources: str = option(
+        "pri4,smi,dmi,noise",
+        "Calibration sources: inversion methods, noise, and with --real also real.",
+    )
+    real: str | None = option(None, "Images of the source real: a folder or .npz.")
+    variants: str = option("default", f"Variants of quantization: {', '.join(VARIANTS)}; or all.")
+    bits: str = option("4,8", "Bits of the weights, 4 or 8.")
+    attention: str = option("float", "Arithmetic of attention: float, int8 or both.")
     reduce_range: bool = option(QuantizationSettings().reduce_range, REDUCE_RANGE)
     iterations: int = option(InversionSettings().iterations, "Of inversion.")
-    limit: int | None = option(256, "Test on the first so many images only.")
+    limit: int | None = option(256, "Number of test images, the first of --data.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
-    """Seed by seed and source by source, so that images are made once for all variants."""
+    """Return the keys by seed and source, so that images are made once for all variants."""
     at_least(options.limit, 1, "--limit")
     sources = words(options.sources, "--sources")
     if REAL in sources and options.real is None:
-        raise SettingError("--sources has real; name the images with --real.")
+        raise SettingError("--sources has the source real; give its images with --real.")
     for source in sources:
         if source != REAL:
             Method(source)
@@ -105,7 +108,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
         list(VARIANTS) if wanted == "all" else words(options.variants, "--variants", VARIANTS)
     )
     modes = words(options.attention, "--attention", ("float", "int8"))
-    bench.notes.note(f"reading {options.model} and {options.data}")
+    bench.notes.note(f"loading {options.model} and {options.data}")
     loaded, tested = load(options)
     shared = about(options, loaded, tested)
     seeds = numbers(options.seeds, "--seeds")
@@ -134,7 +137,7 @@ def plan(options: Options, bench: Bench) -> list[Key]:
 
 
 def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Measured]:
-    """Quantize and compare; images are kept while the next key has the same."""
+    """Quantize and compare; images are reused for consecutive keys with the same images."""
     return quantize_each(
         options,
         missing,
@@ -146,7 +149,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
 
 
 def _images(options: Options, key: Key, out: Path) -> Made:
-    """Where the images of a key are, and how long they took to make."""
+    """Make or open the images of a key."""
     if key["source"] == REAL:
         loaded = load(options)[0]
         real = RealImages(loaded, options.real, options.data, None)
@@ -162,8 +165,8 @@ def _settings(key: Key) -> QuantizationSettings:
     base = QuantizationSettings(
         bits=key["bits"], attention=key["attention"], reduce_range=key["reduce_range"]
     )
-    alone = UNCOVERED if key["source"] == REAL else {}
-    return dataclasses.replace(base, **{**changed, **alone})
+    augmentation = NO_AUGMENTATION if key["source"] == REAL else {}
+    return dataclasses.replace(base, **{**changed, **augmentation})
 
 
 EXPERIMENT = Experiment(Options, plan, measure, accuracy_tables)

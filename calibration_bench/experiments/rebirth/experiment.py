@@ -1,6 +1,6 @@
-"""Is it re-birth that helps?  PRI beside controls that each lack one part of it.
+"""Ablation of re-birth: PRI compared with controls that each lack one part of it.
 
-All variants make the same number of images and, as near as whole iterations allow, the same
+All variants make the same number of images with, up to rounding to whole iterations, the same
 number of patch updates: an update is one step of Adam on one patch of one trajectory.
 """
 
@@ -19,8 +19,8 @@ from calibration_bench.experiments.rebirth.tables import rebirth_tables
 from calibration_bench.measure.methods import patch_updates
 from calibration_bench.measure.quantized import (
     REDUCE_RANGE,
+    CalibrationOptions,
     Made,
-    Tested,
     about,
     invert_settings,
     load,
@@ -33,24 +33,24 @@ from dfq.recipe import to_dict
 
 
 @dataclass(frozen=True)
-class Options(Tested):
-    """What ``run rebirth`` takes."""
+class Options(CalibrationOptions):
+    """Options of ``run rebirth``."""
 
-    variants: str = option(",".join(VARIANTS), "Which to measure.")
-    stages: int = option(4, "v: images of a PRI trajectory.")
-    iterations: int = option(64, "Of PRI; the others' follow from its patch updates.")
-    bits: int = option(4, "Of the weights: 4 or 8.")
+    variants: str = option(",".join(VARIANTS), "Variants to measure.")
+    stages: int = option(4, "Stages (v): images of a PRI trajectory.")
+    iterations: int = option(64, "Iterations of PRI; the others get as many patch updates.")
+    bits: int = option(4, "Bits of the weights, 4 or 8.")
     reduce_range: bool = option(QuantizationSettings().reduce_range, REDUCE_RANGE)
-    coverage: bool = option(False, "Calibrate also on what dfq puts beside inverted images.")
-    limit: int | None = option(256, "Test on the first so many images only.")
+    coverage: bool = option(False, "Also calibrate on dfq's augmentation of inverted images.")
+    limit: int | None = option(256, "Number of test images, the first of --data.")
 
 
 def plan(options: Options, bench: Bench) -> list[Key]:
-    """Seed by seed over the variants, so that they take turns."""
+    """Return the keys by seed over the variants, so that these take turns."""
     at_least(options.limit, 1, "--limit")
     names = words(options.variants, "--variants", VARIANTS)
     QuantizationSettings(bits=cast(Any, options.bits))
-    bench.notes.note(f"reading {options.model} and {options.data}")
+    bench.notes.note(f"loading {options.model} and {options.data}")
     loaded, data = load(options)
     shared = {
         **about(options, loaded, data),
@@ -97,10 +97,10 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
         settings=_quantization,
         images=("variant", "seed"),
     )
-    for found in measured:
-        key = found.key
+    for result in measured:
+        key = result.key
         settings = _settings(key, key["variant"], key["iterations"], key["seed"])
-        yield Measured(key, {**_effort(settings, patches), **found.row})
+        yield Measured(key, {**_effort(settings, patches), **result.row})
 
 
 def _make(options: Options, key: Key, out: Path) -> Made:
@@ -115,7 +115,7 @@ def _quantization(key: Key) -> QuantizationSettings:
 
 
 def _effort(settings: InversionSettings, patches: int) -> Row:
-    """What a variant does, from its settings."""
+    """Return the patch updates and kept patches of a variant."""
     units = plan_units(settings, patches)
     kept = [event.iteration for event in events(settings, patches) if event.kept]
     return {

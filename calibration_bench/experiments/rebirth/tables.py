@@ -1,4 +1,4 @@
-"""Tables of the variants that isolate re-birth."""
+"""Tables of ``rebirth``."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ NOTE = (
 
 
 def rebirth_tables(rows: list[Row]) -> list[Table]:
-    """For each setting a row for every variant."""
-    found: list[Table] = []
+    """Return tables for each setting, with a row for every variant."""
+    tables: list[Table] = []
     for values, same in groups(rows, *ABOUT).items():
         about = dict(zip(ABOUT, values, strict=True))
         beside = "with coverage" if about["coverage"] else "inverted images alone"
@@ -61,8 +61,8 @@ def rebirth_tables(rows: list[Row]) -> list[Table]:
         )
         reference = {r["seed"]: float(r["kl"]) for r in same if r["variant"] == "pri"}
         means = [_row(part, reference) for part in groups(same, "variant").values()]
-        found.append(Table(title, COLUMNS, means, NOTE))
-    return found
+        tables.append(Table(title, COLUMNS, means, NOTE))
+    return tables
 
 
 def _row(rows: list[Row], reference: dict[int, float]) -> Row:
