@@ -81,9 +81,9 @@ def process(args: list[str], cache: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_a_process_prints_the_result_alone_on_stdout(weights_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dfq", "quantize", "vit_tiny_patch16_224", *FAST, "--json"]
-    command += ["--weights", str(weights_file), "--img-size", "32", "--out", str(tmp_path / "out")]
+def test_a_process_prints_the_result_alone_on_stdout(cli: Cli, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dfq", "quantize", *cli.model, *FAST, "--json"]
+    command += ["--out", str(tmp_path / "out")]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert_schema(json.loads(ended.stdout), QuantizeResult)
     assert "Inverting" in ended.stderr
@@ -106,7 +106,7 @@ def test_a_process_says_its_version() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent to a process")
 def test_an_interrupted_inversion_goes_on_to_the_same_bytes(cli: Cli, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[inversion]\nunit_size = 1\nimages = 12\nstages = 2\niterations = 50\n")
+    recipe.write_text("[inversion]\nunit_size = 1\nimages = 12\nstages = 2\niterations = 20\n")
     args = ["invert", *cli.model, "--recipe", str(recipe), "--threads", "1", "--out"]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
 

@@ -6,13 +6,13 @@ import io
 import subprocess
 import sys
 import zipfile
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 from exported_models import MEMBERS, images_for, quantized, spread
 from families import FAMILIES, Family
-from torch import Tensor
 
 from dfq.exporting.program import program_bytes, reference_form
 
@@ -25,32 +25,28 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "dfq"]
 """
 
 
-def reloaded(content: bytes, images: Tensor) -> Tensor:
-    found: Tensor = torch.export.load(io.BytesIO(content)).module()(images)
-    return found
-
-
 POOLINGS = {f.pooling: f for f in FAMILIES}
-"""A member of every kind of pooling."""
+POSITIONS = {f.scheme: f for f in reversed(FAMILIES)}
+EXPORTED = list(dict.fromkeys([*POOLINGS.values(), *POSITIONS.values()]))
+"""A family for every kind of pooling and of position encoding."""
+
+SCHEMES: list[tuple[int, str]] = [(8, "float"), (4, "int8")]
 
 
-@pytest.mark.parametrize("family", POOLINGS.values(), ids=POOLINGS)
+@pytest.mark.parametrize(
+    ("family", "scheme"), [*zip(EXPORTED, cycle(SCHEMES), strict=False), (EXPORTED[0], SCHEMES[1])]
+)
 @torch.no_grad()
-def test_any_number_of_images_is_taken(family: Family) -> None:
-    model = quantized(family, bits=8, attention="float")
+def test_the_program_gives_the_same_bits_for_any_number_of_images(
+    family: Family, scheme: tuple[int, str]
+) -> None:
+    model = quantized(family, bits=scheme[0], attention=scheme[1])
     program = torch.export.load(io.BytesIO(program_bytes(model, {}))).module()
-    whole = program(images := images_for(model, 3))
+    images = images_for(model)
+    whole = program(images)
+    assert torch.equal(whole, reference_form(model)(images))
     for count in (0, 1):
         torch.testing.assert_close(program(images[:count]), whole[:count])
-
-
-@pytest.mark.parametrize("family", MEMBERS[::5])
-@pytest.mark.parametrize(("bits", "attention"), [(8, "float"), (4, "int8")])
-@torch.no_grad()
-def test_the_program_gives_the_same_bits(family: Family, bits: int, attention: str) -> None:
-    model = quantized(family, bits=bits, attention=attention)
-    images = images_for(model)
-    assert torch.equal(reloaded(program_bytes(model, {}), images), reference_form(model)(images))
 
 
 @pytest.mark.parametrize("family", MEMBERS)
