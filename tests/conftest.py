@@ -9,6 +9,10 @@ from typing import Any
 # read when triton is imported, which timm does
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 
+# For processes that tests start: threads of more processes than cores would spin at each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import hypothesis
 import numpy as np
 import pytest

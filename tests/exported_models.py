@@ -90,15 +90,15 @@ def layer_scheme(bits: int, **settings: Any) -> LayerScheme:
 
 
 @cache
-def quantized(family: Family, *, bits: int, attention: Any) -> QuantizedViT:
+def quantized(family: Family, *, bits: int, attention: Any, **changes: Any) -> QuantizedViT:
     """A member of a family, calibrated on random pixels, on the reference kernels."""
     settings = QuantizationSettings(bits=bits, attention=attention)
-    return quantized_as(family, settings).set_backend("reference")
+    return quantized_as(family, settings, **changes).set_backend("reference")
 
 
-def quantized_as(family: Family, settings: QuantizationSettings) -> QuantizedViT:
+def quantized_as(family: Family, settings: QuantizationSettings, **changes: Any) -> QuantizedViT:
     """A member of a family, calibrated on random pixels."""
-    module = family.make()
+    module = family.make(**changes)
     channels = module.get_parameter("patch_embed.proj.weight").shape[1]
     loaded = load_model(module, mean=[0.4] * channels, std=[0.25] * channels)
     found = calibrate(loaded.vit, [_noise(loaded.vit)], loaded.preprocessing, Scheme(settings))
@@ -126,6 +126,22 @@ def images_for(vit: ViT, count: int = 8) -> Tensor:
     return (torch.randint(0, 256, shape, generator=generator) / 255 - 0.4) / 0.25
 
 
+OPENVINO_FLOAT32: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+"""Options of OpenVINO: float32 on one thread."""
+
+
+def onnx_session(model: Path | bytes, optimized: Path | None = None) -> Any:
+    """Open an ONNX model in ONNX Runtime on one thread; ``optimized``: file for its graph."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def spread(found: Tensor, expected: Tensor) -> float:
     """Error as a share of how much the expected values differ between images."""
     return float((found - expected).norm() / (expected - expected.mean(0)).norm())
@@ -150,11 +166,17 @@ def quantized_demo(bits: int, attention: Any) -> QuantizedViT:
 
 
 def checkpoint_of(
-    path: Path, *, bits: int = 8, attention: str = "float", seed: int = 0, **quantization: Any
+    path: Path,
+    *,
+    bits: int = 8,
+    attention: str = "float",
+    seed: int = 0,
+    depth: int = 2,
+    **quantization: Any,
 ) -> Path:
     """A checkpoint of the small ViT of conftest, calibrated on random noise."""
     dfq.quantize(
-        make_vit(seed),
+        make_vit(seed, depth=depth),
         bits=bits,
         attention=attention,
         calibration="noise",

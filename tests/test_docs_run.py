@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import dfq
 from dfq import demo
 from dfq.cli.app import app
+from dfq.engines import tuning
 from dfq.extras import installed
 from dfq.runtime import opaque
 from dfq.vit import load
@@ -109,6 +110,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_weights: Path) 
         return model
 
     monkeypatch.setattr(demo, "TEST_SLICE", tmp_path / "few.npz")
+    monkeypatch.setattr(tuning, "SECONDS", 0.02)
     monkeypatch.setitem(load.ALIASES, "vit_base", "test_vit")
     monkeypatch.setattr(load, "_pretrained", pretrained)
     return tmp_path

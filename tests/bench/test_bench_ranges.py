@@ -104,7 +104,7 @@ def test_rows_of_version_1_are_of_the_full_range(
     before = path.read_bytes()
     notes = Notes()
     assert run(entry, full, tmp_path, notes)["rows"] == [old]
-    assert "1 of 1 rows are there already" in notes.lines
+    assert "1 of 1 rows are stored already" in notes.lines
     assert path.read_bytes() == before
     run(entry, options(entry, small_weights, labeled_npz), tmp_path, Notes())
     content = json.loads(path.read_text())
@@ -140,7 +140,7 @@ def test_versions_that_are_not_known_are_refused(tmp_path: Path) -> None:
     content = json.loads(store.path.read_text())
     for version in (0, FORMAT_VERSION + 1, "1", None):
         store.path.write_text(json.dumps({**content, "format_version": version}))
-        with pytest.raises(registry.UsageError, match="holds no results of format"):
+        with pytest.raises(registry.UsageError, match="another format than dfq-bench 1 to"):
             store.read()
 
 

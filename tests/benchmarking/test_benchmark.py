@@ -100,7 +100,7 @@ def test_threads_of_the_caller_are_left_alone(checkpoint: Path) -> None:
 # ---- runtimes
 
 
-@pytest.mark.parametrize("family", MEMBERS[::5])
+@pytest.mark.parametrize("family", MEMBERS[::7])
 @pytest.mark.parametrize("name", [n for n, r in RUNTIMES.items() if not r.compiles])
 @torch.no_grad()
 def test_every_runtime_runs_the_model(name: str, family: Family, tmp_path: Path) -> None:

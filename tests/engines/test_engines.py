@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -248,9 +249,10 @@ def test_files_are_written_once(
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("damage", ["cut", "missing", "no entry", "no JSON", "other JSON"])
 def test_a_damaged_entry_is_written_again(
-    name: str, damage: str, checkpoint: Path, tmp_path: Path, images: Tensor
+    name: str, damage: str, checkpoint: Path, cache: Path, tmp_path: Path, images: Tensor
 ) -> None:
-    expected = load(checkpoint, name, tmp_path)(images)
+    expected = load(checkpoint, name, cache)(images)
+    shutil.copytree(cache / "engines", tmp_path / "engines")
     directory = entry_of(tmp_path, name)
     model_file, entry = directory / ENGINES[name].files[-1], directory / entries.ENTRY
     content = model_file.read_bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from exported_models import (
     demo_images,
     images_for,
     layer_scheme,
+    onnx_session,
     quantized,
     quantized_demo,
     reference_attention,
@@ -32,7 +32,7 @@ from dfq.quantization.rounding import WeightScales
 from dfq.runtime.qtype import QParams
 
 onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper  # noqa: E402
 
@@ -49,23 +49,14 @@ from dfq.exporting.weights import WeightType, write_weight  # noqa: E402
 INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul")
 
 
-def session(content: bytes, optimized: Path | None = None) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
 def run(content: bytes, images: Tensor) -> Tensor:
-    (logits,) = session(content).run(None, {"images": images.numpy()})
+    (logits,) = onnx_session(content).run(None, {"images": images.numpy()})
     return torch.from_numpy(logits)
 
 
 def kernels(content: bytes, directory: Path) -> dict[str, str]:
     """Operator of every node that ONNX Runtime executes, by the node's name."""
-    session(content, directory / "optimized.onnx")
+    onnx_session(content, directory / "optimized.onnx")
     return {n.name: n.op_type for n in onnx.load(directory / "optimized.onnx").graph.node}
 
 
@@ -116,7 +107,7 @@ def test_products_are_those_of_layers_and_of_integer_attention() -> None:
 @torch.no_grad()
 def test_the_demo_predicts_what_the_checkpoint_does(bits: int, attention: str) -> None:
     model = quantized_demo(bits, attention)
-    images = demo_images(200)
+    images = demo_images(100)
     agreement = run(quantized_bytes(model), images).argmax(-1) == model(images).argmax(-1)
     assert float(agreement.float().mean()) >= 0.99
 
@@ -132,7 +123,7 @@ def test_quantized_attention_rounds_where_the_reference_does() -> None:
 def test_attention_of_the_largest_integers_is_exact(extreme: str) -> None:
     operands = EXTREMES[extreme]
     feed = {name: operand.numpy() for name, operand in operands.items()}
-    found = session(attention_bytes(operands)).run(None, feed)[0]
+    found = onnx_session(attention_bytes(operands)).run(None, feed)[0]
     torch.testing.assert_close(torch.from_numpy(found), reference_attention(operands))
 
 
@@ -208,7 +199,7 @@ def evaluated(graph: Graph, output: str, shape: tuple[int, int]) -> Tensor:
     proto = helper.make_graph(graph.nodes, "g", [], [value], list(graph.constants.values()))
     opsets = [helper.make_opsetid("", onnx_model.OPSET)]
     model = helper.make_model(proto, opset_imports=opsets, ir_version=onnx_model.IR_VERSION)
-    return torch.from_numpy(session(model.SerializeToString()).run(None, {})[0])
+    return torch.from_numpy(onnx_session(model.SerializeToString()).run(None, {})[0])
 
 
 def test_four_bit_weights_take_half_the_file() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from exported_models import (
     EXTREMES,
     MEMBERS,
+    OPENVINO_FLOAT32,
     attention_bytes,
     images_for,
     quantized,
@@ -34,8 +34,6 @@ from dfq.exporting.openvino_model import (  # noqa: E402
 )
 from dfq.exporting.products import QuantizedProducts, integer_products  # noqa: E402
 
-FLOAT32: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-
 
 @pytest.mark.parametrize(("bits", "attention"), [(8, "float"), (4, "int8")])
 @pytest.mark.parametrize("family", MEMBERS[::4])
@@ -47,7 +45,7 @@ def test_the_file_computes_what_the_reference_does_on_integers(
     path = tmp_path / "model.xml"
     save_ir(onnx_bytes(model, QuantizedProducts(model)), {"scheme": "w8a8"}, path)
     images = images_for(model)
-    compiled = openvino.Core().compile_model(path, "CPU", FLOAT32)
+    compiled = openvino.Core().compile_model(path, "CPU", OPENVINO_FLOAT32)
     found = torch.from_numpy(compiled(images.numpy())[0])
     assert spread(found, reference_form(model)(images)) < 0.015
     names, layers = integer_products(model), [f"{n}/MatMul" for n in integer_layers(model)]
@@ -59,7 +57,7 @@ def test_the_file_computes_what_the_reference_does_on_integers(
 def test_attention_of_the_largest_integers_is_exact(extreme: str) -> None:
     operands = EXTREMES[extreme]
     model = read_model(openvino, attention_bytes(operands))
-    compiled = openvino.Core().compile_model(model, "CPU", FLOAT32)
+    compiled = openvino.Core().compile_model(model, "CPU", OPENVINO_FLOAT32)
     found = compiled({name: operand.numpy() for name, operand in operands.items()})[0]
     torch.testing.assert_close(torch.from_numpy(found), reference_attention(operands))
 
@@ -69,7 +67,7 @@ def test_attention_of_the_largest_integers_is_exact(extreme: str) -> None:
 def test_no_images_have_no_logits(family: Family) -> None:
     model = quantized(family, bits=8, attention="int8")
     content = onnx_bytes(model, QuantizedProducts(model))
-    compiled = openvino.Core().compile_model(read_model(openvino, content), "CPU", FLOAT32)
+    compiled = openvino.Core().compile_model(read_model(openvino, content), "CPU", OPENVINO_FLOAT32)
     images = images_for(model, 1)[:0]
     assert compiled(images.numpy())[0].shape == tuple(model(images).shape)
 
@@ -87,7 +85,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
 def test_four_bit_weights_in_onnx_are_read(family: Family) -> None:
     model = quantized(family, bits=4, attention="float")
     content = onnx_bytes(model, QuantizedProducts(model, "int4"))
-    options = {**FLOAT32, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    options = {**OPENVINO_FLOAT32, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     compiled = openvino.Core().compile_model(read_model(openvino, content), "CPU", options)
     images = images_for(model)
     found = torch.from_numpy(compiled(images.numpy())[0])

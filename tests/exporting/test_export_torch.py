@@ -40,7 +40,7 @@ SCHEMES: list[tuple[int, str]] = [(8, "float"), (4, "int8")]
 def test_the_program_gives_the_same_bits_for_any_number_of_images(
     family: Family, scheme: tuple[int, str]
 ) -> None:
-    model = quantized(family, bits=scheme[0], attention=scheme[1])
+    model = quantized(family, bits=scheme[0], attention=scheme[1], depth=1)
     program = torch.export.load(io.BytesIO(program_bytes(model, {}))).module()
     images = images_for(model)
     whole = program(images)

@@ -102,8 +102,7 @@ def test_importance_shares_out_the_attention_that_patches_get(loaded: LoadedMode
     torch.testing.assert_close(turned.flip(1), found, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["float", "int8"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "attention"), [(4, "int8"), (8, "float")])
 @pytest.mark.parametrize("family", ALL)
 def test_inversion_quantization_and_the_disk(
     model: nn.Module, loaded: LoadedModel, bits: int, attention: str, tmp_path: Path

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
+from exported_models import onnx_session
 from families import spread_out
 from safetensors.torch import save_file
 from torch import nn
@@ -127,7 +127,7 @@ def test_every_verb_works(case: Case, files: Files, tmp_path: Path) -> None:
     assert evaluated.agreement == result.agreement
 
     path = dfq.export(result.checkpoint, out=tmp_path / "model.onnx").path
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnx_session(Path(path))
     given = {session.get_inputs()[0].name: files.inputs().numpy()}
     (exported,) = session.run(None, given)
     difference = np.linalg.norm(exported - expected.numpy()) / expected.norm()
