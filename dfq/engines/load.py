@@ -166,7 +166,7 @@ def _recorded(path: str | Path, batch: int, cache: str | Path | None) -> Quantiz
 def _tuned(path: str | Path, batch: int, cache: str | Path | None) -> QuantizedViT | EngineModel:
     """Load with the fastest runtime, measured unless this batch size is recorded."""
     digest = checkpoints.recorded_digest(path)
-    choices = Choices(digest, cache, torch.get_num_threads())
+    choices = Choices(digest, cache, torch.get_num_threads(), path)
     if batch not in choices.read():
         choices.save(batch, _speeds(path, batch, cache))
     return _recorded(path, batch, cache)

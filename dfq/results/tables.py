@@ -38,14 +38,15 @@ def _two_columns() -> Table:
 
 
 def entries_table(entries: list[Any], title: str | None = None) -> Table:
-    """Table of cached datasets, one per row."""
+    """Table of what the cache holds, one entry per row."""
     table = Table(title=title)
-    for column in ("name", "model", "method", "images", "size", "state"):
+    for column in ("name", "model or checkpoint", "holds", "size", "state"):
         table.add_column(column, overflow="fold")
     for e in entries:
-        state = e.problem or "whole"
-        named = (escape(text) for text in (e.name, e.model, e.method))
-        table.add_row(*named, str(e.images), _size(e.bytes), escape(state))
+        whose = e.model if e.kind == "dataset" else e.checkpoint or e.model
+        holds = f"{e.images} images, {e.method}" if e.kind == "dataset" else ", ".join(e.contents)
+        named = (escape(text) for text in (e.name, whose, holds))
+        table.add_row(*named, _size(e.bytes), escape(e.problem or "whole"))
     return table
 
 
