@@ -14,14 +14,15 @@ from dfq._version import __version__
 
 if TYPE_CHECKING:
     from dfq.benchmarking.compare import benchmark
+    from dfq.cache import CacheEntry
     from dfq.data.augmentation import fractal_noise
-    from dfq.data.cache import CacheEntry, list_cache, remove_cached, verify_cache
     from dfq.data.dataset import SparseImageDataset
     from dfq.data.preview import preview
     from dfq.engines.load import load
     from dfq.engines.module import EngineModel
     from dfq.errors import DfqError, GateError, RunError, UsageError
     from dfq.exporting.formats import export
+    from dfq.pipeline.cached import list_cache, remove_cached, verify_cache
     from dfq.pipeline.distill import distill
     from dfq.pipeline.evaluate import evaluate
     from dfq.pipeline.inspect import DoctorReport, ModelEntry, doctor, inspect, models
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "BenchmarkResult": "dfq.results.values",
-    "CacheEntry": "dfq.data.cache",
+    "CacheEntry": "dfq.cache",
     "DfqError": "dfq.errors",
     "DistillResult": "dfq.results.values",
     "DistillationSettings": "dfq.recipe",
@@ -78,15 +79,15 @@ _MODULES = {
     "fractal_noise": "dfq.data.augmentation",
     "inspect": "dfq.pipeline.inspect",
     "invert": "dfq.pipeline.invert",
-    "list_cache": "dfq.data.cache",
+    "list_cache": "dfq.pipeline.cached",
     "load": "dfq.engines.load",
     "load_model": "dfq.vit.load",
     "load_recipe": "dfq.recipe",
     "models": "dfq.pipeline.inspect",
     "preview": "dfq.data.preview",
     "quantize": "dfq.pipeline.quantize",
-    "remove_cached": "dfq.data.cache",
-    "verify_cache": "dfq.data.cache",
+    "remove_cached": "dfq.pipeline.cached",
+    "verify_cache": "dfq.pipeline.cached",
     "write_dataset": "dfq.pipeline.write_dataset",
 }
 

@@ -23,6 +23,8 @@ from dfq.files import (
     check_replaceable,
     read_json,
     replaced_directory,
+    sha256,
+    sha256_once,
     utf8_path,
     write_bytes,
     write_json,
@@ -154,6 +156,8 @@ def recorded_digest(path: str | Path) -> str:
 def verified_digest(path: str | Path) -> str:
     """Return the SHA-256 (hex) of a checkpoint's weights, architecture and preprocessing.
 
+    A process reads the weights once for it, unless the file changes.
+
     Raises:
         CheckpointError: the directory is no checkpoint, or its files have another digest than
             the recorded one.
@@ -161,7 +165,7 @@ def verified_digest(path: str | Path) -> str:
     path = Path(path)
     info, expected = read_info(path), recorded_digest(path)
     try:
-        _check_bytes(path / MODEL, info, expected)
+        _check_digest(path / MODEL, sha256_once(path / MODEL), info, expected)
     except FileNotFoundError as error:
         raise CheckpointError(f"{str(path / MODEL)!r} is missing.") from error
     except OSError as error:
@@ -254,7 +258,7 @@ def load(
     model.set_normalization()
     config = _read_config(path)
     _check_ranges(model, config.get("activation_ranges"))
-    _check_bytes(path / MODEL, info, config.get("sha256"))
+    _check_digest(path / MODEL, sha256(path / MODEL), info, config.get("sha256"))
     model.to(target)
     if compiled:
         model.compile()
@@ -299,10 +303,8 @@ def _digest(weights: Any, arch: Architecture, preprocessing: Preprocessing) -> s
     return str(weights.hexdigest())
 
 
-def _check_bytes(path: Path, info: CheckpointInfo, expected: Any) -> None:
-    with path.open("rb") as file:
-        found = _digest(hashlib.file_digest(file, "sha256"), info.arch, info.preprocessing)
-    if found != expected:
+def _check_digest(path: Path, weights: Any, info: CheckpointInfo, expected: Any) -> None:
+    if _digest(weights, info.arch, info.preprocessing) != expected:
         raise CheckpointError(
             f"{str(path)!r} and the architecture and preprocessing in {CONFIG} are damaged: their "
             "SHA-256 is not the one recorded there. Quantize again, or copy the checkpoint again."

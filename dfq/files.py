@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import math
 import os
@@ -79,6 +81,24 @@ def write_bytes(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise explain(error, path) from error
+
+
+def sha256(path: Path) -> Any:
+    """Return the SHA-256 of a file as a hash object."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256")
+
+
+def sha256_once(path: Path) -> Any:
+    """As :func:`sha256`; a file that has kept its place, size and time is not read again by this
+    process."""
+    facts = path.stat()
+    return _sha256_of(path.absolute(), facts.st_ino, facts.st_size, facts.st_mtime_ns).copy()
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of(path: Path, *_: int) -> Any:
+    return sha256(path)
 
 
 def replace_files(moves: dict[Path, Path]) -> None:

@@ -23,9 +23,9 @@ WITHOUT_VNNI = (
     "long as in floating point."
 )
 TOO_WIDE = (
-    "Without 8-bit dot products (VNNI) weights of the full range would saturate, so this model's "
-    "integers are multiplied as float32: exact, but about as slow as in floating point. Quantize "
-    "with reduce_range = true (the default)."
+    "Without 8-bit dot products (VNNI) weights of the full range would saturate, so layers that "
+    "have them are multiplied as float32: exact, but about as slow as in floating point. `dfq "
+    "inspect CHECKPOINT` names them. Quantize with reduce_range = true (the default)."
 )
 WITHOUT_AVX2 = (
     "8-bit products are exact neither with VNNI nor with AVX2 here, so integers are multiplied as "

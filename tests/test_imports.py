@@ -53,7 +53,7 @@ MAY = {
     "slow": {"runtime"},
     "distillation": {"vit", "inversion", "demo"},
     "exporting": {"vit", "runtime", "quantization", "checkpoint", "results"},
-    "engines": {"vit", "runtime", "quantization", "checkpoint", "exporting"},
+    "engines": {"vit", "runtime", "quantization", "checkpoint", "exporting", "slow"},
     "benchmarking": {
         *("vit", "runtime", "quantization", "checkpoint", "results", "exporting", "engines"),
         *("demo", "slow"),

@@ -106,7 +106,7 @@ def benchmark(
             for count in batches:
                 run.measure(count)
             if save:
-                saved = _save(run.rows, Choices(digest, place, threads))
+                saved = _save(run.rows, Choices(digest, place, threads, checkpoint))
             if cold:
                 starts, missing = _cold(Path(checkpoint), info, inputs, progress)
                 run.skipped += missing

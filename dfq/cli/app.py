@@ -483,7 +483,7 @@ def doctor(cache: Cache = None, json_: Json = False) -> None:
 
 @cache_app.command("list", epilog="Example: [bold]dfq cache list[/]")
 def cache_list(cache: Cache = None, json_: Json = False) -> None:
-    """List the cached datasets."""
+    """List the cached datasets, and engines' files by checkpoint."""
     _show_entries(dfq.list_cache(cache), json_)
 
 
@@ -502,7 +502,7 @@ def cache_remove(
     cache: Cache = None,
     json_: Json = False,
 ) -> None:
-    """Remove cached datasets."""
+    """Remove cached datasets and engines' files."""
     _show_entries(dfq.remove_cached(name, cache), json_, title="Removed")
 
 
@@ -521,6 +521,6 @@ def _show_entries(entries: list[Any], as_json: bool, title: str | None = None) -
         print_json([dataclasses.asdict(e) for e in entries])
         return
     if not entries:
-        print_text("The cache holds no datasets.")
+        print_text("The cache is empty.")
         return
     print_text(entries_table(entries, title))

@@ -81,7 +81,7 @@ Inspected = Annotated[
     ),
 ]
 Pattern = Annotated[str | None, _argument("[FILTER]", "Part of the name.")]
-CachedName = Annotated[str, _argument("NAME", "A dataset's name or its start, or 'all'.")]
+CachedName = Annotated[str, _argument("NAME", "An entry's name or its start, or 'all'.")]
 
 # ---- model
 

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-from dfq.arguments import checked
-from dfq.cache import cache_directory
+from dfq.cache import CacheEntry, size_of, subdirectories
 from dfq.data.dataset import SHARD_NAME, SparseImageDataset
 from dfq.data.settings import FORMAT, MANIFEST, SETTINGS, read_settings
 from dfq.errors import DatasetError
-from dfq.files import explain
+
+DIRECTORY = "datasets"
 
 
-@dataclass(frozen=True)
-class CacheEntry:
-    """Dataset in the cache; ``problem``: why it cannot be used, or None."""
-
-    name: str
-    path: str
-    model: str
-    method: str
-    images: int
-    bytes: int
-    problem: str | None
-
-
-@checked
-def list_cache(cache: str | Path | None = None) -> list[CacheEntry]:
-    """List the datasets in the cache by name.
+def list_datasets(cache: Path, verify: bool = False) -> list[CacheEntry]:
+    """List the datasets in a cache directory by name; with ``verify``, compare checksums.
 
     Raises:
         DatasetError: the cache is a file.
     """
-    root = cache_directory(cache) / "datasets"
-    if not root.is_dir():
-        place = next((p for p in (root, root.parent) if p.exists() and not p.is_dir()), None)
-        if place is not None:
-            raise DatasetError(f"The cache {str(place)!r} is a file, not a directory.")
-        return []
-    return [_entry(p) for p in sorted(root.iterdir()) if _is_ours(p)]
+    return [_entry(p, verify) for p in subdirectories(cache / DIRECTORY) if _is_ours(p)]
 
 
 def _is_ours(path: Path) -> bool:
@@ -53,37 +31,7 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-@checked
-def verify_cache(cache: str | Path | None = None) -> list[CacheEntry]:
-    """List the cache as :func:`list_cache` does, and verify the checksum of every file."""
-    return [_entry(Path(e.path), verify=True) for e in list_cache(cache)]
-
-
-@checked
-def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry]:
-    """Remove a dataset by name or unique prefix, or all datasets with ``"all"``.
-
-    Raises:
-        DatasetError: no dataset, or more than one, has that name or prefix.
-        OutputError: a dataset cannot be removed.
-    """
-    entries = list_cache(cache)
-    exact = [e for e in entries if e.name == name]
-    chosen = entries if name == "all" else exact or [e for e in entries if e.name.startswith(name)]
-    if name != "all" and (not name or len(chosen) != 1):
-        known = ", ".join(e.name for e in entries) or "none"
-        what = "No dataset" if not chosen or not name else f"{len(chosen)} datasets"
-        raise DatasetError(f"{what} in the cache with a name of {name!r}; there are: {known}.")
-    for entry in chosen:
-        try:
-            shutil.rmtree(entry.path)
-        except OSError as error:
-            raise explain(error, Path(entry.path)) from error
-    return chosen
-
-
-def _entry(path: Path, verify: bool = False) -> CacheEntry:
-    size = sum(p.stat().st_size for p in path.iterdir() if p.is_file())
+def _entry(path: Path, verify: bool) -> CacheEntry:
     model = method = "?"
     images, problem = 0, None
     try:
@@ -97,4 +45,15 @@ def _entry(path: Path, verify: bool = False) -> CacheEntry:
     except DatasetError as error:
         unfinished = (path / SETTINGS).is_file() and not (path / MANIFEST).is_file()
         problem = "unfinished" if unfinished else str(error)
-    return CacheEntry(path.name, str(path), model, method, images, size, problem)
+    return CacheEntry(
+        kind="dataset",
+        name=path.name,
+        path=str(path),
+        model=model,
+        method=method,
+        images=images,
+        checkpoint=None,
+        contents=(),
+        bytes=size_of(path),
+        problem=problem,
+    )

@@ -1,7 +1,9 @@
-"""Checkpoints as engines' files in the cache: exported once, verified whenever they are opened.
+"""Checkpoints as engines' files in the cache: exported once, verified by every process that opens
+them.
 
-``engines/DIGEST/ENGINE-KEY/`` holds the files and ``entry.json`` with their SHA-256.  DIGEST is the
-checkpoint's; KEY also stands for its settings and the versions of dfq and the engine.
+``engines/DIGEST/ENGINE-KEY/`` holds the files and ``entry.json`` with their SHA-256 and the
+checkpoint's name and path.  DIGEST is the checkpoint's; KEY also stands for its settings and the
+versions of dfq and the engine.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from dfq.device import multiplies_bfloat16
 from dfq.engines.inputs import random_images
 from dfq.engines.sessions import Engine, ModelFacts, Predict
 from dfq.errors import CheckpointError, OutputError, SettingError
-from dfq.files import read_json, replaced_directory, write_json
+from dfq.files import read_json, replaced_directory, sha256, sha256_once, write_json
 
 ENTRY, FORMAT, FORMAT_VERSION = "entry.json", "dfq-engine", 1
 BFLOAT16_BOUND = 2.0
@@ -110,8 +112,10 @@ class EngineModelFiles:
             facts = replace(facts, bfloat16=self._bfloat16_is_close(directory, facts, model))
         entry = {
             "format": FORMAT,
+            "model": self.info.model,
+            "checkpoint": str(self.checkpoint),
             "facts": asdict(facts),
-            "sha256": {name: _sha256(directory / name) for name in self.engine.files},
+            "sha256": {name: sha256(directory / name).hexdigest() for name in self.engine.files},
         }
         write_json(directory / ENTRY, entry)
         return facts
@@ -138,24 +142,43 @@ class EngineModelFiles:
                 shutil.rmtree(other, ignore_errors=True)
 
 
+def engines_directory(cache: Path | None) -> Path:
+    """Return the directory in the cache of all engines' files."""
+    return cache_directory(cache) / "engines"
+
+
 def checkpoint_directory(digest: str, cache: Path | None) -> Path:
     """Return the directory in the cache for a checkpoint's engines."""
-    return cache_directory(cache) / "engines" / digest[:SHORT]
+    return engines_directory(cache) / digest[:SHORT]
+
+
+def read_entry(directory: Path) -> dict[str, Any]:
+    """Return the content of ``entry.json``; empty if there is none, or another file."""
+    try:
+        entry = read_json(directory / ENTRY)
+    except (OSError, ValueError):
+        return {}
+    return entry if isinstance(entry, dict) and entry.get("format") == FORMAT else {}
+
+
+def is_whole(directory: Path, entry: dict[str, Any], names: Collection[str]) -> bool:
+    """Whether an entry is of these files, and they have its SHA-256."""
+    recorded = entry.get("sha256")
+    try:
+        return (
+            isinstance(recorded, dict)
+            and set(recorded) == set(names)
+            and all(sha256_once(directory / n).hexdigest() == recorded[n] for n in names)
+        )
+    except OSError:
+        return False
 
 
 def _read(directory: Path, engine: Engine) -> ModelFacts | None:
     """Return the facts of an entry, None unless all of its files are whole."""
+    entry = read_entry(directory)
     try:
-        entry: Any = read_json(directory / ENTRY)
-        whole = entry["format"] == FORMAT and entry["sha256"] == {
-            name: _sha256(directory / name) for name in engine.files
-        }
         facts = ModelFacts(**entry["facts"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
-    return facts if whole else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return facts if is_whole(directory, entry, engine.files) else None

@@ -18,6 +18,7 @@ from dfq.engines.tuning import Choices, measure
 from dfq.errors import DeviceError, DfqError, SettingError
 from dfq.failures import first_line
 from dfq.quantization.model import QuantizedViT
+from dfq.slow import TOO_WIDE, slow_integers
 
 MAX_BATCH = 4096
 
@@ -80,7 +81,36 @@ def load(
         SettingError: ``compiled`` without a C++ compiler or with an engine; ``tune`` without
             ``auto`` or on a GPU; an engine whose products would saturate on this processor.
         OutputError: the engine's file or the record cannot be written to the cache.
+
+    Warns where weights of the full range make this processor multiply in floating point.
     """
+    model = open_checkpoint(
+        path, device=device, compiled=compiled, runtime=runtime, tune=tune, batch=batch, cache=cache
+    )
+    if has_slow_weights(model):
+        warnings.warn(TOO_WIDE, stacklevel=3)
+    return model
+
+
+def has_slow_weights(model: QuantizedViT | EngineModel) -> bool:
+    """Whether a model runs on PyTorch and weights of its full range are what makes it slow here."""
+    if isinstance(model, EngineModel) or model.settings.reduce_range:
+        return False
+    device = model.prefix.device
+    return bool(slow_integers(device)) and slow_integers(device, model.max_weight()) == [TOO_WIDE]
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    compiled: bool = False,
+    runtime: str = AUTO,
+    tune: bool = False,
+    batch: int = 1,
+    cache: str | Path | None = None,
+) -> QuantizedViT | EngineModel:
+    """Load as :func:`load` does, without the warning about slow weights."""
     target = resolve_device(device)
     _check(runtime, tune, batch, target, compiled)
     if runtime == TORCH or target.type != "cpu" or compiled:
@@ -136,7 +166,7 @@ def _recorded(path: str | Path, batch: int, cache: str | Path | None) -> Quantiz
 def _tuned(path: str | Path, batch: int, cache: str | Path | None) -> QuantizedViT | EngineModel:
     """Load with the fastest runtime, measured unless this batch size is recorded."""
     digest = checkpoints.recorded_digest(path)
-    choices = Choices(digest, cache, torch.get_num_threads())
+    choices = Choices(digest, cache, torch.get_num_threads(), path)
     if batch not in choices.read():
         choices.save(batch, _speeds(path, batch, cache))
     return _recorded(path, batch, cache)

@@ -40,10 +40,17 @@ class Choices:
     """Record of the runtimes that were measured for a checkpoint on this machine.
 
     It holds for one processor, number of threads and set of versions: with another of them there is
-    no record.
+    no record.  ``checkpoint`` is noted in it, for listings.
     """
 
-    def __init__(self, digest: str, cache: str | Path | None, threads: int) -> None:
+    def __init__(
+        self,
+        digest: str,
+        cache: str | Path | None,
+        threads: int,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        self._checkpoint = None if checkpoint is None else str(Path(checkpoint).absolute())
         self._directory = checkpoint_directory(digest, None if cache is None else Path(cache))
         self._threads = threads
 
@@ -65,17 +72,7 @@ class Choices:
 
     def read(self) -> Record:
         """Return the record, empty if there is none or it is damaged."""
-        if not self._directory.is_dir():
-            return {}
-        try:
-            content = read_json(self._path)
-            record = {int(batch): speeds for batch, speeds in content["measured"].items()}
-            good = content["format"] == FORMAT and all(
-                batch > 0 and _is_speeds(speeds) for batch, speeds in record.items()
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
-        return record if good else {}
+        return read_record(self._path) if self._directory.is_dir() else {}
 
     def save(self, batch: int, speeds: Mapping[str, float]) -> None:
         """Record images per second of PyTorch (``torch``) and the engines that were measured.
@@ -87,7 +84,8 @@ class Choices:
         try:
             make_directory(self._directory)
             measured = {str(n): speeds for n, speeds in record.items()}
-            write_json(self._path, {"format": FORMAT, **self._identity, "measured": measured})
+            facts = {"format": FORMAT, "checkpoint": self._checkpoint, **self._identity}
+            write_json(self._path, {**facts, "measured": measured})
         except OutputError as error:
             raise OutputError(f"{error.facts} Name one with cache or $DFQ_CACHE.") from error
 
@@ -97,6 +95,19 @@ class Choices:
         if not record:
             return None
         return fastest(record[min(record, key=lambda n: abs(math.log(n / batch)))])
+
+
+def read_record(path: Path) -> Record:
+    """Return the speeds in a file of a record, empty if there is none or it is damaged."""
+    try:
+        content = read_json(path)
+        record = {int(batch): speeds for batch, speeds in content["measured"].items()}
+        good = content["format"] == FORMAT and all(
+            batch > 0 and _is_speeds(speeds) for batch, speeds in record.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return record if good else {}
 
 
 def _is_speeds(speeds: Any) -> bool:

@@ -14,7 +14,7 @@ from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.data.images import ImageSource, load_batches, open_images
 from dfq.device import resolve_device
-from dfq.engines.load import load
+from dfq.engines.load import open_checkpoint
 from dfq.engines.module import EngineModel
 from dfq.engines.sessions import TORCH
 from dfq.errors import SettingError, WeightsError
@@ -99,7 +99,7 @@ def evaluate(
     progress = resolve_progress(progress)
     target = resolve_device(device)
     info = checkpoints.read_info(path)
-    model = load(path, device=target, runtime=runtime).set_backend(backend)
+    model = open_checkpoint(path, device=target, runtime=runtime).set_backend(backend)
     chosen = backend or isinstance(model, EngineModel)
     slow = [] if chosen else slow_integers(target, model.max_weight())
     warn(progress, slow)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,12 @@ from dfq.environment import instructions, processor, versions
 from dfq.errors import DatasetError, UnknownModelError, nearest
 from dfq.files import read_json
 from dfq.pipeline.inspect_model import inspect_model, preprocessing_facts
+from dfq.pipeline.kernels import (
+    KernelChoice,
+    kernels_of_kinds,
+    kernels_of_model,
+    machine_devices,
+)
 from dfq.quantization.scheme import Scheme
 from dfq.recipe import to_dict
 from dfq.runtime import onednn, opaque
@@ -128,14 +134,15 @@ def _inspect_dataset(path: Path) -> dict[str, Any]:
 
 def _inspect_checkpoint(path: Path) -> dict[str, Any]:
     info = checkpoint.read_info(path)
-    model = checkpoint.load(path)
+    kernels = kernels_of_model(checkpoint.load(path), machine_devices())
     return {
         "kind": "checkpoint",
         "path": str(path),
         "model": info.model,
         "scheme": Scheme(info.recipe.quantization).name,
         "attention": info.recipe.quantization.attention,
-        "backend": model.backend,
+        "backend": ", ".join(sorted({e.backend for e in kernels if e.bits and e.device == "cpu"})),
+        "kernels": [asdict(each) for each in kernels],
         "runtime": recorded_runtime(path),
         "compiler": opaque.compiler(),
         "architecture": to_json(info.arch),
@@ -227,8 +234,9 @@ class DoctorReport:
 
     ``problems`` is empty where all is well; ``warnings`` name what works and is slow.
 
-    ``backend`` names the kernels that checkpoints run on, ``compiler`` the C++ compiler that
-    ``dfq.load(..., compiled=True)`` would use, None where there is none.
+    ``backend`` names the kernels that checkpoints of default settings run on, ``kernels`` those of
+    every kind of layer, with the reasons against faster ones.  ``compiler`` is the C++ compiler
+    that ``dfq.load(..., compiled=True)`` would use, None where there is none.
     """
 
     versions: dict[str, str]
@@ -237,6 +245,7 @@ class DoctorReport:
     threads: int
     devices: tuple[str, ...]
     backend: str
+    kernels: tuple[KernelChoice, ...]
     compiler: str | None
     precision: str
     cache: str
@@ -263,6 +272,7 @@ def doctor(cache: str | Path | None = None) -> DoctorReport:
         threads=torch.get_num_threads(),
         devices=("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))),
         backend=backend,
+        kernels=tuple(kernels_of_kinds(machine_devices())),
         compiler=opaque.compiler(),
         precision=resolve_precision("auto", cpu),
         cache=str(root),

@@ -131,8 +131,11 @@ class IntegerLinear(opaque.OpaqueModule):
         Raises:
             SettingError: no backend has that name, or it is not exact here.
         """
-        needs = KernelRequirements(self.max_weight(), self.scheme.input.bits)
-        return runtime.select(self.weight.device, backend, needs)
+        return runtime.select(self.weight.device, backend, self.requirements())
+
+    def requirements(self) -> KernelRequirements:
+        """Return the operands for which a kernel must be exact."""
+        return KernelRequirements(self.max_weight(), self.scheme.input.bits)
 
     def max_weight(self) -> int:
         """Return the largest magnitude of :meth:`integers`."""
@@ -283,7 +286,7 @@ class AttentionProduct(opaque.OpaqueModule):
         b, h, t, d = q.shape
         if opaque.compiling():
             return opaque.attention(self, q, k, v, bias, scale)
-        kernels = self._kernels(q.device)
+        kernels = runtime.get("reference") if opaque.exporting() else self.select(q.device)
         max_tile_scores = kernels.max_tile_scores(q.device)
         step = 1 if opaque.exporting() else max(1, max_tile_scores // max(1, h * t * k.shape[2]))
         scale = d**-0.5 if scale is None else scale
@@ -297,9 +300,8 @@ class AttentionProduct(opaque.OpaqueModule):
             mixed[tile] = mix(q[tile], k[tile], v[tile], tile_bias).transpose(1, 2)
         return mixed.flatten(2)
 
-    def _kernels(self, device: torch.device) -> Backend:
-        if opaque.exporting():
-            return runtime.get("reference")
+    def select(self, device: torch.device) -> Backend:
+        """Return the chosen backend, or the first one that is exact on a device."""
         return runtime.select(device, self.backend, KernelRequirements(max_weight=0))
 
     def _integer_mix(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq import runtime
-from dfq.device import resolve_precision, without_autocast
+from dfq.device import without_autocast
 from dfq.errors import SettingError
 from dfq.quantization import rounding
 from dfq.quantization.layers import (
@@ -21,6 +21,7 @@ from dfq.quantization.layers import (
 from dfq.quantization.scheme import ATTENTION_INPUTS, Scheme, layers
 from dfq.recipe import QuantizationSettings
 from dfq.runtime import opaque
+from dfq.runtime.elementwise import attention_dtype
 from dfq.runtime.params import KernelRequirements, OutputFormat
 from dfq.runtime.qtype import INT8, QParams
 from dfq.sparse import channel_values
@@ -91,6 +92,12 @@ class QuantizedAttention(Attention):
         if self.product.integer or normed:
             return OutputFormat(torch.float32)
         return OutputFormat(torch.float32) if opaque.exporting() else self._float_format
+
+    def product_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the dtype in which the products of attention are multiplied on a device."""
+        if self.product.integer:
+            return self.product.select(device).attention_dtype(device)
+        return torch.float32 if isinstance(self.q_norm, nn.LayerNorm) else attention_dtype(device)
 
     def _make_float_format(self, device: torch.device) -> OutputFormat:
         if device.type == "meta" or attention_dtype(device) == torch.float32:
@@ -275,6 +282,11 @@ class QuantizedViT(ViT):
         """Whether :meth:`compile` has been called."""
         return self._compiled_call_impl is not None
 
+    def linear_layers(self) -> dict[str, IntegerLinear]:
+        """Return the linear layers by name, in the order of the forward pass."""
+        names = layers(self.arch)
+        return {name: cast(IntegerLinear, self.get_submodule(name)) for name in names}
+
     def _linears(self) -> list[IntegerLinear]:
         return [m for m in self.modules() if isinstance(m, IntegerLinear)]
 
@@ -284,19 +296,12 @@ class QuantizedViT(ViT):
 
     def activation_qparams(self) -> dict[str, QParams]:
         """Return the qparams of every quantized activation, by name."""
-        qparams: dict[str, QParams] = {}
-        for name in layers(self.arch):
-            qparams[name] = cast(IntegerLinear, self.get_submodule(name)).input_qparams
+        qparams = {name: layer.input_qparams for name, layer in self.linear_layers().items()}
         if self.scheme.integer_attention:
             for i, product in enumerate(self.attention_products()):
                 for suffix, scale in zip(ATTENTION_INPUTS, product.scales.tolist(), strict=True):
                     qparams[f"blocks.{i}.{suffix}"] = QParams(scale, 0, INT8)
         return qparams
-
-
-def attention_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the device multiplies it natively, else float32."""
-    return torch.bfloat16 if resolve_precision("auto", device) == "bfloat16" else torch.float32
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,15 @@ def _two_columns() -> Table:
 
 
 def entries_table(entries: list[Any], title: str | None = None) -> Table:
-    """Table of cached datasets, one per row."""
+    """Table of what the cache holds, one entry per row."""
     table = Table(title=title)
-    for column in ("name", "model", "method", "images", "size", "state"):
+    for column in ("name", "model or checkpoint", "holds", "size", "state"):
         table.add_column(column, overflow="fold")
     for e in entries:
-        state = e.problem or "whole"
-        named = (escape(text) for text in (e.name, e.model, e.method))
-        table.add_row(*named, str(e.images), _size(e.bytes), escape(state))
+        whose = e.model if e.kind == "dataset" else e.checkpoint or e.model
+        holds = f"{e.images} images, {e.method}" if e.kind == "dataset" else ", ".join(e.contents)
+        named = (escape(text) for text in (e.name, whose, holds))
+        table.add_row(*named, _size(e.bytes), escape(e.problem or "whole"))
     return table
 
 
@@ -113,6 +115,8 @@ def facts_table(values: dict[str, Any]) -> Table:
 
 
 def _text(key: str, value: Any) -> str:
+    if key == "kernels":
+        return _kernels(value)
     if isinstance(value, dict):
         inner = {
             k: _text("bytes" if key == "bytes" else k, v) for k, v in value.items() if v is not None
@@ -128,6 +132,28 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return escape(str(value))
+
+
+def _kernels(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each entry of kernels, then the reasons against preferred backends."""
+    devices = {row["device"] for row in rows}
+    lines, reasons = [], dict[str, None]()
+    for row in rows:
+        where = f"{row['device']}: " if len(devices) > 1 else ""
+        instead = "".join(f", not {name}" for name in row["refused"])
+        kernel = f"{row['backend']} in {row['operands']}{instead}"
+        lines.append(f"{where}{row['layers']}{_weights(row)}: {kernel}")
+        reasons |= dict.fromkeys(f"{where}{name}: {why}" for name, why in row["refused"].items())
+    return escape("\n".join([*lines, *reasons]))
+
+
+def _weights(row: dict[str, Any]) -> str:
+    """How many layers of a model an entry of kernels has, and their weights."""
+    if row["count"] is None:
+        return ""
+    bits = row["bits"]
+    weights = "" if bits is None else f", int{bits} weights up to {row['max_weight']}"
+    return f" ({row['count']}){weights}"
 
 
 def quantize_table(r: dict[str, Any]) -> Table:

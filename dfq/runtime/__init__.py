@@ -4,6 +4,6 @@
 its products are exact, ``float`` elsewhere, on GPUs too.  :func:`register` adds a backend.
 """
 
-from dfq.runtime.registry import Backend, backends, explain, get, register, select
+from dfq.runtime.registry import Backend, backends, explain, get, refusals, register, select
 
-__all__ = ["Backend", "backends", "explain", "get", "register", "select"]
+__all__ = ["Backend", "backends", "explain", "get", "refusals", "register", "select"]

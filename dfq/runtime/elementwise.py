@@ -48,13 +48,19 @@ def quantize_norm(x: Tensor, packed: object) -> Tensor:
     return to_uint8(F.layer_norm(x, *arguments), largest)
 
 
+def attention_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which :func:`attention` multiplies integers: bfloat16 where that is
+    native, else float32."""
+    return torch.bfloat16 if resolve_precision("auto", device) == "bfloat16" else torch.float32
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """As :func:`dfq.runtime.reference.attention`, computed in bfloat16 where that is native.
 
     bfloat16 holds integers up to 256, so the operands of both products are exact and their
     sums are float32; scores and outputs are then rounded to 8 bits of mantissa.
     """
-    if resolve_precision("auto", q.device) != "bfloat16":
+    if attention_dtype(q.device) != torch.bfloat16:
         return reference.attention(q, k, v, scale, bias)
     q, k, v = (x.to(torch.bfloat16, memory_format=torch.contiguous_format) for x in (q, k, v))
     scores = (q @ k.transpose(-2, -1)).mul_(scale)

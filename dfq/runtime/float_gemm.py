@@ -38,6 +38,7 @@ def unsupported_reason(device: torch.device, needs: KernelRequirements) -> str |
     return None
 
 
+attention_dtype = elementwise.attention_dtype
 max_tile_scores = reference.max_tile_scores
 quantize = elementwise.quantize
 prepack_norm = elementwise.prepack_norm
@@ -46,7 +47,7 @@ attention = elementwise.attention
 
 
 @functools.cache
-def operand_dtype(device: torch.device) -> torch.dtype:
+def linear_dtype(device: torch.device) -> torch.dtype:
     """Dtype of the operands: on GPUs the fastest whose products have float32 sums."""
     if device.type != "cuda":
         return torch.float32
@@ -57,7 +58,7 @@ def prepack(params: LinearParams) -> object:
     """Convert the weight to floating point, split where sums could exceed 2**24."""
     integers = params.weight.integers
     size = exact_inputs(integers, params.input.zero_point, params.input.qtype.qmax)
-    weight = integers.to(operand_dtype(integers.device))
+    weight = integers.to(linear_dtype(integers.device))
     parts = tuple(part.contiguous() for part in weight.split(size, dim=1))
     return PackedWeight(parts, params.weight_scale * params.input.scale)
 

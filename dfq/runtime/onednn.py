@@ -18,17 +18,27 @@ MAX_WEIGHT_WITHOUT_VNNI = 64
 
 def unsupported_reason(device: torch.device, needs: KernelRequirements) -> str | None:
     """Return why the kernels are not exact here, or None if they are."""
-    largest = needs.max_weight
-    if int8_is_exact(device, 127 if largest > MAX_WEIGHT_WITHOUT_VNNI else MAX_WEIGHT_WITHOUT_VNNI):
+    if device.type != "cpu":
+        return f"it runs on x86 processors, not on {device.type!r}."
+    if int8_is_exact(
+        device, 127 if needs.max_weight > MAX_WEIGHT_WITHOUT_VNNI else MAX_WEIGHT_WITHOUT_VNNI
+    ):
         return None
-    return (
-        "it needs an x86 processor with 8-bit dot products (VNNI), or AVX2 and weights within "
-        f"-{MAX_WEIGHT_WITHOUT_VNNI}..{MAX_WEIGHT_WITHOUT_VNNI}; here it is {device.type!r}, and "
-        f"weights reach {largest}. Use "
-        "'reference', or quantize with reduce_range."
-    )
+    if int8_is_exact(device, MAX_WEIGHT_WITHOUT_VNNI):
+        return (
+            "without 8-bit dot products (VNNI) its sums saturate beyond weights of "
+            f"{MAX_WEIGHT_WITHOUT_VNNI}, and weights reach {needs.max_weight}; quantize with "
+            "reduce_range = true (the default)."
+        )
+    return "its 8-bit products are exact only on x86 processors with VNNI or AVX2."
 
 
+def linear_dtype(device: torch.device) -> torch.dtype:  # noqa: ARG001 (the interface)
+    """Return int8."""
+    return torch.int8
+
+
+attention_dtype = elementwise.attention_dtype
 max_tile_scores = reference.max_tile_scores
 quantize = elementwise.quantize
 prepack_norm = elementwise.prepack_norm

@@ -27,6 +27,16 @@ def unsupported_reason(device: torch.device, needs: KernelRequirements) -> str |
     return None
 
 
+def linear_dtype(device: torch.device) -> torch.dtype:  # noqa: ARG001 (the interface)
+    """Return float64, in which sums of integer products are exact."""
+    return torch.float64
+
+
+def attention_dtype(device: torch.device) -> torch.dtype:  # noqa: ARG001 (the interface)
+    """Return float32, which carries the integers of attention."""
+    return torch.float32
+
+
 def max_tile_scores(device: torch.device) -> int:
     """Largest number of attention scores of a tile."""
     return CACHED_SCORES if device.type == "cpu" else SCORES_IN_MEMORY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Protocol
 
 import torch
@@ -20,6 +21,12 @@ class Backend(Protocol):
 
     def unsupported_reason(self, device: torch.device, needs: KernelRequirements) -> str | None:
         """Return why the kernels are not exact on a device, or None if they are."""
+
+    def linear_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the dtype in which linear layers multiply integers on a device."""
+
+    def attention_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the dtype in which attention multiplies integers on a device."""
 
     def max_tile_scores(self, device: torch.device) -> int:
         """Return how many attention scores, over all images and heads, a tile should have."""
@@ -95,6 +102,15 @@ def get(name: str) -> Backend:
     )
 
 
+def refusals(
+    device: torch.device | str = "cpu", needs: KernelRequirements = ANY_WEIGHT
+) -> dict[str, str]:
+    """Return the reasons of the backends that are preferred to the selected one."""
+    reasons = explain(device, needs)
+    refused = itertools.takewhile(lambda item: item[1] is not None, reasons.items())
+    return {name: str(reason) for name, reason in refused}
+
+
 def explain(
     device: torch.device | str = "cpu", needs: KernelRequirements = ANY_WEIGHT
 ) -> dict[str, str | None]:
@@ -118,5 +134,8 @@ def select(
     chosen = get(name)
     reason = chosen.unsupported_reason(device, needs)
     if reason is not None:
-        raise SettingError(f"The {name} backend is not exact here: {reason}")
+        exact = [each.NAME for each in _backends if each.unsupported_reason(device, needs) is None]
+        raise SettingError(
+            f"The {name} backend is not exact here: {reason} Exact are: {', '.join(exact)}."
+        )
     return chosen

@@ -140,7 +140,7 @@ def test_the_doctor_fails_where_something_is_wrong(cli: Cli, tmp_path: Path) -> 
 
 
 def test_an_empty_cache_is_said_to_be_empty(cli: Cli) -> None:
-    assert cli("cache", "list").stdout == "The cache holds no datasets.\n"
+    assert cli("cache", "list").stdout == "The cache is empty.\n"
 
 
 def test_the_cache_lists_its_datasets(cli: Cli) -> None:

@@ -286,7 +286,7 @@ class TestEntries:
         def fail(*_: Any) -> str:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(entries, "_sha256", fail)
+        monkeypatch.setattr(entries, "sha256", fail)
         with pytest.raises(KeyboardInterrupt):
             load(checkpoint, ONNX, tmp_path)
         assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dfq.cache import cache_directory
-from dfq.data.cache import list_cache, remove_cached, verify_cache
 from dfq.data.dataset import DatasetWriter, shard_name
 from dfq.errors import DatasetError, OutputError, SettingError
+from dfq.pipeline.cached import list_cache, remove_cached, verify_cache
 from dfq.sparse import SparseImages
 
 SETTINGS: dict[str, Any] = {
@@ -237,7 +237,7 @@ def test_removing_all_of_an_empty_cache_removes_nothing(tmp_path: Path) -> None:
 def test_ambiguous_name_removes_nothing(tmp_path: Path) -> None:
     add(tmp_path, "vit-1")
     add(tmp_path, "vit-2")
-    with pytest.raises(DatasetError, match=r"2 datasets .*vit-1, vit-2"):
+    with pytest.raises(DatasetError, match=r"2 entries .*vit-1, vit-2"):
         remove_cached("vit", tmp_path)
     assert names(tmp_path) == ["vit-1", "vit-2"]
 
@@ -245,7 +245,7 @@ def test_ambiguous_name_removes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["other", "t", "it-1", "../datasets/vit-1", "*"])
 def test_unknown_name_removes_nothing(tmp_path: Path, name: str) -> None:
     add(tmp_path, "vit-1")
-    with pytest.raises(DatasetError, match=r"No dataset .*vit-1"):
+    with pytest.raises(DatasetError, match=r"No entry .*vit-1"):
         remove_cached(name, tmp_path)
     assert names(tmp_path) == ["vit-1"]
 

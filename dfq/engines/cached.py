@@ -1,0 +1,78 @@
+"""Listing of engines' files and records in the cache, one entry a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dfq.cache import CacheEntry, size_of, subdirectories
+from dfq.engines.entries import SHORT, engines_directory, is_whole, read_entry
+from dfq.engines.sessions import ENGINES
+from dfq.engines.tuning import read_record
+from dfq.files import read_json
+
+_DIGEST = re.compile(f"[0-9a-f]{{{SHORT}}}")
+_FILES = re.compile(f"({'|'.join(ENGINES)})-[0-9a-f]+")
+_RECORDS = "choice-*.json"
+
+
+def list_engines(cache: Path, verify: bool = False) -> list[CacheEntry]:
+    """List the checkpoints that engines have files or records of in a cache directory.
+
+    With ``verify``, the files are compared with their SHA-256.
+
+    Raises:
+        DatasetError: the cache is a file.
+    """
+    places = subdirectories(engines_directory(cache))
+    return [_entry(path, verify) for path in places if _DIGEST.fullmatch(path.name)]
+
+
+def _entry(path: Path, verify: bool) -> CacheEntry:
+    files = {p: read_entry(p) for p in sorted(path.iterdir()) if _FILES.fullmatch(p.name)}
+    records = sorted(path.glob(_RECORDS))
+    known = [*files.values(), *map(_content, records)]
+    contents = [place.name.partition("-")[0] for place in files]
+    batches = sorted({batch for record in records for batch in read_record(record)})
+    if batches:
+        contents.append(f"speeds at batch {', '.join(map(str, batches))}")
+    return CacheEntry(
+        kind="engines",
+        name=path.name,
+        path=str(path),
+        model=_first(known, "model") or "?",
+        method=None,
+        images=None,
+        checkpoint=_first(known, "checkpoint"),
+        contents=tuple(contents),
+        bytes=size_of(path),
+        problem=_problem(files, records, verify),
+    )
+
+
+def _problem(files: dict[Path, dict[str, Any]], records: list[Path], verify: bool) -> str | None:
+    damaged = [p.name for p, entry in files.items() if not _is_good(p, entry, verify)]
+    damaged += [record.name for record in records if not read_record(record)]
+    if not damaged:
+        return None
+    return f"damaged: {', '.join(damaged)}; written again when needed"
+
+
+def _is_good(path: Path, entry: dict[str, Any], verify: bool) -> bool:
+    names = ENGINES[path.name.partition("-")[0]].files
+    if not verify:
+        return bool(entry) and all((path / name).is_file() for name in names)
+    return is_whole(path, entry, names)
+
+
+def _content(record: Path) -> dict[str, Any]:
+    try:
+        content = read_json(record)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _first(known: list[dict[str, Any]], key: str) -> str | None:
+    return next((entry[key] for entry in known if isinstance(entry.get(key), str)), None)
