@@ -301,8 +301,8 @@ def _digest(weights: Any, arch: Architecture, preprocessing: Preprocessing) -> s
 
 def _check_bytes(path: Path, info: CheckpointInfo, expected: Any) -> None:
     with path.open("rb") as file:
-        found = _digest(hashlib.file_digest(file, "sha256"), info.arch, info.preprocessing)
-    if found != expected:
+        actual = _digest(hashlib.file_digest(file, "sha256"), info.arch, info.preprocessing)
+    if actual != expected:
         raise CheckpointError(
             f"{str(path)!r} and the architecture and preprocessing in {CONFIG} are damaged: their "
             "SHA-256 is not the one recorded there. Quantize again, or copy the checkpoint again."
@@ -322,8 +322,8 @@ def _check_integers(model: QuantizedViT, state: dict[str, torch.Tensor], path: P
         if not isinstance(layer, IntegerLinear):
             continue
         if layer.group:
-            largest, found = layer.scheme.largest_group_scale, state[f"{name}.group_scale"]
-            if int(found.max()) > largest:
+            largest, scales = layer.scheme.largest_group_scale, state[f"{name}.group_scale"]
+            if int(scales.max()) > largest:
                 raise CheckpointError(
                     f"{str(path)!r}: '{name}.group_scale' holds a scale above {largest}."
                 )
