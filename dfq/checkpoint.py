@@ -324,8 +324,8 @@ def _check_integers(model: QuantizedViT, state: dict[str, torch.Tensor], path: P
         if not isinstance(layer, IntegerLinear):
             continue
         if layer.group:
-            largest, found = layer.scheme.largest_group_scale, state[f"{name}.group_scale"]
-            if int(found.max()) > largest:
+            largest, scales = layer.scheme.largest_group_scale, state[f"{name}.group_scale"]
+            if int(scales.max()) > largest:
                 raise CheckpointError(
                     f"{str(path)!r}: '{name}.group_scale' holds a scale above {largest}."
                 )

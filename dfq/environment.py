@@ -74,7 +74,7 @@ def isa() -> dict[str, str]:
     ``ONEDNN_MAX_CPU_ISA`` and ``ATEN_CPU_CAPABILITY``.  Those of oneDNN are missing where PyTorch
     comes without it.  A process of its own, of some seconds, is asked once.
     """
-    found = {"pytorch": torch.backends.cpu.get_cpu_capability()}
+    reported_isa = {"pytorch": torch.backends.cpu.get_cpu_capability()}
     environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
     try:
         ended = subprocess.run(
@@ -86,10 +86,10 @@ def isa() -> dict[str, str]:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return found
+        return reported_isa
     reported = re.search(r"info,cpu,isa:(.*)", ended.stdout)
     if reported is not None:
-        found["onednn"] = reported[1].strip()
+        reported_isa["onednn"] = reported[1].strip()
     types = {"u8": "int8", "bf16": "bfloat16"}
     kernels = {f"onednn {types[dtype]}": name for name, dtype in _EXECUTED.findall(ended.stdout)}
-    return {**found, **kernels}
+    return {**reported_isa, **kernels}

@@ -87,9 +87,9 @@ class Job:
         """Begin the next stage of that name; a task that is no stage changes nothing."""
         verb = task.partition(" ")[0]
         later = range(self.number, len(self.stages))
-        found = next((i for i in later if self.stages[i].task == verb), None)
-        if found is not None:
-            self.number, self._timer = found + 1, timer
+        index = next((i for i in later if self.stages[i].task == verb), None)
+        if index is not None:
+            self.number, self._timer = index + 1, timer
 
     def finish(self) -> None:
         """End the current stage."""

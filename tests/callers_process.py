@@ -99,14 +99,14 @@ class Given:
 def given_files(tmp_path_factory: pytest.TempPathFactory) -> Given:
     root = tmp_path_factory.mktemp("given")
     model = make_vit()
-    found = Given(root, model, dfq.load_model(model), [])
-    dfq.invert(model, out=found.images, **FAST)
-    found.units.extend(dfq.SparseImageDataset(found.images).units())
-    dfq.quantize(model, bits=4, calibration=found.images, out=found.checkpoint, cache=root / "c")
+    files = Given(root, model, dfq.load_model(model), [])
+    dfq.invert(model, out=files.images, **FAST)
+    files.units.extend(dfq.SparseImageDataset(files.images).units())
+    dfq.quantize(model, bits=4, calibration=files.images, out=files.checkpoint, cache=root / "c")
     x = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    np.savez(found.npz, x=x, y=np.arange(4, dtype=np.uint8))
+    np.savez(files.npz, x=x, y=np.arange(4, dtype=np.uint8))
     (root / "recipe.toml").write_text("[inversion]\nimages = 9\n")
-    return found
+    return files
 
 
 def run_together(calls: list[Callable[[], None]]) -> None:

@@ -101,8 +101,10 @@ def quantized_as(family: Family, settings: QuantizationSettings, **changes: Any)
     module = family.make(**changes)
     channels = module.get_parameter("patch_embed.proj.weight").shape[1]
     loaded = load_model(module, mean=[0.4] * channels, std=[0.25] * channels)
-    found = calibrate(loaded.vit, [_noise(loaded.vit)], loaded.preprocessing, Scheme(settings))
-    return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
+    calibration = calibrate(
+        loaded.vit, [_noise(loaded.vit)], loaded.preprocessing, Scheme(settings)
+    )
+    return quantize_vit(loaded.vit, calibration, loaded.preprocessing, settings)
 
 
 def _noise(vit: ViT, count: int = 8) -> SparseImages:
@@ -142,9 +144,9 @@ def onnx_session(model: Path | bytes, optimized: Path | None = None) -> Any:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def spread(found: Tensor, expected: Tensor) -> float:
+def spread(actual: Tensor, expected: Tensor) -> float:
     """Error as a share of how much the expected values differ between images."""
-    return float((found - expected).norm() / (expected - expected.mean(0)).norm())
+    return float((actual - expected).norm() / (expected - expected.mean(0)).norm())
 
 
 @cache
@@ -161,8 +163,8 @@ def quantized_demo(bits: int, attention: Any) -> QuantizedViT:
     pixels = torch.from_numpy(np.load(demo.TEST_SLICE)["x"][-16:])[:, None]
     patches = patchify(pixels, loaded.vit.arch.grid)
     settings = QuantizationSettings(bits=bits, attention=attention)
-    found = calibrate(loaded.vit, [_whole(patches)], loaded.preprocessing, Scheme(settings))
-    return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
+    calibration = calibrate(loaded.vit, [_whole(patches)], loaded.preprocessing, Scheme(settings))
+    return quantize_vit(loaded.vit, calibration, loaded.preprocessing, settings)
 
 
 def checkpoint_of(

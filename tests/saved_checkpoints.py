@@ -31,8 +31,8 @@ def quantized(loaded: LoadedModel, settings: QuantizationSettings) -> QuantizedV
     engine = Engine(loaded.vit, loaded.preprocessing, INVERSION)
     units = plan_units(INVERSION, loaded.vit.arch.grid.patches)
     images = [batch for unit in units for batch in engine.run(unit)]
-    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
-    return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
+    calibration = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
+    return quantize_vit(loaded.vit, calibration, loaded.preprocessing, settings)
 
 
 def save(path: Path, model: QuantizedViT) -> int:

@@ -58,16 +58,16 @@ def test_state_survives_the_disk(w4a8: Path, w4a8_model: QuantizedViT) -> None:
 
 
 def test_loaded_model_knows_how_it_was_made(w4a8: Path, w4a8_model: QuantizedViT) -> None:
-    found = load(str(w4a8))
-    assert found.arch == w4a8_model.arch
-    assert found.preprocessing == w4a8_model.preprocessing
-    assert found.settings == w4a8_model.settings
+    loaded = load(str(w4a8))
+    assert loaded.arch == w4a8_model.arch
+    assert loaded.preprocessing == w4a8_model.preprocessing
+    assert loaded.settings == w4a8_model.settings
 
 
 def test_loaded_model_is_for_inference(w4a8: Path) -> None:
-    found = load(w4a8)
-    assert not found.training
-    assert not any(p.requires_grad for p in found.parameters())
+    loaded = load(w4a8)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
 
 
 def test_info_is_what_was_saved(w4a8: Path, w4a8_model: QuantizedViT) -> None:

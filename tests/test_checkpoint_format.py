@@ -53,8 +53,8 @@ def test_reader_written_from_the_specification_gives_the_same_logits(
         torch.tensor(v)[:, None, None] for v in (model.preprocessing.mean, model.preprocessing.std)
     )
     expected = model((pixels / 255 - mean) / std).numpy()
-    found = DocumentedReader(tmp_path / "out")(pixels.numpy())
-    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+    actual = DocumentedReader(tmp_path / "out")(pixels.numpy())
+    assert np.abs(actual - expected).max() < 0.03 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("bits", "attention"), [(8, "float"), (4, "int8")])

@@ -73,9 +73,9 @@ def test_the_documented_reader_reads_every_scheme(
     monkeypatch.setattr("dfq.quantization.model.attention_dtype", lambda _: torch.float32)
     expected = logits(made(tmp_path, **scheme))
     assert np.abs(expected - expected.mean(0)).max() > 0.1 * np.abs(expected).max()
-    found = DocumentedReader(tmp_path / "c")(pixels())
+    actual = DocumentedReader(tmp_path / "c")(pixels())
     level = 2 ** (8 - scheme.get("input_bits", 8))
-    assert np.abs(found - expected).max() < 0.02 * level * np.abs(expected).max()
+    assert np.abs(actual - expected).max() < 0.02 * level * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -126,8 +126,8 @@ def test_older_versions_are_read_alike(
 
     change_config(tmp_path / "c", older)
     assert np.array_equal(logits(tmp_path / "c"), expected)
-    found = DocumentedReader(tmp_path / "c")(pixels())
-    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+    actual = DocumentedReader(tmp_path / "c")(pixels())
+    assert np.abs(actual - expected).max() < 0.03 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("bits", "input_bits", "largest"), [(6, 6, 63), (3, 4, 15)])

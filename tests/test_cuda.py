@@ -34,8 +34,8 @@ def test_a_checkpoint_made_on_a_gpu_runs_everywhere(
     on_cpu = dfq.load(result.checkpoint).set_backend("reference")
     assert on_gpu.backend == "float"
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found, expected = on_gpu(images.cuda()).cpu(), on_cpu(images)
-    assert (found - expected).norm() <= 0.02 * expected.norm()
+    actual, expected = on_gpu(images.cuda()).cpu(), on_cpu(images)
+    assert (actual - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_images_made_on_a_gpu_have_the_places_of_their_kind(
@@ -65,15 +65,15 @@ def test_graphs_give_the_bytes_of_the_same_kernels_started_by_the_host(
     settings = InversionSettings(
         iterations=24, images=8, stages=2, unit_size=2, jitter=0.5, threads=1, precision=precision
     )
-    found = []
+    made = []
     for graphs in (True, False):
         engine = Engine(loaded.vit, loaded.preprocessing, settings, "cuda")
         engine.runner = DeviceRunner(engine.setup, graphs=graphs, fused=fused)
-        found.append(images(engine))
+        made.append(images(engine))
         assert engine.runner.fallbacks == []
         replayed = [buffers.graph is not None for buffers in engine.runner._buffers.values()]
         assert replayed == [graphs] * 2
-    for x, y in zip(*found, strict=True):
+    for x, y in zip(*made, strict=True):
         assert torch.equal(x.patches, y.patches)
         assert torch.equal(x.positions, y.positions)
 
@@ -83,11 +83,11 @@ def test_inversion_raises_the_target_class_on_a_gpu() -> None:
     settings = InversionSettings(
         method="dmi", iterations=60, images=10, unit_size=10, threads=1, precision="float32"
     )
-    (found,) = images(Engine(loaded.vit, loaded.preprocessing, settings, "cuda"))
+    (inverted,) = images(Engine(loaded.vit, loaded.preprocessing, settings, "cuda"))
     p = loaded.preprocessing
-    x = pixels_to_input(found.patches, p, loaded.vit.arch.grid)
-    probabilities = loaded.vit.forward_sparse(x, found.positions).softmax(-1)
-    assert float(probabilities.gather(1, found.labels[:, None]).mean()) > 0.9
+    x = pixels_to_input(inverted.patches, p, loaded.vit.arch.grid)
+    probabilities = loaded.vit.forward_sparse(x, inverted.positions).softmax(-1)
+    assert float(probabilities.gather(1, inverted.labels[:, None]).mean()) > 0.9
 
 
 def test_gptq_on_a_gpu_gives_the_integers_of_a_cpu() -> None:
@@ -98,5 +98,5 @@ def test_gptq_on_a_gpu_gives_the_integers_of_a_cpu() -> None:
     scales = rounding.search_scales(weight, scheme, hessian.diagonal())
     expected = rounding.round_gptq(weight, scales, scheme.weight, hessian)
     moved = rounding.WeightScales(scales.channel.cuda())
-    found = rounding.round_gptq(weight.cuda(), moved, scheme.weight, hessian.cuda()).cpu()
-    assert float((found == expected).double().mean()) > 0.99
+    actual = rounding.round_gptq(weight.cuda(), moved, scheme.weight, hessian.cuda()).cpu()
+    assert float((actual == expected).double().mean()) > 0.99

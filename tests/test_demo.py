@@ -159,6 +159,6 @@ def test_the_command_line_quantizes_the_demo(tmp_path: Path) -> None:
     args += ["--out", str(tmp_path / "out"), "--json"]
     ended = CliRunner().invoke(app, args)
     assert ended.exit_code == 0
-    found = json.loads(ended.stdout)
-    assert (found["model"], found["scheme"]) == ("demo", "w4a8")
+    printed = json.loads(ended.stdout)
+    assert (printed["model"], printed["scheme"]) == ("demo", "w4a8")
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -55,8 +55,8 @@ def smaller(line: str) -> str:
 
 def blocks(page: str) -> list[tuple[str, list[str]]]:
     """Language and lines of what is fenced, in its order."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
-    return [(language, text.splitlines()) for language, text in found]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    return [(language, text.splitlines()) for language, text in fenced]
 
 
 def commands(lines: list[str]) -> list[str]:

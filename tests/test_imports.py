@@ -70,11 +70,11 @@ the pipeline alone."""
 
 def modules(place: str = "dfq") -> dict[str, Path]:
     """Modules below ``place`` by their dotted name."""
-    found = {}
+    by_name = {}
     for path in sorted((ROOT / place).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts).removesuffix(".__init__")] = path
-    return found
+        by_name[".".join(parts).removesuffix(".__init__")] = path
+    return by_name
 
 
 def imported(path: Path) -> set[str]:

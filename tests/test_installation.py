@@ -31,8 +31,8 @@ class Installed(metadata.Distribution):
         return self.place / path
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *found: Installed, extra: str = "onnx") -> str:
-    monkeypatch.setattr(metadata, "distributions", lambda name: [*found] if name else [])
+def command(monkeypatch: pytest.MonkeyPatch, *copies: Installed, extra: str = "onnx") -> str:
+    monkeypatch.setattr(metadata, "distributions", lambda name: [*copies] if name else [])
     return install_command(extra)
 
 
@@ -94,15 +94,15 @@ def test_the_extras_are_those_of_the_project() -> None:
     extras = project["optional-dependencies"]
 
     def packages(extra: str) -> set[str]:
-        found: set[str] = set()
+        required: set[str] = set()
         for requirement in extras[extra]:
             name, bracket, others = requirement.partition("[")
             if bracket:
                 assert name == DISTRIBUTION
-                found.update(*(packages(other) for other in others.rstrip("]").split(",")))
+                required.update(*(packages(other) for other in others.rstrip("]").split(",")))
             else:
-                found.add(requirement)
-        return found
+                required.add(requirement)
+        return required
 
     assert project["name"] == DISTRIBUTION
     assert {extra: packages(extra) for extra in extras if extra != "test"} == {

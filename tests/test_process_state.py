@@ -226,10 +226,10 @@ def test_a_function_works_as_in_a_fresh_process_and_leaves_its_own(
     wanted = expected(name)
     with OF_CALLS[condition]():
         before = state()
-        found = CALLS[name](given_files, tmp_path)
+        actual = CALLS[name](given_files, tmp_path)
         after = state()
     assert after == before
-    assert plain(found) == wanted
+    assert plain(actual) == wanted
 
 
 @pytest.mark.parametrize("format", ["torch", "openvino"])
@@ -252,9 +252,9 @@ def test_other_formats_are_written_as_in_a_fresh_process(
 def test_a_model_that_was_built_in_such_a_process_is_taken(condition: str) -> None:
     with STATES[condition]():
         model: Any = make_vit()
-        found = dfq.load_model(model).vit
+        actual = dfq.load_model(model).vit
     again = dfq.load_model(model).vit
-    for vit in (found, again):
+    for vit in (actual, again):
         assert {p.dtype for p in vit.parameters()} == {torch.float32}
         assert not any(p.is_inference() for p in vit.parameters())
         assert torch.equal(vit.get_parameter("head.weight"), model.head.weight.float())
@@ -309,16 +309,16 @@ def test_copies_of_a_loaded_model_give_the_same_logits(checkpoint: Path, conditi
 
 def test_threads_may_be_the_first_to_call_a_model_all_at_once(checkpoint: Path) -> None:
     wanted = dfq.load(checkpoint)(IMAGES)
-    model, found = dfq.load(checkpoint), []
+    model, outputs = dfq.load(checkpoint), []
     together = threading.Barrier(8)
 
     def call() -> None:
         together.wait()
-        found.append(model(IMAGES))
+        outputs.append(model(IMAGES))
 
     run_together([call] * 8)
-    assert len(found) == 8
-    assert all(torch.equal(logits, wanted) for logits in found)
+    assert len(outputs) == 8
+    assert all(torch.equal(logits, wanted) for logits in outputs)
 
 
 def test_what_the_processor_can_do_is_asked_once_and_rightly() -> None:
@@ -337,5 +337,5 @@ def test_a_dataset_is_read_the_same_in_any_process(given_files: Given, condition
     with STATES[condition]():
         dataset = dfq.SparseImageDataset(given_files.images)
         dataset.verify()
-        found = [image for unit in dataset.units() for image in unit]
-    assert all(torch.equal(a.patches, b) for a, b in zip(found, wanted, strict=True))
+        images = [image for unit in dataset.units() for image in unit]
+    assert all(torch.equal(a.patches, b) for a, b in zip(images, wanted, strict=True))

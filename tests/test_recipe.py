@@ -257,18 +257,18 @@ def test_recipe_survives_toml(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "recipe.toml"
         path.write_text(to_toml(recipe), encoding="utf-8")
-        found = load_recipe(path)
-    assert found == recipe
-    assert list(found.quantization.layers) == list(recipe.quantization.layers)
+        loaded = load_recipe(path)
+    assert loaded == recipe
+    assert list(loaded.quantization.layers) == list(recipe.quantization.layers)
 
 
 @QUICK
 @given(recipes)
 def test_recipe_survives_json(recipe: Recipe) -> None:
     """Whatever order the keys of its objects take: that of the exceptions counts."""
-    found = recipe_from_dict(json.loads(json.dumps(to_dict(recipe), sort_keys=True)))
-    assert found == recipe
-    assert list(found.quantization.layers) == list(recipe.quantization.layers)
+    loaded = recipe_from_dict(json.loads(json.dumps(to_dict(recipe), sort_keys=True)))
+    assert loaded == recipe
+    assert list(loaded.quantization.layers) == list(recipe.quantization.layers)
 
 
 def test_toml_explains_every_field() -> None:

@@ -105,8 +105,8 @@ def test_a_scheme_is_a_recipe(
     bits = layer_bits(Path(result.checkpoint))
     assert bits.pop("patch_embed") == bits.pop("head") == (8, 8)
     assert len(bits) >= 8
-    for layer, found in bits.items():
-        assert found == (fc2 if layer.endswith("mlp.fc2") else inner)
+    for layer, bit_width in bits.items():
+        assert bit_width == (fc2 if layer.endswith("mlp.fc2") else inner)
     again = load_recipe(Path(result.checkpoint) / "recipe.toml").quantization
     assert (again.layers, again.bits) == (load_recipe(name).quantization.layers, inner[0])
     assert result.agreement is not None

@@ -146,8 +146,8 @@ def test_every_pixel_value_survives_normalization(channels: list[tuple[float, fl
 def test_normalization_is_per_channel() -> None:
     grid = Grid((1, 1), (1, 1), 2)
     pixels = torch.tensor([[51, 255]], dtype=torch.uint8)
-    found = pixels_to_input(pixels, Preprocessing((0.1, 0.5), (0.2, 0.25)), grid)
-    torch.testing.assert_close(found, torch.tensor([[0.5, 2.0]]))
+    actual = pixels_to_input(pixels, Preprocessing((0.1, 0.5), (0.2, 0.25)), grid)
+    torch.testing.assert_close(actual, torch.tensor([[0.5, 2.0]]))
 
 
 @pytest.mark.parametrize(

@@ -216,8 +216,8 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 def _versions() -> dict[str, str]:
     packages = ("onnx", "onnxruntime", "openvino", "nncf", "torchao")
-    found = {}
+    libraries = {}
     for name in filter(installed, packages):
         with suppress(metadata.PackageNotFoundError):  # the module of another distribution
-            found[name] = metadata.version(name)
-    return found
+            libraries[name] = metadata.version(name)
+    return libraries

@@ -76,7 +76,7 @@ def recompose(unit: list[SparseImages]) -> list[SparseImages]:
     ``unit`` holds all images of some trajectories.  Where patches overlap, the latest stage wins.
     Labels are kept; ``stage`` becomes 0.
     """
-    found: dict[int, list[SparseImages]] = {}
+    whole: dict[int, list[SparseImages]] = {}
     for trajectory in _trajectories(unit):
         parts = [batch[batch.trajectory == trajectory] for batch in unit]
         positions = torch.cat([p.positions.flatten() for p in parts])
@@ -92,8 +92,8 @@ def recompose(unit: list[SparseImages]) -> list[SparseImages]:
             stage=torch.zeros(1, dtype=torch.int64),
             trajectory=torch.tensor([trajectory]),
         )
-        found.setdefault(len(order), []).append(image)
-    return [join(images) for images in found.values()]
+        whole.setdefault(len(order), []).append(image)
+    return [join(images) for images in whole.values()]
 
 
 def smoothed(images: SparseImages, grid: Grid, factor: float) -> SparseImages:

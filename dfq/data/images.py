@@ -287,10 +287,10 @@ def _open_folder(
         named = read_class_map(Path(class_map), classes)
         numbers = map_classes(names, named, str(path), str(class_map))
     root = frozenset([os.path.realpath(path)])
-    found = [(f, numbers.index[c.name]) for c in folders for f in image_files(c, root)]
-    if not found:
+    labeled_files = [(f, numbers.index[c.name]) for c in folders for f in image_files(c, root)]
+    if not labeled_files:
         raise DataError(f"{str(path)!r} holds no images in its {len(folders)} class folders.")
-    files, labels = zip(*found, strict=True)
+    files, labels = zip(*labeled_files, strict=True)
     return FolderImages(str(path), files, labels, arch, preprocessing, numbers.order)
 
 

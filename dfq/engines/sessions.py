@@ -181,5 +181,5 @@ def check_runtime(runtime: str) -> None:
 
 def installed_engines() -> dict[str, str]:
     """Return the versions of the engines that are installed, by name."""
-    found = {name: engine.version for name, engine in ENGINES.items()}
-    return {name: version for name, version in found.items() if version is not None}
+    versions = {name: engine.version for name, engine in ENGINES.items()}
+    return {name: version for name, version in versions.items() if version is not None}

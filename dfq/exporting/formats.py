@@ -122,9 +122,9 @@ def _weights(weights: str | None, format: str, bits: Set[int]) -> str:
             f"{option('weights')} is a choice of {option('format', 'onnx')} alone; leave it out."
         )
     if weights == "int4" and 4 not in bits:
-        found = ", ".join(map(str, sorted(bits)))
+        bit_widths = ", ".join(map(str, sorted(bits)))
         raise SettingError(
-            f"{option('weights', 'int4')} needs layers of 4 bits; this checkpoint has {found}."
+            f"{option('weights', 'int4')} needs layers of 4 bits; this checkpoint has {bit_widths}."
         )
     return weights
 

@@ -220,12 +220,12 @@ def models(pattern: str | None = None) -> list[ModelEntry]:
             for name in names
         ),
     ]
-    found = [e for e in entries if pattern is None or pattern in e.name]
-    if not found:
+    matching = [e for e in entries if pattern is None or pattern in e.name]
+    if not matching:
         raise UnknownModelError(
             f"No model's name contains {pattern!r}.{nearest(pattern or '', names)}"
         )
-    return found
+    return matching
 
 
 @dataclass(frozen=True)

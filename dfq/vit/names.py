@@ -175,23 +175,23 @@ def check_names(keys: Collection[str], path: Path) -> None:
     """Raise :class:`WeightsError` for names of an unsupported format or of weights in parts."""
     for kinds, verb in ((UNMERGED, "has"), (OTHER_FORMATS, "has the names of")):
         for pattern, what, advice in kinds:
-            found = next((key for key in keys if re.search(pattern, key)), None)
-            if found is not None:
-                raise WeightsError(f"{path.name!r} {verb} {what}, such as {found!r}. {advice}.")
+            match = next((key for key in keys if re.search(pattern, key)), None)
+            if match is not None:
+                raise WeightsError(f"{path.name!r} {verb} {what}, such as {match!r}. {advice}.")
 
 
 def _prefix(state: State, path: Path) -> str:
     """Return the prefix of all names of the ViT, such as ``module.`` or ``teacher.backbone.``."""
-    found = sorted({p for key in state if (p := _prefix_of(key, state)) is not None})
-    if len(found) > 1:
-        averaged = [prefix for prefix in found if AVERAGED.search(prefix)]
-        found = averaged if len(averaged) == 1 else found
-    if len(found) > 1:
+    prefixes = sorted({p for key in state if (p := _prefix_of(key, state)) is not None})
+    if len(prefixes) > 1:
+        averaged = [prefix for prefix in prefixes if AVERAGED.search(prefix)]
+        prefixes = averaged if len(averaged) == 1 else prefixes
+    if len(prefixes) > 1:
         raise WeightsError(
-            f"{path.name!r} holds {len(found)} models, whose names begin with "
-            f"{', '.join(map(repr, found))}. Save the tensors of the one that is meant as a file."
+            f"{path.name!r} holds {len(prefixes)} models, with the prefixes "
+            f"{', '.join(map(repr, prefixes))}. Save the tensors of one of them as a file."
         )
-    return found[0] if found else ""
+    return prefixes[0] if prefixes else ""
 
 
 def _prefix_of(key: str, state: State) -> str | None:

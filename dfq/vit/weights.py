@@ -261,8 +261,8 @@ def _read_torch(path: Path) -> Any:
 
 
 def _blocked(error: Exception) -> str:
-    _, found, rest = str(error).partition("GLOBAL ")
-    return f" ({rest.split()[0]:.100})" if found and rest.split() else ""
+    _, marker, rest = str(error).partition("GLOBAL ")
+    return f" ({rest.split()[0]:.100})" if marker and rest.split() else ""
 
 
 def find_weights(folder: Path) -> Path:
@@ -273,10 +273,10 @@ def find_weights(folder: Path) -> Path:
     """
     named = (folder / name for name in NAMES)
     other = (file for suffix in SUFFIXES for file in sorted(folder.glob(suffix)))
-    found = next((file for file in (*named, *other) if file.is_file()), None)
-    if found is None:
+    weights = next((file for file in (*named, *other) if file.is_file()), None)
+    if weights is None:
         raise WeightsError(
             f"The folder {str(folder)!r} has no file of weights ({', '.join(NAMES)}). Give one "
             f"with {option('weights')}."
         )
-    return found
+    return weights

@@ -59,8 +59,8 @@ def small(weights: Path, data: Path, real: Path | None, **changes: Any) -> Optio
 def test_every_source_variant_and_width_is_a_row(
     tmp_path: Path, small_weights: Path, labeled_npz: Path, others: Path
 ) -> None:
-    found = run(ACCURACY, small(small_weights, labeled_npz, others), tmp_path, Notes())
-    rows = found["rows"]
+    outcome = run(ACCURACY, small(small_weights, labeled_npz, others), tmp_path, Notes())
+    rows = outcome["rows"]
     assert len(rows) == 3 * 2 * 2
     assert {r["source"] for r in rows} == {"pri2", "noise", "real"}
     assert all(0 <= r["agreement"] <= 1 and r["kl"] >= 0 for r in rows)
@@ -68,7 +68,7 @@ def test_every_source_variant_and_width_is_a_row(
     for source in ("pri2", "noise", "real"):
         assert by[source, "default", 8]["kl"] < by[source, "plain", 4]["kl"]
         assert by[source, "default", 8]["scheme"] == "w8a8"
-    (table,) = found["tables"]
+    (table,) = outcome["tables"]
     assert len(table["rows"]) == 12
 
 
@@ -94,8 +94,8 @@ def test_other_images_or_another_effort_are_other_rows(
     with np.load(others) as arrays:
         np.savez(others, x=arrays["x"][::-1], y=arrays["y"])
     again = dataclasses.replace(first, iterations=3)
-    found = run(ACCURACY, again, tmp_path, Notes())
-    assert {row["real"] for row in found["rows"]} & kept == {None}
+    outcome = run(ACCURACY, again, tmp_path, Notes())
+    assert {row["real"] for row in outcome["rows"]} & kept == {None}
     store = Store(tmp_path, ACCURACY.name)
     assert len(store.rows()) == 4
     (table,) = ACCURACY.load().tables(store.rows())

@@ -77,8 +77,8 @@ def test_further_mistakes_are_refused_before_work(
 
 
 def test_every_stage_is_described(tmp_path: Path, small_weights: Path, labeled_npz: Path) -> None:
-    found = run(EXPERIMENT, small(small_weights, labeled_npz), tmp_path, Silent())
-    rows = {(r["source"], r["seed"]): r for r in found["rows"]}
+    outcome = run(EXPERIMENT, small(small_weights, labeled_npz), tmp_path, Silent())
+    rows = {(r["source"], r["seed"]): r for r in outcome["rows"]}
     assert set(rows) == {
         ("real", 0),
         *((s, i) for s in ("pri2", "pri-random", "dmi") for i in (0, 1)),
@@ -93,7 +93,7 @@ def test_every_stage_is_described(tmp_path: Path, small_weights: Path, labeled_n
     assert len(pri["stages"][0]["own"]) == 6
     dmi = rows["dmi", 0]["stages"][0]
     assert dmi["filled_confidence"] == pytest.approx(dmi["confidence"], abs=1e-5)
-    by_stage, cosines, margins, losses = found["tables"]
+    by_stage, cosines, margins, losses = outcome["tables"]
     assert rows["pri-random", 0]["stages"][0]["attention"] is None
     two = ["1 of 2", "2 of 2"]
     assert [r["stage"] for r in by_stage["rows"]] == [None, *two, *two, None]
@@ -105,7 +105,7 @@ def test_every_stage_is_described(tmp_path: Path, small_weights: Path, labeled_n
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 100
     assert len(list((tmp_path / PICTURES).iterdir())) == 8
-    plots = EXPERIMENT.load().plots(found["rows"])
+    plots = EXPERIMENT.load().plots(outcome["rows"])
     assert [len(plot.curves) for plot in plots] == [3, 6]
 
 

@@ -120,11 +120,11 @@ def test_the_floor_is_measured(tmp_path: Path) -> None:
         seconds_per_shape=0.0,
         threads=1,
     )
-    found = run(registry.entry("inversion-floor"), options, tmp_path, Silent())
-    assert [row["live"] for row in found["rows"]] == [4, 2]
-    for row in found["rows"]:
+    outcome = run(registry.entry("inversion-floor"), options, tmp_path, Silent())
+    assert [row["live"] for row in outcome["rows"]] == [4, 2]
+    for row in outcome["rows"]:
         assert row["achieved_over_possible"] > 0
         assert sum(row["shares"].values()) == pytest.approx(1)
         assert row["shares"]["matmul"] > 0
-    (table,) = found["tables"]
+    (table,) = outcome["tables"]
     assert "matmul" in table["rows"][0]["where"]

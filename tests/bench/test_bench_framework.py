@@ -86,10 +86,10 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         run(FAKE, Options(stop_at=1), tmp_path, Silent())
     assert MEASURED == [0]
     assert [r["complete"] for r in Store(tmp_path, "fake").rows()] == [True, False]
-    found = run(FAKE, Options(), tmp_path, Silent())
+    outcome = run(FAKE, Options(), tmp_path, Silent())
     assert MEASURED == [0, 1, 2]
-    assert [r["value"] for r in found["rows"]] == [0, 0.5, 1]
-    assert [r["session"] for r in found["rows"]] == ["1", "2", "2"]
+    assert [r["value"] for r in outcome["rows"]] == [0, 0.5, 1]
+    assert [r["session"] for r in outcome["rows"]] == ["1", "2", "2"]
 
 
 def test_rows_of_the_same_settings_are_measured_again_on_demand(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_damaged_results_are_refused(tmp_path: Path, content: str) -> None:
 
 def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "run", "fake", "--count", "2", "--json")
-    found = json.loads(out)
+    printed = json.loads(out)
     assert code == 0
-    assert [row["value"] for row in found["rows"]] == [0, 0.5]
+    assert [row["value"] for row in printed["rows"]] == [0, 0.5]
     assert "chatter" in err
     assert Path("bench-results/fake.json").is_file()
 

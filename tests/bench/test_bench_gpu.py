@@ -27,8 +27,8 @@ class Heard:
 
 
 def test_a_rehearsal_measures_every_part(tmp_path: Path) -> None:
-    found = run(CHECK, Options(device="cpu", tiny=True), tmp_path, Heard())
-    rows = found["rows"]
+    outcome = run(CHECK, Options(device="cpu", tiny=True), tmp_path, Heard())
+    rows = outcome["rows"]
     assert [row for row in rows if "error" in row] == []
     by_part = {part: [r for r in rows if r["part"] == part] for part in gpu_check_parts()}
     assert {part: len(same) for part, same in by_part.items()} == {
@@ -43,7 +43,7 @@ def test_a_rehearsal_measures_every_part(tmp_path: Path) -> None:
         assert row["over_gradient"] > 0
     for row in by_part["quantize"]:
         assert 0 < row["quantize"] < row["without_loading"] < row["total"]
-    assert len(found["tables"]) == 4
+    assert len(outcome["tables"]) == 4
 
 
 def gpu_check_parts() -> list[str]:
@@ -77,6 +77,6 @@ def test_ratios_are_those_of_one_batch() -> None:
 
 
 def test_errors_of_rounding_are_weighted_by_the_inputs() -> None:
-    found = gpu.gptq(8, 48, 32, 0.1, CPU)
-    assert found["error_ratio"] == 1
-    assert found["launches"] is None
+    actual = gpu.gptq(8, 48, 32, 0.1, CPU)
+    assert actual["error_ratio"] == 1
+    assert actual["launches"] is None

@@ -26,8 +26,8 @@ SMALL = Options(
 
 
 def test_every_model_and_method_is_a_row(tmp_path: Path) -> None:
-    found = run(EXPERIMENT, SMALL, tmp_path, Silent())
-    rows = {(r["model"], r["method"]): r for r in found["rows"]}
+    outcome = run(EXPERIMENT, SMALL, tmp_path, Silent())
+    rows = {(r["model"], r["method"]): r for r in outcome["rows"]}
     assert len(rows) == 4
     pri, dmi = rows["demo", "pri2"], rows["demo", "dmi"]
     assert pri["patches"] == 196
@@ -35,7 +35,7 @@ def test_every_model_and_method_is_a_row(tmp_path: Path) -> None:
     assert dmi["updates_per_image"] == 8 * 196
     assert [s["live"] for s in pri["stages"]] == [196, 98]
     assert 0 < pri["seconds_per_image"] < dmi["seconds_per_image"]
-    (table,) = found["tables"]
+    (table,) = outcome["tables"]
     assert [r["model"] for r in table["rows"]] == ["demo", "test_vit@32"]
     assert table["rows"][0]["pri2_faster"].endswith("x (2.7x)")
     assert table["rows"][1]["millions"] == pytest.approx(

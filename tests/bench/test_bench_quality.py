@@ -39,8 +39,8 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
 def test_the_bench_measures_what_dfq_measures(
     tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
-    found = run(QUALITY, small(small_weights, labeled_npz), tmp_path / "results", Silent())
-    row = next(r for r in found["rows"] if r["method"] == "pri2")
+    outcome = run(QUALITY, small(small_weights, labeled_npz), tmp_path / "results", Silent())
+    row = next(r for r in outcome["rows"] if r["method"] == "pri2")
     settings = {"stages": 2, "iterations": 2, "precision": "float32", "threads": 1}
     expected = dfq.quantize(
         MODEL,
@@ -60,7 +60,7 @@ def test_the_bench_measures_what_dfq_measures(
     assert row["agreement"] == pytest.approx(expected.agreement)
     assert row["kl"] == pytest.approx(expected.agreement_on.kl, rel=1e-3, abs=1e-8)
     assert row["seconds_per_image"] == pytest.approx(row["invert_seconds"] / 4)
-    assert [r["iterations"] for r in found["rows"]] == [2, 0]
+    assert [r["iterations"] for r in outcome["rows"]] == [2, 0]
 
 
 def test_the_float_model_answers_once(

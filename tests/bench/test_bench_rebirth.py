@@ -40,11 +40,11 @@ def test_variants_make_the_same_images_from_as_many_updates(name: str, patches: 
 @pytest.mark.parametrize("name", ["pri-early", "pri-late", "dmi-snapshots"])
 def test_the_least_effort_leaves_every_stage_an_iteration(name: str, v: int) -> None:
     key = {**KEY, "stages": v, "images": v}
-    found = equal_iterations(lambda t: _settings(key, name, t, 0), 196, 1, v)
-    kept = [e.iteration for e in events(_settings(key, name, found, 0), 196)]
+    iterations = equal_iterations(lambda t: _settings(key, name, t, 0), 196, 1, v)
+    kept = [e.iteration for e in events(_settings(key, name, iterations, 0), 196)]
     assert len(kept) == v
     with pytest.raises(SettingError):
-        events(_settings(key, name, found - 1, 0), 196)
+        events(_settings(key, name, iterations - 1, 0), 196)
 
 
 def test_updates_are_counted_over_whole_trajectories() -> None:
@@ -56,10 +56,10 @@ def test_updates_are_counted_over_whole_trajectories() -> None:
 
 
 def test_what_is_left_of_the_reranked_control_is_an_image_of_pri() -> None:
-    found = events(variant("smi-reranked", 26), 196)
-    assert len(found) == RERANKINGS + 1
-    assert [e.iteration for e in found] == list(range(2, 27, 2))
-    assert found[-1].count == pytest.approx(49, abs=3)
+    schedule = events(variant("smi-reranked", 26), 196)
+    assert len(schedule) == RERANKINGS + 1
+    assert [e.iteration for e in schedule] == list(range(2, 27, 2))
+    assert schedule[-1].count == pytest.approx(49, abs=3)
 
 
 def test_schedules_are_early_and_late() -> None:

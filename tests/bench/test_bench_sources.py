@@ -49,8 +49,8 @@ def test_every_source_count_and_width_is_a_row(
     tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
     options = small(small_weights, labeled_npz)
-    found = run(EXPERIMENT, options, tmp_path, Silent())
-    rows = found["rows"]
+    outcome = run(EXPERIMENT, options, tmp_path, Silent())
+    rows = outcome["rows"]
     assert len(rows) == 4 * 2 * 2
     assert {row["test_images"] for row in rows} == {12}
     drawn = {(row["images"], row["real"]) for row in rows if row["source"] == "real"}
@@ -61,7 +61,7 @@ def test_every_source_count_and_width_is_a_row(
     assert by["noise", 4, 8]["dataset_bytes"] == by["noise+coverage", 4, 8]["dataset_bytes"]
     assert by["noise", 4, 4]["kl"] != by["noise+coverage", 4, 4]["kl"]
     assert by["pri2+coverage", 4, 8]["dataset_bytes"] < by["noise", 4, 8]["dataset_bytes"]
-    pivot, table = found["tables"][:2]
+    pivot, table = outcome["tables"][:2]
     assert len(pivot["rows"]) == 4
     assert set(pivot["columns"]) == {"source", "kl_2", "kl_4"}
     assert len(table["rows"]) == 8
@@ -149,16 +149,16 @@ def test_uniform_images_have_one_color(loaded: LoadedModel) -> None:
 def test_other_images_under_the_same_name_are_another_row(
     tmp_path: Path, small_weights: Path, labeled_npz: Path
 ) -> None:
-    found = []
+    rows = []
     for level in (0, 200):
         place = tmp_path / str(level) / "real.npz"
         place.parent.mkdir()
         np.savez(place, x=np.full((4, 32, 32, 3), level, dtype=np.uint8))
         changes: dict[str, Any] = {"sources": "real", "counts": "2", "bits": "8"}
         options = small(small_weights, labeled_npz, real=str(place), **changes)
-        found += run(EXPERIMENT, options, tmp_path / "results", Silent())["rows"]
-    assert found[0]["real"] != found[1]["real"]
-    assert found[0]["kl"] != found[1]["kl"]
+        rows += run(EXPERIMENT, options, tmp_path / "results", Silent())["rows"]
+    assert rows[0]["real"] != rows[1]["real"]
+    assert rows[0]["kl"] != rows[1]["kl"]
 
 
 def test_test_images_are_refused_as_real(

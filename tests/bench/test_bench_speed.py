@@ -65,13 +65,13 @@ def test_a_trace_of_the_wrong_length_is_refused() -> None:
 
 def test_speed_of_a_tiny_vit(tmp_path: Path) -> None:
     notes = Heard()
-    found = run(SPEED, small(), tmp_path, notes)
-    assert [(r["implementation"], r["method"]) for r in found["rows"]] == [
+    outcome = run(SPEED, small(), tmp_path, notes)
+    assert [(r["implementation"], r["method"]) for r in outcome["rows"]] == [
         ("dfq", "dmi"),
         ("dfq", "pri2"),
     ]
     assert any("--official" in line for line in notes.lines)
-    for row in found["rows"]:
+    for row in outcome["rows"]:
         assert row["seconds_per_image"] > 0
         assert row["rounds_done"] == 2
         assert row["timed_per_stage"] == 4

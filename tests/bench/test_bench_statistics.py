@@ -63,8 +63,8 @@ def test_rank_correlation_of_known_rankings() -> None:
 def test_rank_correlation_sees_the_order_alone(values: list[int]) -> None:
     a = torch.tensor(values, dtype=torch.float64)
     b = torch.arange(len(values))
-    found = spearman(a, b)
-    assert found == pytest.approx(spearman(a.exp(), b)) if found is not None else True
+    actual = spearman(a, b)
+    assert actual == pytest.approx(spearman(a.exp(), b)) if actual is not None else True
     if len(set(values)) > 1:
         assert spearman(a, a) == pytest.approx(1)
 
@@ -76,15 +76,15 @@ def patches(loaded: LoadedModel, seed: int) -> torch.Tensor:
 
 def test_moments_are_those_of_all_inputs_at_once(loaded: LoadedModel) -> None:
     x = patches(loaded, 0)
-    found = input_moments(loaded.vit, [(x[:2], None), (x[2:], None)])
-    assert set(found) == {
+    actual = input_moments(loaded.vit, [(x[:2], None), (x[2:], None)])
+    assert set(actual) == {
         f"{block}.{layer}"
         for block in (0, 1)
         for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     }
     with torch.no_grad():
         tokens = loaded.vit.block(0).norm1(loaded.vit.embed(x)).flatten(0, 1).double()
-    first = found["0.attn.qkv"]
+    first = actual["0.attn.qkv"]
     assert first.count == 6 * 17
     assert torch.allclose(first.mean, tokens.mean(0), atol=1e-6)
     assert torch.allclose(first.variance, tokens.var(0, correction=0), atol=1e-6)
@@ -121,8 +121,8 @@ def small(weights: Path, data: Path, **changes: Any) -> Options:
 
 
 def test_a_run_has_all_three_kinds(tmp_path: Path, small_weights: Path, labeled_npz: Path) -> None:
-    found = run(EXPERIMENT, small(small_weights, labeled_npz), tmp_path, Silent())
-    rows = found["rows"]
+    outcome = run(EXPERIMENT, small(small_weights, labeled_npz), tmp_path, Silent())
+    rows = outcome["rows"]
     kinds = [row["kind"] for row in rows]
     assert [kinds.count(k) for k in ("fidelity", "ranking", "activations")] == [2, 2, 6]
     first, second = rows[0]["stages"]
@@ -133,7 +133,7 @@ def test_a_run_has_all_three_kinds(tmp_path: Path, small_weights: Path, labeled_
     assert second["psnr_then"] == pytest.approx(second["psnr_end"])
     ranking = next(row for row in rows if row["kind"] == "ranking")
     assert ranking["over_time"][-1] == pytest.approx(1)
-    fidelity, activations, rankings = found["tables"]
+    fidelity, activations, rankings = outcome["tables"]
     assert fidelity["rows"][0]["psnr_then"] == "identical"
     assert {r["source"] for r in activations["rows"]} == {"real", "noise", "pri2, T = 4"}
     assert len(rankings["rows"]) == 1 + 6 + 2

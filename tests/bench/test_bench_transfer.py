@@ -50,8 +50,8 @@ def test_a_run_has_every_comparison_and_goes_on(
     with np.load(labeled_npz) as content:
         np.savez(tmp_path / "real.npz", x=255 - content["x"], y=content["y"])
     options = small(small_weights, labeled_npz, real=str(tmp_path / "real.npz"))
-    found = run(EXPERIMENT, options, tmp_path, Silent())
-    rows = found["rows"]
+    outcome = run(EXPERIMENT, options, tmp_path, Silent())
+    rows = outcome["rows"]
     assert [(r["comparison"], r["source"]) for r in rows] == [
         ("count", "pri2"),
         ("count", "noise"),
@@ -66,7 +66,7 @@ def test_a_run_has_every_comparison_and_goes_on(
     assert timed["unit_images"] == 8
     assert timed["unit_seconds"] > 0
     assert rows[4]["others"] == 4
-    assert len(found["tables"]) == 3
+    assert len(outcome["tables"]) == 3
     kept = (tmp_path / "knowledge-transfer.json").read_bytes()
     assert not list((tmp_path / "scratch").iterdir())
     again = run(EXPERIMENT, options, tmp_path, Silent())
@@ -149,8 +149,8 @@ def test_real_images_are_taken_by_class(loaded: LoadedModel, labeled_npz: Path) 
     with np.load(labeled_npz) as content:
         wanted = {x.tobytes() for x in content["x"][content["y"] == 3]}
     patches = real.sample(4, 0).patches
-    found = patches.reshape(4, 4, 4, 3, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(4, 16, 16, 3)
-    assert {x.contiguous().numpy().tobytes() for x in found} == wanted
+    images = patches.reshape(4, 4, 4, 3, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(4, 16, 16, 3)
+    assert {x.contiguous().numpy().tobytes() for x in images} == wanted
     with pytest.raises(DataError, match="of the classes asked for"):
         real.sample(5, 0)
 

@@ -86,9 +86,9 @@ def test_a_model_of_timms_starts_beside(
     out = tmp_path / "out"
     noise: dict[str, Any] = {"calibration": "noise", "images": 2}
     dfq.quantize("test_vit", weights=small_weights, img_size=32, out=out, **noise)
-    found = dfq.benchmark(out, batch=[1], seconds=0.01, runtimes=["dfq"], cold=True)
-    assert found.cold is not None
-    assert [c.runtime for c in found.cold] == ["dfq", "timm-fp32"]
+    measured = dfq.benchmark(out, batch=[1], seconds=0.01, runtimes=["dfq"], cold=True)
+    assert measured.cold is not None
+    assert [c.runtime for c in measured.cold] == ["dfq", "timm-fp32"]
 
 
 def test_threads_of_the_caller_are_left_alone(checkpoint: Path) -> None:
@@ -111,8 +111,8 @@ def test_every_runtime_runs_the_model(name: str, family: Family, tmp_path: Path)
     given = BenchmarkInputs(tmp_path / "checkpoint", model, 1, tmp_path, tmp_path / "cache")
     images = given.images(4)
     with quiet():
-        found = RUNTIMES[name].build(given)(images)
-    logits = found if isinstance(found, torch.Tensor) else torch.from_numpy(np.array(found[0]))
+        output = RUNTIMES[name].build(given)(images)
+    logits = output if isinstance(output, torch.Tensor) else torch.from_numpy(np.array(output[0]))
     assert spread(logits.float(), model(images)) < (1 if name.endswith("-int8") else 0.3)
 
 
@@ -133,9 +133,9 @@ def test_an_absent_package_is_named_with_its_extra(
         measuring, "installed", lambda package: package != "onnxruntime" and installed(package)
     )
     names = ["dfq", "onnxruntime-dfq"]
-    found = dfq.benchmark(checkpoint, batch=[1], seconds=0.01, runtimes=names)
-    assert [r.runtime for r in found.rows] == ["dfq"]
-    (absent,) = found.absent
+    measured = dfq.benchmark(checkpoint, batch=[1], seconds=0.01, runtimes=names)
+    assert [r.runtime for r in measured.rows] == ["dfq"]
+    (absent,) = measured.absent
     assert absent.runtime == "onnxruntime-dfq"
     assert absent.reason == f"onnxruntime not installed: {install_command('onnx')}"
 
@@ -145,8 +145,8 @@ def test_a_tool_that_fails_is_named(checkpoint: Path, monkeypatch: pytest.Monkey
         raise RuntimeError("no kernel\nfor this")
 
     monkeypatch.setitem(RUNTIMES, "openvino-dfq", Runtime(fail, ("torch",)))
-    found = dfq.benchmark(checkpoint, batch=[1], seconds=0.01, runtimes=["dfq", "openvino-dfq"])
-    assert [(a.runtime, a.reason) for a in found.absent] == [
+    measured = dfq.benchmark(checkpoint, batch=[1], seconds=0.01, runtimes=["dfq", "openvino-dfq"])
+    assert [(a.runtime, a.reason) for a in measured.absent] == [
         ("openvino-dfq", "it failed: no kernel")
     ]
 
@@ -200,11 +200,11 @@ def command(*args: str) -> Any:
 def test_json_is_the_result_and_nothing_else(checkpoint: Path) -> None:
     args = ("--batch", "1", "--seconds", "0.01", "--runtimes", "dfq,torch-fp32", "--json")
     ended = command("benchmark", str(checkpoint), *args)
-    found = json.loads(ended.stdout)
-    assert [r["runtime"] for r in found["rows"]] == ["dfq", "torch-fp32"]
+    printed = json.loads(ended.stdout)
+    assert [r["runtime"] for r in printed["rows"]] == ["dfq", "torch-fp32"]
     fields = {"runtime", "batch", "images_per_second", "median_ms", "p95_ms", "calls", "warm"}
-    assert set(found["rows"][0]) == fields
-    assert {"absent", "cold", "processor", "versions", "threads", "isa", "stopped"} <= set(found)
+    assert set(printed["rows"][0]) == fields
+    assert {"absent", "cold", "processor", "versions", "threads", "isa", "stopped"} <= set(printed)
 
 
 def test_the_table_has_ratios(checkpoint: Path) -> None:

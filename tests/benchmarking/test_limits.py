@@ -66,13 +66,13 @@ def test_a_runtime_whose_first_batch_takes_too_long_is_one_marked_call(
 
     install(monkeypatch, "torch-bf16", at_batch(2, slow))
     names = ["dfq", "torch-bf16"]
-    found = dfq.benchmark(checkpoint, batch=[1, 2], seconds=0.05, runtimes=names)
-    assert {(r.runtime, r.batch): r.warm for r in found.rows}[("torch-bf16", 2)] is False
-    (row,) = (r for r in found.rows if not r.warm)
+    result = dfq.benchmark(checkpoint, batch=[1, 2], seconds=0.05, runtimes=names)
+    assert {(r.runtime, r.batch): r.warm for r in result.rows}[("torch-bf16", 2)] is False
+    (row,) = (r for r in result.rows if not r.warm)
     assert (row.calls, len(calls)) == (1, 1)
     assert row.median_ms >= 200
-    assert "torch-bf16 *" in repr(found)
-    assert "another did not fit into 0.05 s" in repr(found)
+    assert "torch-bf16 *" in repr(result)
+    assert "another did not fit into 0.05 s" in repr(result)
 
 
 def test_the_first_call_of_what_compiles_does_not_count(
@@ -81,9 +81,9 @@ def test_the_first_call_of_what_compiles_does_not_count(
     waits = iter([0.3])
     predict = at_batch(2, lambda: time.sleep(next(waits, 0)))
     install(monkeypatch, "dfq-compiled", predict, compiles=True)
-    found = dfq.benchmark(checkpoint, batch=[2], seconds=0.05, runtimes=["dfq-compiled"])
-    assert found.rows[0].warm
-    assert found.rows[0].p95_ms < 300
+    result = dfq.benchmark(checkpoint, batch=[2], seconds=0.05, runtimes=["dfq-compiled"])
+    assert result.rows[0].warm
+    assert result.rows[0].p95_ms < 300
 
 
 def test_what_the_whole_run_has_no_time_for_is_named(
@@ -91,10 +91,10 @@ def test_what_the_whole_run_has_no_time_for_is_named(
 ) -> None:
     install(monkeypatch, "dfq", lambda _: time.sleep(0.2))
     names = ["dfq", "torch-fp32"]
-    found = dfq.benchmark(checkpoint, batch=[1], total_seconds=0.1, runtimes=names)
-    assert found.rows == []
-    assert [(a.runtime, a.batch) for a in found.absent] == [("torch-fp32", None), ("dfq", 1)]
-    assert "time of the whole run (0.1 s) was over" in found.absent[0].reason
+    result = dfq.benchmark(checkpoint, batch=[1], total_seconds=0.1, runtimes=names)
+    assert result.rows == []
+    assert [(a.runtime, a.batch) for a in result.absent] == [("torch-fp32", None), ("dfq", 1)]
+    assert "time of the whole run (0.1 s) was over" in result.absent[0].reason
 
 
 # ---- failures and Ctrl-C
@@ -104,11 +104,15 @@ def test_a_failure_keeps_the_other_rows(checkpoint: Path, monkeypatch: pytest.Mo
     install(monkeypatch, "torch-bf16", at_batch(2, fail))
     with pytest.raises(BenchmarkError, match="torch-bf16 at batch 2: not enough memory") as raised:
         dfq.benchmark(checkpoint, batch=[1, 2], seconds=0.01, runtimes=["dfq", "torch-bf16"])
-    found = raised.value.result
-    assert [(r.runtime, r.batch) for r in found.rows] == [("dfq", 1), ("torch-bf16", 1), ("dfq", 2)]
-    (absent,) = found.absent
+    result = raised.value.result
+    assert [(r.runtime, r.batch) for r in result.rows] == [
+        ("dfq", 1),
+        ("torch-bf16", 1),
+        ("dfq", 2),
+    ]
+    (absent,) = result.absent
     assert (absent.runtime, absent.batch) == ("torch-bf16", 2)
-    assert found.stopped == "torch-bf16 at batch 2: not enough memory"
+    assert result.stopped == "torch-bf16 at batch 2: not enough memory"
 
 
 def test_a_failure_of_another_tool_is_no_error(
@@ -116,9 +120,9 @@ def test_a_failure_of_another_tool_is_no_error(
 ) -> None:
     install(monkeypatch, "openvino-dfq", at_batch(2, fail), "torch")
     names = ["dfq", "openvino-dfq"]
-    found = dfq.benchmark(checkpoint, batch=[1, 2], seconds=0.01, runtimes=names)
-    assert [(a.runtime, a.batch) for a in found.absent] == [("openvino-dfq", 2)]
-    assert found.stopped is None
+    result = dfq.benchmark(checkpoint, batch=[1, 2], seconds=0.01, runtimes=names)
+    assert [(a.runtime, a.batch) for a in result.absent] == [("openvino-dfq", 2)]
+    assert result.stopped is None
 
 
 def test_an_interrupt_keeps_the_rows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +130,9 @@ def test_an_interrupt_keeps_the_rows(checkpoint: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt) as raised:
         dfq.benchmark(checkpoint, batch=[1, 2], seconds=0.01, runtimes=["dfq", "torch-bf16"])
     assert isinstance(raised.value, BenchmarkInterrupt)
-    found = raised.value.result
-    assert [(r.runtime, r.batch) for r in found.rows] == [("dfq", 1), ("torch-bf16", 1)]
-    assert found.stopped == "it was interrupted"
+    result = raised.value.result
+    assert [(r.runtime, r.batch) for r in result.rows] == [("dfq", 1), ("torch-bf16", 1)]
+    assert result.stopped == "it was interrupted"
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *args: str) -> Any:
@@ -144,9 +148,9 @@ def test_the_command_shows_what_was_measured(
     install(monkeypatch, "torch-bf16", at_batch(2, act))
     ended = command(monkeypatch, str(checkpoint), "--batch", "1,2", "--json")
     assert ended.exit_code == code
-    found = json.loads(ended.stdout)
-    assert len(found["rows"]) >= 2
-    assert found["stopped"]
+    printed = json.loads(ended.stdout)
+    assert len(printed["rows"]) >= 2
+    assert printed["stopped"]
     ended = command(monkeypatch, str(checkpoint), "--batch", "1,2")
     assert ended.exit_code == code
     assert "Stopped early" in ended.stdout
@@ -207,9 +211,9 @@ def test_saved_speeds_choose_the_runtime_of_load(
     given: dict[str, Any] = {"batch": [1], "runtimes": names, "cache": tmp_path, "seconds": 0.5}
     dfq.benchmark(checkpoint, **given)
     assert list(tmp_path.iterdir()) == []
-    found = dfq.benchmark(checkpoint, save=True, **given)
-    assert found.saved == {1: "onnxruntime"}
-    assert "dfq.load runs on onnxruntime from now on" in repr(found)
+    result = dfq.benchmark(checkpoint, save=True, **given)
+    assert result.saved == {1: "onnxruntime"}
+    assert "dfq.load runs on onnxruntime from now on" in repr(result)
     assert dfq.load(checkpoint, cache=tmp_path).backend == "onnxruntime"
 
 
@@ -219,11 +223,11 @@ def test_saving_needs_the_row_to_compare_with(checkpoint: Path) -> None:
 
 
 def test_the_isa_is_what_onednn_reports(checkpoint: Path) -> None:
-    found = dfq.benchmark(checkpoint, batch=[1], seconds=0.01, runtimes=["dfq"])
-    assert found.isa == isa()
-    assert found.isa["pytorch"] == torch.backends.cpu.get_cpu_capability()
+    result = dfq.benchmark(checkpoint, batch=[1], seconds=0.01, runtimes=["dfq"])
+    assert result.isa == isa()
+    assert result.isa["pytorch"] == torch.backends.cpu.get_cpu_capability()
     if torch.backends.mkldnn.is_available():
-        assert f"onednn {found.isa['onednn']}" in " ".join(repr(found).split())
+        assert f"onednn {result.isa['onednn']}" in " ".join(repr(result).split())
 
 
 @pytest.mark.skipif(
@@ -241,5 +245,5 @@ def test_the_isa_follows_the_environment() -> None:
         text=True,
         check=True,
     )
-    found = json.loads(ended.stdout)
-    assert (found["pytorch"], found["onednn"]) == ("AVX2", "Intel AVX2")
+    printed = json.loads(ended.stdout)
+    assert (printed["pytorch"], printed["onednn"]) == ("AVX2", "Intel AVX2")

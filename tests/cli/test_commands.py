@@ -46,9 +46,9 @@ def test_evaluation_beside_the_float_model_has_agreement(
     cli: Cli, cli_checkpoint: Path, labeled_npz: Path
 ) -> None:
     args = ["--float", MODEL, "--weights", str(cli.weights), "--data", str(labeled_npz)]
-    found = cli("evaluate", cli_checkpoint, *args, "--json").json
-    assert_schema(found, EvaluateResult)
-    assert 0 <= found["agreement"] <= 1
+    printed = cli("evaluate", cli_checkpoint, *args, "--json").json
+    assert_schema(printed, EvaluateResult)
+    assert 0 <= printed["agreement"] <= 1
 
 
 def test_a_gate_of_evaluate_exits_with_1_and_prints_the_result(
@@ -62,8 +62,8 @@ def test_a_gate_of_evaluate_exits_with_1_and_prints_the_result(
 
 
 def test_inspect_says_what_a_checkpoint_is(cli: Cli, cli_checkpoint: Path) -> None:
-    found = cli("inspect", cli_checkpoint, "--json").json
-    assert (found["kind"], found["model"], found["scheme"]) == ("checkpoint", MODEL, "w8a8")
+    printed = cli("inspect", cli_checkpoint, "--json").json
+    assert (printed["kind"], printed["model"], printed["scheme"]) == ("checkpoint", MODEL, "w8a8")
 
 
 def test_inspect_draws_a_dataset(cli: Cli, tmp_path: Path) -> None:
@@ -116,20 +116,20 @@ def test_models_are_listed(cli: Cli) -> None:
 
 
 def test_models_are_filtered(cli: Cli) -> None:
-    found = cli("models", "deit_tiny", "--json").json
-    assert found
-    assert all("deit_tiny" in entry["name"] for entry in found)
+    entries = cli("models", "deit_tiny", "--json").json
+    assert entries
+    assert all("deit_tiny" in entry["name"] for entry in entries)
 
 
 def test_the_doctor_says_what_this_machine_offers(cli: Cli) -> None:
-    found = cli("doctor", "--json").json
+    printed = cli("doctor", "--json").json
     assert_schema(
-        {k: v for k, v in found.items() if k in ("processor", "threads", "backend")},
+        {k: v for k, v in printed.items() if k in ("processor", "threads", "backend")},
         dataclasses.make_dataclass(
             "Part", [("processor", str), ("threads", int), ("backend", str)]
         ),
     )
-    assert found["versions"]["dfq"] == dfq.__version__
+    assert printed["versions"]["dfq"] == dfq.__version__
 
 
 def test_the_doctor_fails_where_something_is_wrong(cli: Cli, tmp_path: Path) -> None:

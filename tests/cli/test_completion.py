@@ -47,9 +47,9 @@ def test_the_script_of_bash_completes_dfq() -> None:
     ids=str,
 )
 def test_names_are_completed(words: str, offered: list[str]) -> None:
-    found = completed(words)
-    assert found[: len(offered)] == offered
-    assert bool(found) == bool(offered)
+    actual = completed(words)
+    assert actual[: len(offered)] == offered
+    assert bool(actual) == bool(offered)
 
 
 def test_refused_models_are_not_offered() -> None:

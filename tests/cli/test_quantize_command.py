@@ -21,18 +21,18 @@ def test_json_of_quantize_is_the_result_and_nothing_else(cli: Cli, tmp_path: Pat
 def test_json_of_quantize_with_data_has_accuracies(
     cli: Cli, tmp_path: Path, labeled_npz: Path
 ) -> None:
-    found = cli.quantize(tmp_path / "out", "--eval", labeled_npz, "--json").json
-    assert_schema(found, QuantizeResult)
-    assert found["accuracy"]["images"] == 20
-    assert found["accuracy"]["correct"] == round(20 * found["accuracy"]["quantized"])
-    assert found["agreement_on"]["images"] == 20
+    printed = cli.quantize(tmp_path / "out", "--eval", labeled_npz, "--json").json
+    assert_schema(printed, QuantizeResult)
+    assert printed["accuracy"]["images"] == 20
+    assert printed["accuracy"]["correct"] == round(20 * printed["accuracy"]["quantized"])
+    assert printed["agreement_on"]["images"] == 20
 
 
 def test_flags_reach_the_result(cli: Cli, tmp_path: Path) -> None:
     args = ["--bits", "4", "--attention", "int8", "--calibration", "smi", "--images", "3"]
-    found = cli.quantize(tmp_path / "out", *args, "--json").json
-    assert (found["scheme"], found["attention"]) == ("w4a8", "int8")
-    assert (found["calibration"]["method"], found["calibration"]["images"]) == ("smi", 3)
+    printed = cli.quantize(tmp_path / "out", *args, "--json").json
+    assert (printed["scheme"], printed["attention"]) == ("w4a8", "int8")
+    assert (printed["calibration"]["method"], printed["calibration"]["images"]) == ("smi", 3)
 
 
 def test_progress_goes_to_stderr(cli: Cli, tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_another_seed_makes_other_images(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_the_cache_can_be_named(cli: Cli, tmp_path: Path) -> None:
-    found = cli.quantize(tmp_path / "out", "--cache", tmp_path / "cache", "--json").json
-    assert Path(found["calibration"]["path"]).is_relative_to(tmp_path / "cache")
+    printed = cli.quantize(tmp_path / "out", "--cache", tmp_path / "cache", "--json").json
+    assert Path(printed["calibration"]["path"]).is_relative_to(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("args", [["--bits", "4"], ["--attention", "int8"]], ids=str)
@@ -108,8 +108,8 @@ def test_the_recipe_of_a_checkpoint_makes_the_same_checkpoint(
 
 def test_flags_win_over_the_recipe(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("[quantization]\nbits = 4\n[inversion]\nimages = 9\n")
-    found = cli.quantize(tmp_path / "out", "--recipe", tmp_path / "r.toml", "--json").json
-    assert (found["scheme"], found["calibration"]["images"]) == ("w4a8", 4)
+    printed = cli.quantize(tmp_path / "out", "--recipe", tmp_path / "r.toml", "--json").json
+    assert (printed["scheme"], printed["calibration"]["images"]) == ("w4a8", 4)
 
 
 def test_the_output_is_named_after_model_and_scheme(
@@ -147,8 +147,8 @@ def test_a_gate_that_holds_exits_with_0(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_images_of_ones_own_calibrate(cli: Cli, tmp_path: Path, labeled_npz: Path) -> None:
-    found = cli.quantize(tmp_path / "out", "--calibration", labeled_npz, "--json").json
-    assert found["calibration"] == {
+    printed = cli.quantize(tmp_path / "out", "--calibration", labeled_npz, "--json").json
+    assert printed["calibration"] == {
         "method": "images",
         "images": 4,
         "path": str(labeled_npz),
@@ -158,8 +158,8 @@ def test_images_of_ones_own_calibrate(cli: Cli, tmp_path: Path, labeled_npz: Pat
 
 def test_an_inverted_dataset_calibrates(cli: Cli, tmp_path: Path) -> None:
     cli.invert("--out", tmp_path / "images", "--method", "dmi")
-    found = cli.quantize(tmp_path / "out", "--calibration", tmp_path / "images", "--json").json
-    assert (found["calibration"]["method"], found["calibration"]["images"]) == ("dmi", 4)
+    printed = cli.quantize(tmp_path / "out", "--calibration", tmp_path / "images", "--json").json
+    assert (printed["calibration"]["method"], printed["calibration"]["images"]) == ("dmi", 4)
 
 
 def test_a_dataset_of_another_model_is_refused(cli: Cli, tmp_path: Path) -> None:

@@ -105,16 +105,16 @@ def test_names_that_timm_does_not_order_are_refused(names: tuple[str, ...], tmp_
 def test_synsets_have_imagenets_indices_in_a_model_of_1000_classes(tmp_path: Path) -> None:
     names = ["n02084071", "n02121808", *ImageNetInfo().label_names()[::400]]
     known = names[2:]
-    found = numbered(made(tmp_path / "known", known), classes=1000)
-    assert found == ClassNumbers(dict(zip(known, (0, 400, 800), strict=True)), "imagenet synsets")
+    numbers = numbered(made(tmp_path / "known", known), classes=1000)
+    assert numbers == ClassNumbers(dict(zip(known, (0, 400, 800), strict=True)), "imagenet synsets")
     with pytest.raises(DataError, match=r"5 class folders.*1000 classes.*not ImageNet synsets"):
         numbered(made(tmp_path / "unknown", names), classes=1000)
 
 
 def test_a_thousand_other_folders_are_numbered_by_themselves(tmp_path: Path) -> None:
     names = [f"class {n}" for n in range(1000)]
-    found = number_classes(random.Random(0).sample(names, 1000), 1000, str(tmp_path))
-    assert found == ClassNumbers({name: n for n, name in enumerate(names)}, "name")
+    numbers = number_classes(random.Random(0).sample(names, 1000), 1000, str(tmp_path))
+    assert numbers == ClassNumbers({name: n for n, name in enumerate(names)}, "name")
 
 
 # ---- with a map

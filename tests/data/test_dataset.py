@@ -89,12 +89,12 @@ def test_manifest_is_as_specified(small_dataset: Path) -> None:
 
 def test_batches_hold_every_image_once_in_order(small_dataset: Path) -> None:
     opened = SparseImageDataset(small_dataset)
-    found = [
+    ids = [
         (int(t), int(s))
         for batch in opened.batches(64)
         for t, s in zip(batch.trajectory, batch.stage, strict=True)
     ]
-    assert found == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
+    assert ids == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
 
 
 def test_batches_are_no_larger_than_asked_for(small_dataset: Path) -> None:
@@ -107,15 +107,15 @@ def test_documented_reader_gives_the_images(small_dataset: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     example = example.replace('"DATASET"', repr(str(small_dataset)))
     example += "        found.append(image)\n"
-    found: list[np.ndarray] = []
-    exec(example, {"found": found})
+    actual: list[np.ndarray] = []
+    exec(example, {"found": actual})
     images = make_images(count=2, kept=2)
     expected = np.zeros((3, 8, 12), np.uint8)
     for patch, position in zip(images.patches[0], images.positions[0].tolist(), strict=True):
         y, x = position // 4 * 4, position % 4 * 3
         expected[:, y : y + 4, x : x + 3] = patch.reshape(3, 4, 3)
-    assert len(found) == 6
-    assert np.array_equal(found[0], expected)
+    assert len(actual) == 6
+    assert np.array_equal(actual[0], expected)
 
 
 @QUICK

@@ -18,8 +18,8 @@ from dfq.errors import DataError
 def test_classes_are_the_sorted_names_of_folders(tmp_path: Path) -> None:
     source = opened(folder(tmp_path, ["e", "b", "d", "a", "c"]))
     assert isinstance(source, FolderImages)
-    found = {f.parent.name: source.label(i) for i, f in enumerate(source.files)}
-    assert found == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+    actual = {f.parent.name: source.label(i) for i, f in enumerate(source.files)}
+    assert actual == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
 
 
 def test_a_folder_gives_its_images_in_order(tmp_path: Path) -> None:

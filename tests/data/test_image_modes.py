@@ -177,10 +177,10 @@ def whole(path: Path, mode: str = "L") -> np.ndarray:
 def test_every_sample_of_16_bits_gives_its_high_byte(
     write: Callable[[Path], Path], mode: str, tmp_path: Path
 ) -> None:
-    found = whole(write(tmp_path), mode).reshape(65536, -1)
-    expected = np.repeat(np.floor(np.arange(65536) / 256)[:, None], found.shape[1], axis=1)
+    actual = whole(write(tmp_path), mode).reshape(65536, -1)
+    expected = np.repeat(np.floor(np.arange(65536) / 256)[:, None], actual.shape[1], axis=1)
     expected[:, 3:] = 255
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_every_sample_of_16_bits_is_turned_round_where_white_is_0(tmp_path: Path) -> None:
@@ -271,10 +271,10 @@ BLACK: dict[str, Any] = {
 @pytest.mark.parametrize("source", WHITE)
 def test_black_and_white_of_every_mode(source: str, mode: str) -> None:
     for values, level in ((WHITE, 255), (BLACK, 0)):
-        found = np.asarray(to_eight_bits(Image.new(source, (1, 1), values[source]), mode))
-        expected = np.full_like(found, level)
+        actual = np.asarray(to_eight_bits(Image.new(source, (1, 1), values[source]), mode))
+        expected = np.full_like(actual, level)
         expected[..., 3:] = 255
-        np.testing.assert_allclose(found, expected, atol=1 if source == "LAB" else 0)
+        np.testing.assert_allclose(actual, expected, atol=1 if source == "LAB" else 0)
 
 
 @pytest.mark.parametrize("alpha", [False, True])
@@ -282,16 +282,16 @@ def test_black_and_white_of_every_mode(source: str, mode: str) -> None:
 def test_palettes_give_their_colors(alpha: bool, mode: str, expected: list[int]) -> None:
     image = Image.new("P", (1, 1), 1)
     image.putpalette([0, 0, 0, 10, 20, 30])
-    found = to_eight_bits(image.convert("PA") if alpha else image, mode)
-    assert np.asarray(found).flatten().tolist() == expected
+    actual = to_eight_bits(image.convert("PA") if alpha else image, mode)
+    assert np.asarray(actual).flatten().tolist() == expected
 
 
 @pytest.mark.parametrize(("mode", "value"), [("La", (100, 128)), ("RGBa", (100, 100, 100, 128))])
 def test_premultiplied_colors_are_divided_by_their_transparency(
     mode: str, value: tuple[int, ...]
 ) -> None:
-    found = np.asarray(to_eight_bits(Image.new(mode, (1, 1), value), "L"))
-    assert int(found[0, 0]) == pytest.approx(100 * 255 / 128, abs=1)
+    actual = np.asarray(to_eight_bits(Image.new(mode, (1, 1), value), "L"))
+    assert int(actual[0, 0]) == pytest.approx(100 * 255 / 128, abs=1)
 
 
 @pytest.mark.parametrize("mode", DEEP)
@@ -340,8 +340,8 @@ def test_colors_of_every_mode_are_those_of_its_formula(source: str) -> None:
     image, samples = colors(source)
     rgb = np.clip(RGB_OF[source](samples), 0, 255)
     exact = source not in ("CMYK", "YCbCr", "HSV")
-    found = np.asarray(to_eight_bits(image, "RGB")).reshape(-1, 3)
-    np.testing.assert_allclose(found, rgb, atol=0 if exact else 1)
+    actual = np.asarray(to_eight_bits(image, "RGB")).reshape(-1, 3)
+    np.testing.assert_allclose(actual, rgb, atol=0 if exact else 1)
     gray = rgb @ [0.299, 0.587, 0.114]  # ITU-R 601-2
     np.testing.assert_allclose(
         np.asarray(to_eight_bits(image, "L")).flatten(), gray, atol=0.51 if exact else 1.6

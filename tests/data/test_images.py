@@ -253,8 +253,8 @@ def test_an_interpolation_that_is_none_of_pillows_is_bicubic() -> None:
 
     overlay = {"interpolation": "random", "crop_mode": "tiled"}
     model = timm.create_model("test_vit", img_size=32, pretrained_cfg_overlay=overlay)
-    found = load_model(model).preprocessing
-    assert (found.interpolation, found.crop_mode) == ("bicubic", "center")
+    preprocessing = load_model(model).preprocessing
+    assert (preprocessing.interpolation, preprocessing.crop_mode) == ("bicubic", "center")
 
 
 def timms(image: Image.Image, side: int, share: float, how: str, mode: str) -> np.ndarray:

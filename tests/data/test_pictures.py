@@ -90,13 +90,13 @@ def test_sheet_has_a_row_per_trajectory_and_a_column_per_stage(dataset: Path) ->
 def test_image_is_in_the_cell_of_its_trajectory_and_stage(
     dataset: Path, row: int, column: int
 ) -> None:
-    found = cell(picture(dataset), row, column, SIDE, SIDE)
-    assert bool((found[: SIDE // 2] == 100 + 10 * row + column).all())
+    drawn = cell(picture(dataset), row, column, SIDE, SIDE)
+    assert bool((drawn[: SIDE // 2] == 100 + 10 * row + column).all())
 
 
 def test_absent_patches_are_gray(dataset: Path) -> None:
-    found = cell(picture(dataset), 0, 0, SIDE, SIDE)
-    assert bool((found[SIDE // 2 :] == BACKGROUND).all())
+    drawn = cell(picture(dataset), 0, 0, SIDE, SIDE)
+    assert bool((drawn[SIDE // 2 :] == BACKGROUND).all())
 
 
 def test_cell_without_an_image_is_darker_than_absent_patches(tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_any_number_of_channels_is_drawn_in_color(
     values = torch.arange(channels) * 10 + 60
     image = one_image(values.repeat_interleave(4)[None], torch.tensor([0]))
     path = write(tmp_path / "dataset", grid, image)
-    found = cell(picture(path), 0, 0, MIN_SIDE, MIN_SIDE)
-    assert found[5, 5].tolist() == [60 + 10 * c for c in shown]
+    drawn = cell(picture(path), 0, 0, MIN_SIDE, MIN_SIDE)
+    assert drawn[5, 5].tolist() == [60 + 10 * c for c in shown]
 
 
 def test_pixels_are_those_of_the_images(tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_pixels_are_those_of_the_images(tmp_path: Path) -> None:
     )
     path = write(tmp_path / "dataset", grid, image)
     expected = unpatchify(image.patches, image.positions, grid, fill=BACKGROUND)[0]
-    found = cell(picture(path), 0, 0, MIN_SIDE, MIN_SIDE)
-    assert np.array_equal(found, expected.permute(1, 2, 0).numpy())
+    drawn = cell(picture(path), 0, 0, MIN_SIDE, MIN_SIDE)
+    assert np.array_equal(drawn, expected.permute(1, 2, 0).numpy())
 
 
 def test_path_of_the_picture_is_returned(dataset: Path) -> None:

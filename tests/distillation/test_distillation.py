@@ -130,24 +130,24 @@ def test_what_does_not_fit_begins_with_random_weights() -> None:
 
 @given(count=st.integers(1, 40), more=st.integers(0, 40))
 def test_blocks_are_spaced_evenly(count: int, more: int) -> None:
-    found = spaced_blocks(count, count + more)
-    steps = [b - a for a, b in pairwise(found)]
-    assert len(found) == count
-    assert found[-1] == count + more - 1
-    assert not steps or (found[0] == 0 and min(steps) >= 1 and max(steps) - min(steps) <= 1)
+    actual = spaced_blocks(count, count + more)
+    steps = [b - a for a, b in pairwise(actual)]
+    assert len(actual) == count
+    assert actual[-1] == count + more - 1
+    assert not steps or (actual[0] == 0 and min(steps) >= 1 and max(steps) - min(steps) <= 1)
 
 
 @given(seed=st.integers(0, 1000), contrast=st.floats(1, 64))
 @settings(deadline=None, derandomize=True, max_examples=50)
 def test_contrast_keeps_the_order_of_pixels(seed: int, contrast: float) -> None:
     images = dfq.fractal_noise(3, Grid((28, 28), (2, 2), 1), first=seed)
-    found = random_contrast(images, contrast, torch.Generator().manual_seed(seed))
-    assert torch.equal(found.positions, images.positions)
-    for before, after in zip(images.patches.flatten(1), found.patches.flatten(1), strict=True):
+    actual = random_contrast(images, contrast, torch.Generator().manual_seed(seed))
+    assert torch.equal(actual.positions, images.positions)
+    for before, after in zip(images.patches.flatten(1), actual.patches.flatten(1), strict=True):
         order = before.argsort(stable=True)
         assert bool((after[order].int().diff() >= 0).all())
     if contrast == 1:
-        assert torch.equal(found.patches, images.patches)
+        assert torch.equal(actual.patches, images.patches)
 
 
 def test_tokens_that_differ_in_scale_alone_have_no_distance() -> None:

@@ -80,9 +80,9 @@ def images(on_torch: dfq.QuantizedViT) -> Tensor:
 def test_logits_are_those_of_the_checkpoint(
     model: dfq.EngineModel, on_torch: dfq.QuantizedViT, images: Tensor
 ) -> None:
-    found = model(images)
-    assert (found.dtype, found.shape) == (torch.float32, (6, on_torch.arch.num_classes))
-    assert spread(found, on_torch(images)) < 0.3
+    actual = model(images)
+    assert (actual.dtype, actual.shape) == (torch.float32, (6, on_torch.arch.num_classes))
+    assert spread(actual, on_torch(images)) < 0.3
 
 
 @pytest.mark.parametrize("family", MEMBERS[::9])
@@ -90,8 +90,8 @@ def test_logits_are_those_of_the_checkpoint(
 def test_families_run(name: str, family: Family, tmp_path: Path) -> None:
     expected = quantized(family, bits=8, attention="float")
     save(tmp_path / "checkpoint", expected)
-    found = load(tmp_path / "checkpoint", name, tmp_path / "cache")(images_for(expected))
-    assert spread(found, expected(images_for(expected))) < 0.3
+    actual = load(tmp_path / "checkpoint", name, tmp_path / "cache")(images_for(expected))
+    assert spread(actual, expected(images_for(expected))) < 0.3
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -197,18 +197,18 @@ def test_threads_are_those_of_torch(
 
 
 def test_threads_of_python_share_a_model(model: dfq.EngineModel, images: Tensor) -> None:
-    expected, found = model(images), [torch.empty(0)] * 4
+    expected, outputs = model(images), [torch.empty(0)] * 4
 
     def call(index: int) -> None:
         for _ in range(5):
-            found[index] = model(images)
+            outputs[index] = model(images)
 
-    workers = [threading.Thread(target=call, args=(i,)) for i in range(len(found))]
+    workers = [threading.Thread(target=call, args=(i,)) for i in range(len(outputs))]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert all(torch.equal(logits, expected) for logits in found)
+    assert all(torch.equal(logits, expected) for logits in outputs)
 
 
 def test_a_checkpoint_can_be_evaluated_on_an_engine(
@@ -221,9 +221,9 @@ def test_a_checkpoint_can_be_evaluated_on_an_engine(
     side = model.arch.image_size[0]
     x = generator.integers(0, 256, (8, side, side, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", x=x, y=np.arange(8, dtype=np.uint8) % 4)
-    found = dfq.evaluate(checkpoint, data=tmp_path / "images.npz", runtime=model.backend)
-    assert found.backend == model.backend
-    assert to_json(found)["images"] == 8
+    evaluation = dfq.evaluate(checkpoint, data=tmp_path / "images.npz", runtime=model.backend)
+    assert evaluation.backend == model.backend
+    assert to_json(evaluation)["images"] == 8
 
 
 # ---- files in the cache
@@ -302,15 +302,15 @@ class TestEntries:
         self, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         load(checkpoint, ONNX, tmp_path)
-        found = [None, ModelFacts(7, False)]  # missing at first, whole after the failed write
+        reads = [None, ModelFacts(7, False)]  # missing at first, whole after the failed write
 
         def lost(_: Path) -> Any:
             raise OutputError("Cannot write.")
 
-        monkeypatch.setattr(entries, "_read", lambda *_: found.pop(0))
+        monkeypatch.setattr(entries, "_read", lambda *_: reads.pop(0))
         monkeypatch.setattr(entries, "replaced_directory", lost)
         load(checkpoint, ONNX, tmp_path)
-        assert found == []
+        assert reads == []
 
     def test_another_checkpoint_in_its_place_is_noticed(
         self, tmp_path: Path, images: Tensor

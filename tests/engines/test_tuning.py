@@ -72,8 +72,8 @@ def test_the_record_of_the_nearest_batch_size_decides(checkpoint: Path, tmp_path
     assert record.recorded(1) is None
     record.save(1, {"torch": 10.0, "onnxruntime": 20.0})
     record.save(16, {"torch": 20.0, "onnxruntime": 10.0})
-    found = [record.recorded(batch) for batch in (1, 3, 5, 16, 4096)]
-    assert found == ["onnxruntime", "onnxruntime", "torch", "torch", "torch"]
+    chosen = [record.recorded(batch) for batch in (1, 3, 5, 16, 4096)]
+    assert chosen == ["onnxruntime", "onnxruntime", "torch", "torch", "torch"]
 
 
 def test_an_engine_wins_by_a_margin() -> None:

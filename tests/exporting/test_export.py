@@ -89,9 +89,9 @@ def test_the_file_takes_what_the_checkpoint_takes(checkpoint: Path, tmp_path: Pa
     dfq.export(checkpoint, out=tmp_path / "model.onnx")
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     session = onnx_session(tmp_path / "model.onnx")
-    (found,) = session.run(None, {"images": images.numpy()})
+    (actual,) = session.run(None, {"images": images.numpy()})
     expected = dfq.load(checkpoint)(images)
-    error = (torch.from_numpy(found) - expected).norm() / (expected - expected.mean(0)).norm()
+    error = (torch.from_numpy(actual) - expected).norm() / (expected - expected.mean(0)).norm()
     assert float(error) < 0.1
 
 
@@ -118,13 +118,13 @@ def test_without_out_the_file_is_named_after_the_checkpoint(
 def test_the_file_says_what_it_is(four_bits: Path, tmp_path: Path) -> None:
     dfq.export(four_bits, out=tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
-    found = {p.key: p.value for p in model.metadata_props}
+    metadata = {p.key: p.value for p in model.metadata_props}
     assert (model.producer_name, model.producer_version) == ("dfq", dfq.__version__)
-    assert found["scheme"] == "w4a8"
-    assert found["weights"] == "int4, widened to int8"
-    assert json.loads(found["mean"]) == pytest.approx([0.5, 0.4, 0.3])
-    assert json.loads(found["image_size"]) == [16, 16]
-    assert (found["classes"], found["dfq_version"]) == ("5", dfq.__version__)
+    assert metadata["scheme"] == "w4a8"
+    assert metadata["weights"] == "int4, widened to int8"
+    assert json.loads(metadata["mean"]) == pytest.approx([0.5, 0.4, 0.3])
+    assert json.loads(metadata["image_size"]) == [16, 16]
+    assert (metadata["classes"], metadata["dfq_version"]) == ("5", dfq.__version__)
 
 
 def test_four_bits_can_stay_four_bits(four_bits: Path, tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_exceptions_by_layer_are_exported(
     out = tmp_path / f"model{SUFFIXES[format]}"
     result = dfq.export(mixed, format=format, out=out, weights=weights)
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found, kept = READERS[format](out, images)
-    assert spread(found, reference_form(dfq.load(mixed, runtime="torch"))(images)) < 0.01
+    actual, kept = READERS[format](out, images)
+    assert spread(actual, reference_form(dfq.load(mixed, runtime="torch"))(images)) < 0.01
     assert (result.weights, kept) == (said.rpartition(" ")[2], said)
 
 
@@ -193,8 +193,8 @@ def test_four_bit_layers_alone_are_int4(mixed: Path, tmp_path: Path) -> None:
 def test_other_bits_are_said_to_be_widened(tmp_path: Path) -> None:
     three_bits = checkpoint_of(tmp_path / "w3a8", bits=3)
     wide = dfq.export(three_bits, out=tmp_path / "model.onnx")
-    found = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
-    assert (wide.weights, found["weights"]) == ("int8", "int3, widened to int8")
+    metadata = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert (wide.weights, metadata["weights"]) == ("int8", "int3, widened to int8")
     assert dfq.export(three_bits, format="torch", out=tmp_path / "model.pt2").weights == "int3"
 
 

@@ -89,10 +89,10 @@ def test_onnx_runtime_runs_every_quantized_product_on_integers(
     family: Family, attention: str, tmp_path: Path
 ) -> None:
     model = quantized(family, bits=8, attention=attention)
-    found = kernels(quantized_bytes(model), tmp_path)
+    actual = kernels(quantized_bytes(model), tmp_path)
     names = integer_products(model)
-    assert {found[name] for name in names} <= set(INTEGER_KERNELS)
-    others = [name for name, kind in found.items() if kind in INTEGER_KERNELS]
+    assert {actual[name] for name in names} <= set(INTEGER_KERNELS)
+    others = [name for name, kind in actual.items() if kind in INTEGER_KERNELS]
     assert sorted(others) == sorted(names)
 
 
@@ -123,8 +123,8 @@ def test_quantized_attention_rounds_where_the_reference_does() -> None:
 def test_attention_of_the_largest_integers_is_exact(extreme: str) -> None:
     operands = EXTREMES[extreme]
     feed = {name: operand.numpy() for name, operand in operands.items()}
-    found = onnx_session(attention_bytes(operands)).run(None, feed)[0]
-    torch.testing.assert_close(torch.from_numpy(found), reference_attention(operands))
+    actual = onnx_session(attention_bytes(operands)).run(None, feed)[0]
+    torch.testing.assert_close(torch.from_numpy(actual), reference_attention(operands))
 
 
 @pytest.mark.parametrize("family", MEMBERS)
@@ -132,9 +132,9 @@ def test_attention_of_the_largest_integers_is_exact(extreme: str) -> None:
 def test_no_images_have_no_logits(family: Family) -> None:
     model = quantized(family, bits=8, attention="int8")
     images = images_for(model, 1)[:0]
-    found = run(quantized_bytes(model), images)
-    assert found.shape == model(images).shape
-    assert len(found) == 0
+    actual = run(quantized_bytes(model), images)
+    assert actual.shape == model(images).shape
+    assert len(actual) == 0
 
 
 @torch.no_grad()

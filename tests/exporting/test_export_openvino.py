@@ -46,8 +46,8 @@ def test_the_file_computes_what_the_reference_does_on_integers(
     save_ir(onnx_bytes(model, QuantizedProducts(model)), {"scheme": "w8a8"}, path)
     images = images_for(model)
     compiled = openvino.Core().compile_model(path, "CPU", OPENVINO_FLOAT32)
-    found = torch.from_numpy(compiled(images.numpy())[0])
-    assert spread(found, reference_form(model)(images)) < 0.015
+    actual = torch.from_numpy(compiled(images.numpy())[0])
+    assert spread(actual, reference_form(model)(images)) < 0.015
     names, layers = integer_products(model), [f"{n}/MatMul" for n in integer_layers(model)]
     assert integers_in(compiled, names) == layers
     assert integers_in(compile_model(openvino, path, 1), names) == layers
@@ -58,8 +58,8 @@ def test_attention_of_the_largest_integers_is_exact(extreme: str) -> None:
     operands = EXTREMES[extreme]
     model = read_model(openvino, attention_bytes(operands))
     compiled = openvino.Core().compile_model(model, "CPU", OPENVINO_FLOAT32)
-    found = compiled({name: operand.numpy() for name, operand in operands.items()})[0]
-    torch.testing.assert_close(torch.from_numpy(found), reference_attention(operands))
+    actual = compiled({name: operand.numpy() for name, operand in operands.items()})[0]
+    torch.testing.assert_close(torch.from_numpy(actual), reference_attention(operands))
 
 
 @pytest.mark.parametrize("family", MEMBERS[::4])
@@ -88,5 +88,5 @@ def test_four_bit_weights_in_onnx_are_read(family: Family) -> None:
     options = {**OPENVINO_FLOAT32, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     compiled = openvino.Core().compile_model(read_model(openvino, content), "CPU", options)
     images = images_for(model)
-    found = torch.from_numpy(compiled(images.numpy())[0])
-    assert spread(found, reference_form(model)(images)) < 0.015
+    actual = torch.from_numpy(compiled(images.numpy())[0])
+    assert spread(actual, reference_form(model)(images)) < 0.015

@@ -138,8 +138,8 @@ def test_importance_is_the_class_tokens_attention_in_timm() -> None:
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     weights = last_attention(model, images)
     positions = torch.arange(16).expand(2, -1)
-    found = vit.importance(patchify(images, vit.arch.grid), positions)
-    torch.testing.assert_close(found, weights[:, :, 0, 1:].mean(1))
+    actual = vit.importance(patchify(images, vit.arch.grid), positions)
+    torch.testing.assert_close(actual, weights[:, :, 0, 1:].mean(1))
 
 
 def test_importance_without_a_class_token_is_mean_attention() -> None:
@@ -148,8 +148,8 @@ def test_importance_without_a_class_token_is_mean_attention() -> None:
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     weights = last_attention(model, images)
     positions = torch.arange(16).expand(2, -1)
-    found = vit.importance(patchify(images, vit.arch.grid), positions)
-    torch.testing.assert_close(found, weights.mean((1, 2)))
+    actual = vit.importance(patchify(images, vit.arch.grid), positions)
+    torch.testing.assert_close(actual, weights.mean((1, 2)))
 
 
 @pytest.mark.parametrize("measure", ["attention", "gradient", "activation", "random"])

@@ -23,8 +23,8 @@ multiplies = pytest.mark.skipif(
 )
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).detach().norm() / expected.detach().norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -96,8 +96,8 @@ def test_gradients_of_a_model_with_wide_channels_stay_near(
     expected = gradient(vit)
     multiply_integers(vit)
     assert sum(isinstance(m, IntegerProduct) for m in vit.modules()) == 4 * vit.arch.depth
-    found = gradient(vit)
-    assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+    actual = gradient(vit)
+    assert torch.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.99
 
 
 @multiplies

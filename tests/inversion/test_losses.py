@@ -27,8 +27,8 @@ def test_gradient_is_that_of_the_value(live: int) -> None:
     leaf = patches.clone().double().requires_grad_()
     prior.pairs = [p.double() for p in prior.pairs]
     (expected,) = torch.autograd.grad(prior.value(leaf).sum(), leaf)
-    found = TotalVariation().bind(positions, GRID).gradient(patches)
-    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-6)
+    actual = TotalVariation().bind(positions, GRID).gradient(patches)
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_value_on_all_patches_is_the_dense_formula() -> None:
@@ -40,8 +40,8 @@ def test_value_on_all_patches_is_the_dense_formula() -> None:
         + (x[..., 1:, 1:] - x[..., :-1, :-1]).flatten(1).norm(dim=1)
         + (x[..., 1:, :-1] - x[..., :-1, 1:]).flatten(1).norm(dim=1)
     )
-    found = TotalVariation().bind(positions, GRID).value(patches)
-    torch.testing.assert_close(found, expected)
+    actual = TotalVariation().bind(positions, GRID).value(patches)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:

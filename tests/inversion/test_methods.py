@@ -46,12 +46,12 @@ class Halving(Method):
     summary: ClassVar[str] = "half of the patches leave at a time"
 
     def events(self, iterations: int, patches: int) -> tuple[Event, ...]:
-        found: list[Event] = []
+        actual: list[Event] = []
         while patches:
             count = max(1, patches // 2)
-            found.append(Event(min(iterations, len(found) + 1), count, kept=True))
+            actual.append(Event(min(iterations, len(actual) + 1), count, kept=True))
             patches -= count
-        return tuple(found)
+        return tuple(actual)
 
 
 @settings

@@ -98,10 +98,10 @@ def test_updates_are_the_plain_one(kind: type[Any], grid: Grid, live: int) -> No
     plain, state = make_state(grid, live), make_state(grid, live)
     expected = updated(EagerUpdate(plain, grid, settings, bounds, TV), plain, gradients)
     step_buffer = make_step_buffer(settings, grid)
-    found = updated(
+    actual = updated(
         kind(state, grid, settings, bounds, TV, step_buffer), state, gradients, step_buffer
     )
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=2e-6)
     assert not torch.equal(state.patches, make_state(grid, live).patches)
 
@@ -118,9 +118,9 @@ def test_a_place_takes_other_positions() -> None:
     state.copy_(make_state(grid, 4, seed=1))
     other = make_state(grid, 4, seed=1)
     gradients = [torch.zeros_like(state.patches) for _ in MOVES]
-    found = updated(update, state, gradients, step_buffer)
+    actual = updated(update, state, gradients, step_buffer)
     expected = updated(EagerUpdate(other, grid, settings, bounds, TV), other, gradients)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     assert tensors == [pairs.data_ptr() for pairs in bound.pairs]
 
 
@@ -156,9 +156,9 @@ def images(engine: Engine, callback: Callback | None = None) -> list[SparseImage
     return [batch for unit in units for batch in engine.run(unit, callback=callback)]
 
 
-def assert_alike(found: list[SparseImages], expected: list[SparseImages]) -> None:
+def assert_alike(actual: list[SparseImages], expected: list[SparseImages]) -> None:
     """The same patches, of pixels that differ by rounding alone."""
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(actual, expected, strict=True):
         assert torch.equal(x.positions, y.positions)
         assert torch.equal(x.labels, y.labels)
         assert int((x.patches.int() - y.patches.int()).abs().max()) <= 2
@@ -203,19 +203,19 @@ def test_images_by_kernels_are_those_from_the_host(loaded: LoadedModel) -> None:
 
 class Losses(Callback):
     def __init__(self) -> None:
-        self.found: list[Tensor] = []
+        self.losses: list[Tensor] = []
 
     def on_iteration(self, loss: Tensor, positions: Tensor) -> None:
         assert positions.shape[1] in (4, 8, 12, 16)
-        self.found.append(loss)
+        self.losses.append(loss)
 
 
 def test_a_callback_may_keep_the_losses(loaded: LoadedModel) -> None:
     here, there = Losses(), Losses()
     images(on_device(loaded, chosen(), fused=False), here)
     images(Engine(loaded.vit, loaded.preprocessing, chosen(), "cpu"), there)
-    assert len(here.found) == 8
-    torch.testing.assert_close(torch.stack(here.found).cpu(), torch.stack(there.found))
+    assert len(here.losses) == 8
+    torch.testing.assert_close(torch.stack(here.losses).cpu(), torch.stack(there.losses))
 
 
 def test_kernels_that_fail_are_given_up_and_said(

@@ -17,31 +17,31 @@ from dfq.recipe import InversionSettings
 @given(stages=st.integers(1, 20), patches=st.integers(20, 600), total=st.integers(20, 500))
 @settings(deadline=None, derandomize=True)
 def test_pri_stages_share_out_all_patches(stages: int, patches: int, total: int) -> None:
-    found = events(InversionSettings(stages=stages, iterations=total), patches)
-    assert sum(e.count for e in found) == patches
-    assert all(e.kept for e in found)
-    assert found[-1].iteration == total
-    assert all(a.iteration < b.iteration for a, b in pairwise(found))
-    assert max(e.count for e in found) - min(e.count for e in found) <= 1
+    schedule = events(InversionSettings(stages=stages, iterations=total), patches)
+    assert sum(e.count for e in schedule) == patches
+    assert all(e.kept for e in schedule)
+    assert schedule[-1].iteration == total
+    assert all(a.iteration < b.iteration for a, b in pairwise(schedule))
+    assert max(e.count for e in schedule) - min(e.count for e in schedule) <= 1
 
 
 def test_pri_follows_the_rounding_rule_at_uneven_divisions() -> None:
-    found = events(InversionSettings(stages=7, iterations=100), 256)
-    assert [e.count for e in found] == [37, 36, 37, 36, 37, 36, 37]
-    assert [e.iteration for e in found] == [14, 29, 43, 57, 71, 86, 100]
+    schedule = events(InversionSettings(stages=7, iterations=100), 256)
+    assert [e.count for e in schedule] == [37, 36, 37, 36, 37, 36, 37]
+    assert [e.iteration for e in schedule] == [14, 29, 43, 57, 71, 86, 100]
 
 
 def test_smi_drops_thirty_percent_four_times() -> None:
-    found = events(InversionSettings(method="smi", iterations=4000), 196)
-    assert [(e.iteration, e.kept) for e in found] == [
+    schedule = events(InversionSettings(method="smi", iterations=4000), 196)
+    assert [(e.iteration, e.kept) for e in schedule] == [
         (50, False),
         (100, False),
         (200, False),
         (300, False),
         (4000, True),
     ]
-    assert found[-1].count == 47
-    assert sum(e.count for e in found) == 196
+    assert schedule[-1].count == 47
+    assert sum(e.count for e in schedule) == 196
 
 
 def test_dmi_keeps_all_patches_to_the_end() -> None:
@@ -102,9 +102,9 @@ def test_a_surplus_is_dropped_from_the_last_trajectory_alone() -> None:
 def test_pri_images_leave_when_they_are_told(
     shares: tuple[float, ...], expected: list[int]
 ) -> None:
-    found = events(InversionSettings(leave_at=shares), 196)
-    assert [e.iteration for e in found] == expected
-    assert [e.count for e in found] == [49] * 4
+    schedule = events(InversionSettings(leave_at=shares), 196)
+    assert [e.iteration for e in schedule] == expected
+    assert [e.count for e in schedule] == [49] * 4
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_times_that_do_not_fit_the_stages_are_refused(shares: tuple[float, ...])
 
 
 def test_dmi_saves_snapshots_at_equal_steps() -> None:
-    found = events(InversionSettings(method="dmi", iterations=10, snapshots=4), 196)
-    assert [(e.iteration, e.stays) for e in found] == [
+    schedule = events(InversionSettings(method="dmi", iterations=10, snapshots=4), 196)
+    assert [(e.iteration, e.stays) for e in schedule] == [
         (2, True),
         (5, True),
         (8, True),
         (10, False),
     ]
-    assert {(e.count, e.kept) for e in found} == {(196, True)}
+    assert {(e.count, e.kept) for e in schedule} == {(196, True)}
     with pytest.raises(SettingError, match=r"snapshots is 4.*3 iterations"):
         events(InversionSettings(method="dmi", iterations=3, snapshots=4), 196)
 
@@ -145,9 +145,9 @@ def test_fitted_stages_are_the_most_that_can_be_and_no_more_than_asked(
     asked = InversionSettings(stages=stages, iterations=total, images=images)
     fitted = fit_stages(asked, patches)
     assert fitted.stages == min(stages, patches, total)
-    found = events(fitted, patches)
-    assert all(event.count > 0 for event in found)
-    assert sum(event.count for event in found) == patches
+    schedule = events(fitted, patches)
+    assert all(event.count > 0 for event in schedule)
+    assert sum(event.count for event in schedule) == patches
     assert sum(unit.images for unit in plan_units(fitted, patches)) == images
     if fitted == asked:
         return

@@ -57,8 +57,8 @@ def test_strided_blocks_are_rounded_in_place_of_their_own(
     scales = rounding.search_scales(weight, layer_scheme(4))
     expected = rounding.round_gptq(weight, scales, INT4, x.T @ x)
     monkeypatch.setattr(rounding, "column_rounding", lambda _: gptq_kernel.round_columns)
-    found = rounding.round_gptq(weight, scales, INT4, x.T @ x)
-    assert torch.equal(found, expected)
+    actual = rounding.round_gptq(weight, scales, INT4, x.T @ x)
+    assert torch.equal(actual, expected)
 
 
 def test_a_kernel_is_used_only_where_it_gives_what_the_loop_gives(

@@ -58,19 +58,19 @@ def one_hot(*classes: int, count: int = 7) -> list[list[float]]:
 
 
 def test_top1_is_the_share_of_labels_that_come_first() -> None:
-    found = run(Fixed(one_hot(0, 1, 2, 3)), None, [0, 1, 0, 0])
-    assert found.quantized is not None
-    assert found.quantized.top1 == 0.5
+    comparison = run(Fixed(one_hot(0, 1, 2, 3)), None, [0, 1, 0, 0])
+    assert comparison.quantized is not None
+    assert comparison.quantized.top1 == 0.5
 
 
 def test_top5_is_the_share_of_labels_among_the_first_five() -> None:
-    found = run(Fixed(one_hot(0, 0, 0, 0)), None, [0, 4, 5, 6])
-    assert found.quantized == Accuracy(top1=0.25, top5=0.5)
+    comparison = run(Fixed(one_hot(0, 0, 0, 0)), None, [0, 4, 5, 6])
+    assert comparison.quantized == Accuracy(top1=0.25, top5=0.5)
 
 
 def test_top5_of_fewer_classes_counts_all_of_them() -> None:
-    found = run(Fixed(one_hot(0, 1, count=3)), None, [2, 2])
-    assert found.quantized == Accuracy(top1=0.0, top5=1.0)
+    comparison = run(Fixed(one_hot(0, 1, count=3)), None, [2, 2])
+    assert comparison.quantized == Accuracy(top1=0.0, top5=1.0)
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -90,23 +90,23 @@ def test_of_equal_logits_the_lowest_class_comes_first(
 
 
 def test_the_float_model_has_its_own_accuracy() -> None:
-    found = run(Fixed(one_hot(0, 1)), Fixed(one_hot(0, 2)), [0, 1])
-    assert (found.quantized, found.float) == (Accuracy(1.0, 1.0), Accuracy(0.5, 0.5))
+    comparison = run(Fixed(one_hot(0, 1)), Fixed(one_hot(0, 2)), [0, 1])
+    assert (comparison.quantized, comparison.float) == (Accuracy(1.0, 1.0), Accuracy(0.5, 0.5))
 
 
 def test_agreement_is_the_share_of_equal_first_classes() -> None:
-    found = run(Fixed(one_hot(0, 1, 2, 3)), Fixed(one_hot(0, 1, 2, 6)), [6, 6, 6, 6])
-    assert found.agreement == 0.75
+    comparison = run(Fixed(one_hot(0, 1, 2, 3)), Fixed(one_hot(0, 1, 2, 6)), [6, 6, 6, 6])
+    assert comparison.agreement == 0.75
 
 
 def test_agreement_needs_no_labels() -> None:
-    found = run(Fixed(one_hot(0, 1)), Fixed(one_hot(0, 2)), None)
-    assert (found.agreement, found.float, found.quantized) == (0.5, None, None)
+    comparison = run(Fixed(one_hot(0, 1)), Fixed(one_hot(0, 2)), None)
+    assert (comparison.agreement, comparison.float, comparison.quantized) == (0.5, None, None)
 
 
 def test_without_a_float_model_there_is_no_agreement() -> None:
-    found = run(Fixed(one_hot(0, 1)), None, [0, 1])
-    assert (found.agreement, found.kl, found.float) == (None, None, None)
+    comparison = run(Fixed(one_hot(0, 1)), None, [0, 1])
+    assert (comparison.agreement, comparison.kl, comparison.float) == (None, None, None)
 
 
 def test_without_images_there_is_nothing_to_say() -> None:
@@ -115,14 +115,14 @@ def test_without_images_there_is_nothing_to_say() -> None:
 
 def test_unlabeled_images_among_labeled_ones_leave_no_accuracy() -> None:
     model = Fixed(one_hot(0), one_hot(1))
-    found = run(model, model, [0], None)
-    assert (found.quantized, found.float, found.agreement) == (None, None, 1.0)
+    comparison = run(model, model, [0], None)
+    assert (comparison.quantized, comparison.float, comparison.agreement) == (None, None, 1.0)
 
 
 def test_kl_is_that_of_the_quantized_from_the_float_prediction() -> None:
     ours, theirs = [[math.log(0.5), math.log(0.5)]], [[math.log(0.9), math.log(0.1)]]
-    found = run(Fixed(ours), Fixed(theirs), None)
-    assert found.kl == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5))
+    comparison = run(Fixed(ours), Fixed(theirs), None)
+    assert comparison.kl == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5))
 
 
 def test_kl_is_a_mean_over_images() -> None:
@@ -166,8 +166,8 @@ def test_batches_do_not_matter(logits: list[list[float]], data: st.DataObject) -
 @given(logits=LOGITS)
 def test_a_model_agrees_with_itself(logits: list[list[float]]) -> None:
     assume(len(logits) == 1 or logits != [logits[0]] * len(logits))
-    found = run(Fixed(logits), Fixed(logits), None)
-    assert (found.agreement, found.kl) == (1.0, 0.0)
+    comparison = run(Fixed(logits), Fixed(logits), None)
+    assert (comparison.agreement, comparison.kl) == (1.0, 0.0)
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -175,11 +175,11 @@ def test_a_model_agrees_with_itself(logits: list[list[float]]) -> None:
 def test_shares_lie_where_they_can(logits: list[list[float]], data: st.DataObject) -> None:
     count = len(logits)
     labels = data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
-    found = run(Fixed(logits), Fixed(logits[::-1]), labels)
-    assert found.quantized is not None
-    assert found.kl is not None
-    assert 0 <= found.quantized.top1 <= found.quantized.top5 <= 1
-    assert found.kl > -1e-6
+    comparison = run(Fixed(logits), Fixed(logits[::-1]), labels)
+    assert comparison.quantized is not None
+    assert comparison.kl is not None
+    assert 0 <= comparison.quantized.top1 <= comparison.quantized.top5 <= 1
+    assert comparison.kl > -1e-6
 
 
 # ---- outputs that cannot be compared
@@ -193,12 +193,12 @@ def test_images_without_finite_logits_agree_with_nothing(bad: float, of_float: b
     good = one_hot(0, 1, 2, 3)
     spoilt = [*good[:3], [bad, *good[3][1:]]]
     ours, theirs = (good, spoilt) if of_float else (spoilt, good)
-    found = run(Fixed(ours), Fixed(theirs), [0, 1, 2, 3])
-    assert (found.agreement, found.agreeing, found.not_finite) == (0.75, 3, 1)
-    assert found.interval == share_interval(3, 4)
-    assert (found.kl, found.error_over_spread) == (0.0, 0.0)
-    assert found.quantized == Accuracy(*([1.0, 1.0] if of_float else [0.75, 0.75]))
-    assert found.float == Accuracy(*([0.75, 0.75] if of_float else [1.0, 1.0]))
+    comparison = run(Fixed(ours), Fixed(theirs), [0, 1, 2, 3])
+    assert (comparison.agreement, comparison.agreeing, comparison.not_finite) == (0.75, 3, 1)
+    assert comparison.interval == share_interval(3, 4)
+    assert (comparison.kl, comparison.error_over_spread) == (0.0, 0.0)
+    assert comparison.quantized == Accuracy(*([1.0, 1.0] if of_float else [0.75, 0.75]))
+    assert comparison.float == Accuracy(*([0.75, 0.75] if of_float else [1.0, 1.0]))
 
 
 @pytest.mark.parametrize("metric", ["top1", "threshold", "cosine"])
@@ -207,36 +207,36 @@ def test_a_model_without_finite_outputs_agrees_with_nothing(metric: Metric, of_f
     good = [[1.0], [-2.0], [3.0]] if metric == "threshold" else one_hot(0, 1, 2)
     spoilt = [[NAN] * len(row) for row in good]
     ours, theirs = (good, spoilt) if of_float else (spoilt, good)
-    found = run(Fixed(ours), Fixed(theirs), None, metric=metric)
+    comparison = run(Fixed(ours), Fixed(theirs), None, metric=metric)
     counted = None if metric == "cosine" else 0
-    assert (found.agreement, found.agreeing, found.not_finite) == (0.0, counted, 3)
-    assert found.interval == ((0.0, 0.0) if metric == "cosine" else share_interval(0, 3))
-    assert (found.kl, found.error_over_spread, found.constant) == (None, None, False)
+    assert (comparison.agreement, comparison.agreeing, comparison.not_finite) == (0.0, counted, 3)
+    assert comparison.interval == ((0.0, 0.0) if metric == "cosine" else share_interval(0, 3))
+    assert (comparison.kl, comparison.error_over_spread, comparison.constant) == (None, None, False)
 
 
 @pytest.mark.parametrize("metric", ["top1", "threshold", "cosine"])
 def test_agreement_with_outputs_that_do_not_differ_is_not_measured(metric: Metric) -> None:
     row = [0.7] if metric == "threshold" else [0.1, 0.2, 0.7]
     theirs = [row, row, [value * (1 + 1e-8) for value in row]]
-    found = run(Fixed(theirs), Fixed(theirs), [0, 0, 0], metric=metric)
-    assert found.constant
-    assert (found.agreement, found.agreeing, found.interval) == (None, None, None)
-    assert (found.error_over_spread, found.threshold) == (None, None)
+    comparison = run(Fixed(theirs), Fixed(theirs), [0, 0, 0], metric=metric)
+    assert comparison.constant
+    assert (comparison.agreement, comparison.agreeing, comparison.interval) == (None, None, None)
+    assert (comparison.error_over_spread, comparison.threshold) == (None, None)
 
 
 def test_outputs_that_do_not_differ_of_the_quantized_model_are_measured() -> None:
-    found = run(Fixed(one_hot(0, 0, 0, 0)), Fixed(one_hot(0, 1, 2, 3)), None)
-    assert (found.agreement, found.constant) == (0.25, False)
+    comparison = run(Fixed(one_hot(0, 0, 0, 0)), Fixed(one_hot(0, 1, 2, 3)), None)
+    assert (comparison.agreement, comparison.constant) == (0.25, False)
 
 
 def test_the_error_is_relative_to_the_spread_of_the_float_outputs() -> None:
     rng = np.random.default_rng(0)
     theirs = rng.normal(size=(9, 4)) + 5
     ours = theirs + 0.1 * rng.normal(size=(9, 4))
-    found = run(Fixed(ours.tolist()), Fixed(theirs.tolist()), None)
+    comparison = run(Fixed(ours.tolist()), Fixed(theirs.tolist()), None)
     spread = np.square(theirs - theirs.mean(0)).mean()
     expected = math.sqrt(np.square(ours - theirs).mean() / spread)
-    assert found.error_over_spread == pytest.approx(expected, rel=1e-4)
+    assert comparison.error_over_spread == pytest.approx(expected, rel=1e-4)
 
 
 # ---- one logit
@@ -253,27 +253,27 @@ def threshold(
 
 
 def test_labeled_logits_are_told_apart_at_0() -> None:
-    found = threshold((1.0, 2.0, -1.0, -0.1), (1.0, -2.0, -1.0, 0.1), [1, 1, 0, 0])
-    assert (found.threshold, found.agreement, found.agreeing) == (0.0, 0.5, 2)
-    assert (found.quantized, found.float) == (Accuracy(1.0, 1.0), Accuracy(0.5, 1.0))
+    comparison = threshold((1.0, 2.0, -1.0, -0.1), (1.0, -2.0, -1.0, 0.1), [1, 1, 0, 0])
+    assert (comparison.threshold, comparison.agreement, comparison.agreeing) == (0.0, 0.5, 2)
+    assert (comparison.quantized, comparison.float) == (Accuracy(1.0, 1.0), Accuracy(0.5, 1.0))
 
 
 def test_a_logit_of_0_is_class_0() -> None:
     smallest = 1e-45
-    found = threshold((0.0, -0.0, smallest, 0.0), (0.0, 0.0, smallest, 1.0), [0, 0, 1, 1])
-    assert (found.agreement, found.threshold) == (0.75, 0.0)
-    assert (found.quantized, found.float) == (Accuracy(0.75, 1.0), Accuracy(1.0, 1.0))
+    comparison = threshold((0.0, -0.0, smallest, 0.0), (0.0, 0.0, smallest, 1.0), [0, 0, 1, 1])
+    assert (comparison.agreement, comparison.threshold) == (0.75, 0.0)
+    assert (comparison.quantized, comparison.float) == (Accuracy(0.75, 1.0), Accuracy(1.0, 1.0))
 
 
 def test_labeled_logits_on_one_side_are_told_apart_at_their_median() -> None:
-    found = threshold((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 4.0, 5.0), [1, 1, 0, 1])
-    assert (found.threshold, found.agreement) == (3.0, 0.75)
-    assert found.quantized == found.float == Accuracy(0.75, 1.0)
+    comparison = threshold((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 4.0, 5.0), [1, 1, 0, 1])
+    assert (comparison.threshold, comparison.agreement) == (3.0, 0.75)
+    assert comparison.quantized == comparison.float == Accuracy(0.75, 1.0)
 
 
 def test_unlabeled_logits_are_told_apart_at_their_median() -> None:
-    found = threshold((-9.0, -8.0, 7.0, 9.0), (-9.0, 1.0, 2.0, 9.0))
-    assert (found.threshold, found.agreement) == (1.5, 1.0)
+    comparison = threshold((-9.0, -8.0, 7.0, 9.0), (-9.0, 1.0, 2.0, 9.0))
+    assert (comparison.threshold, comparison.agreement) == (1.5, 1.0)
 
 
 def test_a_logit_at_the_threshold_lies_below_it() -> None:
@@ -288,9 +288,9 @@ def test_a_model_that_puts_all_on_one_side_agrees_with_half() -> None:
 
 
 def test_logits_that_are_not_finite_move_no_threshold() -> None:
-    found = threshold((0.0, NAN, 3.0, 4.0, INF), (0.0, 1.0, 3.0, NAN, 1.0))
-    assert (found.threshold, found.agreeing, found.agreement) == (1.5, 2, 0.4)
-    assert found.not_finite == 3
+    comparison = threshold((0.0, NAN, 3.0, 4.0, INF), (0.0, 1.0, 3.0, NAN, 1.0))
+    assert (comparison.threshold, comparison.agreeing, comparison.agreement) == (1.5, 2, 0.4)
+    assert comparison.not_finite == 3
 
 
 def test_one_image_has_no_threshold_but_with_a_label() -> None:
@@ -301,8 +301,8 @@ def test_one_image_has_no_threshold_but_with_a_label() -> None:
 def test_kl_of_one_logit_is_that_of_two_bernoulli_distributions() -> None:
     p, q = (1 / (1 + math.exp(-x)) for x in (0.3, -1.2))
     expected = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    found = run(single(-1.2), single(0.3), None, metric="threshold")
-    assert found.kl == pytest.approx(expected, rel=1e-5)
+    comparison = run(single(-1.2), single(0.3), None, metric="threshold")
+    assert comparison.kl == pytest.approx(expected, rel=1e-5)
 
 
 VALUES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=12)
@@ -310,15 +310,15 @@ VALUES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=12)
 
 @given(values=VALUES)
 def test_the_split_is_the_most_even_one_between_two_logits(values: list[float]) -> None:
-    found = split_at(torch.tensor(values))
+    middle = split_at(torch.tensor(values))
     distinct = sorted(set(values))
-    if found is None:
+    if middle is None:
         assert len(distinct) == 1
         return
-    low, high = max(v for v in values if v < found), min(v for v in values if v > found)
-    assert found == (low + high) / 2
+    low, high = max(v for v in values if v < middle), min(v for v in values if v > middle)
+    assert middle == (low + high) / 2
     uneven = [abs(2 * sum(v <= split for v in values) - len(values)) for split in distinct[:-1]]
-    assert abs(2 * sum(v <= found for v in values) - len(values)) == min(uneven)
+    assert abs(2 * sum(v <= middle for v in values) - len(values)) == min(uneven)
 
 
 @given(theirs=VALUES, data=st.data())
@@ -327,15 +327,15 @@ def test_agreement_of_one_logit_is_the_share_on_the_same_side(
 ) -> None:
     ours = data.draw(st.lists(st.floats(-2, 2), min_size=len(theirs), max_size=len(theirs)))
     labels = data.draw(st.none() | st.just([0] * len(theirs)))
-    found = threshold(tuple(ours), tuple(theirs), labels)
-    if found.agreement is None:
-        assert found.threshold is None
+    comparison = threshold(tuple(ours), tuple(theirs), labels)
+    if comparison.agreement is None:
+        assert comparison.threshold is None
         return
-    assert found.threshold is not None
+    assert comparison.threshold is not None
     a, b = (np.array(v, dtype=np.float32).astype(float) for v in (ours, theirs))
-    assert found.agreement == np.mean((a > found.threshold) == (b > found.threshold))
+    assert comparison.agreement == np.mean((a > comparison.threshold) == (b > comparison.threshold))
     if labels is not None and 0 < np.sum(b > 0) < len(b):
-        assert found.threshold == 0
+        assert comparison.threshold == 0
 
 
 # ---- whole models
@@ -371,11 +371,11 @@ def test_whole_images_run_through_both_models() -> None:
     images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     first, second = ours(images).argmax(-1), theirs(images).argmax(-1)
     batches = dense_batches([(images[:4], first[:4]), (images[4:], first[4:])], torch.device("cpu"))
-    found = compare(ours, theirs, batches)
+    comparison = compare(ours, theirs, batches)
     agreement = float((first == second).float().mean())
-    assert found.images == 6
-    assert found.quantized == Accuracy(1.0, 1.0)
-    assert found.agreement == pytest.approx(agreement)
+    assert comparison.images == 6
+    assert comparison.quantized == Accuracy(1.0, 1.0)
+    assert comparison.agreement == pytest.approx(agreement)
 
 
 def test_batches_may_be_collected_before_they_are_run() -> None:
@@ -383,8 +383,8 @@ def test_batches_may_be_collected_before_they_are_run() -> None:
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels = vit(images).argmax(-1)
     pairs = [(images[i : i + 1], labels[i : i + 1]) for i in range(4)]
-    found = compare(vit, None, list(dense_batches(pairs, torch.device("cpu"))))
-    assert found.quantized == Accuracy(1.0, 1.0)
+    comparison = compare(vit, None, list(dense_batches(pairs, torch.device("cpu"))))
+    assert comparison.quantized == Accuracy(1.0, 1.0)
 
 
 def test_sparse_images_run_on_the_patches_they_have(loaded: LoadedModel) -> None:

@@ -89,9 +89,9 @@ def test_a_gate_of_evaluation_carries_the_result(api_checkpoint: Path, tmp_path:
 
 
 def test_models_can_be_searched() -> None:
-    found = dfq.models("deit_tiny")
-    assert [e.name for e in found if e.kind == "alias"] == ["deit_tiny"]
-    assert "deit_tiny_patch16_224" in [e.name for e in found]
+    entries = dfq.models("deit_tiny")
+    assert [e.name for e in entries if e.kind == "alias"] == ["deit_tiny"]
+    assert "deit_tiny_patch16_224" in [e.name for e in entries]
 
 
 def test_no_model_of_a_name_suggests_others() -> None:

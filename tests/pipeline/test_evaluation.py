@@ -93,22 +93,26 @@ def test_unlabeled_images_give_agreement_alone(
 ) -> None:
     labeled = dfq.evaluate(checkpoint, data=npz(tmp_path / "y.npz", classes), float_model=model)
     for data in (npz(tmp_path / "x.npz"), flat(tmp_path / "folder")):
-        found = dfq.evaluate(checkpoint, data=data, float_model=model)
-        assert (found.agreement, found.kl) == (labeled.agreement, labeled.kl)
-        assert found.agreement_on is not None
-        assert found.agreement_on.images == 40
-        assert (found.accuracy, found.accuracy_top5, found.class_order) == (None, None, None)
+        evaluation = dfq.evaluate(checkpoint, data=data, float_model=model)
+        assert (evaluation.agreement, evaluation.kl) == (labeled.agreement, labeled.kl)
+        assert evaluation.agreement_on is not None
+        assert evaluation.agreement_on.images == 40
+        assert (evaluation.accuracy, evaluation.accuracy_top5, evaluation.class_order) == (
+            None,
+            None,
+            None,
+        )
 
 
 def test_quantize_measures_agreement_on_unlabeled_images(
     model: VisionTransformer, tmp_path: Path
 ) -> None:
     for data in (npz(tmp_path / "x.npz"), flat(tmp_path / "folder")):
-        found = quantize(model, tmp_path / "out", eval=data)
-        assert found.agreement_on is not None
-        assert (found.agreement_on.data, found.agreement_on.images) == (str(data), 40)
-        assert found.agreement_on.agreeing == round(40 * (found.agreement or 0))
-        assert (found.accuracy, found.class_order, found.agreement_outside) == (None, None, None)
+        result = quantize(model, tmp_path / "out", eval=data)
+        assert result.agreement_on is not None
+        assert (result.agreement_on.data, result.agreement_on.images) == (str(data), 40)
+        assert result.agreement_on.agreeing == round(40 * (result.agreement or 0))
+        assert (result.accuracy, result.class_order, result.agreement_outside) == (None, None, None)
 
 
 def test_unlabeled_images_need_a_float_model(checkpoint: Path, tmp_path: Path) -> None:
@@ -142,13 +146,13 @@ def test_results_say_how_folders_are_numbered(
     order: str, model: VisionTransformer, classes: list[int], checkpoint: Path, tmp_path: Path
 ) -> None:
     data = sorted_into(tmp_path / "data", NAMES[order], classes)
-    found = dfq.evaluate(checkpoint, data=data, float_model=model)
-    assert found.class_order == order
-    assert found.accuracy is not None
-    assert found.accuracy.float == 1.0
-    assert found.accuracy.correct == found.agreement_on.agreeing  # type: ignore[union-attr]
+    evaluation = dfq.evaluate(checkpoint, data=data, float_model=model)
+    assert evaluation.class_order == order
+    assert evaluation.accuracy is not None
+    assert evaluation.accuracy.float == 1.0
+    assert evaluation.accuracy.correct == evaluation.agreement_on.agreeing  # type: ignore[union-attr]
     made = quantize(model, tmp_path / "out", eval=data)
-    assert (made.class_order, made.accuracy) == (order, found.accuracy)
+    assert (made.class_order, made.accuracy) == (order, evaluation.accuracy)
 
 
 def test_results_say_that_a_class_map_numbers_folders(
@@ -164,19 +168,21 @@ def test_results_say_that_a_class_map_numbers_folders(
     assert wrong.accuracy.float is not None
     assert wrong.accuracy.float < 0.5
     for file in ("map.txt", "map.json"):
-        found = dfq.evaluate(checkpoint, data=data, float_model=model, class_map=tmp_path / file)
-        assert found.class_order == "class map"
-        assert found.accuracy is not None
-        assert found.accuracy.float == 1.0
+        evaluation = dfq.evaluate(
+            checkpoint, data=data, float_model=model, class_map=tmp_path / file
+        )
+        assert evaluation.class_order == "class map"
+        assert evaluation.accuracy is not None
+        assert evaluation.accuracy.float == 1.0
         made = quantize(model, tmp_path / "out", eval=data, class_map=tmp_path / file)
-        assert (made.class_order, made.accuracy) == ("class map", found.accuracy)
+        assert (made.class_order, made.accuracy) == ("class map", evaluation.accuracy)
 
 
 def test_results_say_that_labels_are_an_arrays(
     classes: list[int], checkpoint: Path, tmp_path: Path
 ) -> None:
-    found = dfq.evaluate(checkpoint, data=npz(tmp_path / "y.npz", classes))
-    assert found.class_order == "y"
+    evaluation = dfq.evaluate(checkpoint, data=npz(tmp_path / "y.npz", classes))
+    assert evaluation.class_order == "y"
 
 
 def test_a_student_says_how_its_folders_are_numbered(small_weights: Path, tmp_path: Path) -> None:
@@ -240,30 +246,30 @@ def test_two_class_folders_are_the_classes_of_one_logit(
     right = (logits(binary)[:, 0] > 0).long().tolist()
     assert sum(right) == 20
     data = sorted_into(tmp_path / "data", ["no", "yes"], right)
-    found = quantize(binary, tmp_path / "out", eval=data)
-    assert found.accuracy is not None
-    assert found.agreement_on is not None
-    assert (found.accuracy.float, found.class_order) == (1.0, "name")
-    assert (found.agreement_on.metric, found.agreement_on.threshold) == ("threshold", 0.0)
-    assert found.accuracy.correct == found.agreement_on.agreeing
+    result = quantize(binary, tmp_path / "out", eval=data)
+    assert result.accuracy is not None
+    assert result.agreement_on is not None
+    assert (result.accuracy.float, result.class_order) == (1.0, "name")
+    assert (result.agreement_on.metric, result.agreement_on.threshold) == ("threshold", 0.0)
+    assert result.accuracy.correct == result.agreement_on.agreeing
     again = dfq.evaluate(tmp_path / "out", data=data, float_model=binary)
-    assert (again.accuracy, again.metric) == (found.accuracy, "threshold")
+    assert (again.accuracy, again.metric) == (result.accuracy, "threshold")
     swapped = sorted_into(tmp_path / "swapped", ["yes", "no"], [1 - label for label in right])
     (tmp_path / "map.json").write_text('{"yes": 1, "no": 0}')
     for class_map in (None, tmp_path / "map.json"):
-        found = quantize(binary, tmp_path / "out", eval=swapped, class_map=class_map)
-        assert found.accuracy is not None
-        assert found.accuracy.float == 1.0
+        result = quantize(binary, tmp_path / "out", eval=swapped, class_map=class_map)
+        assert result.accuracy is not None
+        assert result.accuracy.float == 1.0
 
 
 def test_unlabeled_images_of_one_logit_are_halved(
     binary: VisionTransformer, tmp_path: Path
 ) -> None:
-    found = quantize(binary, tmp_path / "out", eval=npz(tmp_path / "x.npz")).agreement_on
-    assert found is not None
+    comparison = quantize(binary, tmp_path / "out", eval=npz(tmp_path / "x.npz")).agreement_on
+    assert comparison is not None
     ordered = logits(binary)[:, 0].sort().values
-    assert found.threshold is not None
-    assert ordered[19] < found.threshold < ordered[20]
+    assert comparison.threshold is not None
+    assert ordered[19] < comparison.threshold < ordered[20]
 
 
 def test_other_classes_than_two_are_not_those_of_one_logit(

@@ -13,7 +13,7 @@ from dfq.errors import DatasetError, SettingError, UnknownModelError, WeightsErr
 
 
 def test_a_model_is_described_without_weights() -> None:
-    found = dfq.inspect("vit_base")
+    facts = dfq.inspect("vit_base")
     expected = {
         "kind": "model",
         "timm_name": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
@@ -28,9 +28,9 @@ def test_a_model_is_described_without_weights() -> None:
         "heads": 12,
         "classes": 1000,
     }
-    assert {key: found[key] for key in expected} == expected
-    assert found["bytes"]["float"] == 4 * 86_567_656
-    assert found["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    assert {key: facts[key] for key in expected} == expected
+    assert facts["bytes"]["float"] == 4 * 86_567_656
+    assert facts["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -43,28 +43,28 @@ def test_the_size_of_a_checkpoint_is_known_before(bits: int, tmp_path: Path) -> 
 
 
 def test_a_refused_model_says_why() -> None:
-    found = dfq.inspect("vit_base_patch16_rpn_224")
-    assert found["supported"] is False
-    assert "ResPostBlock" in found["reason"]
-    assert found["parameters"] == 86_538_472
+    facts = dfq.inspect("vit_base_patch16_rpn_224")
+    assert facts["supported"] is False
+    assert "ResPostBlock" in facts["reason"]
+    assert facts["parameters"] == 86_538_472
 
 
 def test_other_kinds_of_models_are_refused_too() -> None:
-    found = dfq.inspect("resnet18")
-    assert (found["supported"], found["family"]) == (False, "resnet")
+    facts = dfq.inspect("resnet18")
+    assert (facts["supported"], facts["family"]) == (False, "resnet")
 
 
 def test_options_change_the_shape() -> None:
-    found = dfq.inspect("vit_tiny", img_size=[32, 64], num_classes=10, in_chans=1)
-    assert (found["grid"], found["classes"]) == ([2, 4], 10)
-    assert found["architecture"]["in_channels"] == 1
+    facts = dfq.inspect("vit_tiny", img_size=[32, 64], num_classes=10, in_chans=1)
+    assert (facts["grid"], facts["classes"]) == ([2, 4], 10)
+    assert facts["architecture"]["in_channels"] == 1
     assert dfq.inspect("vit_tiny", global_pool="avg")["architecture"]["pool"] == "avg"
 
 
 def test_weights_decide_the_shape(small_weights: Path) -> None:
-    found = dfq.inspect("test_vit", weights=small_weights, img_size=32)
-    assert found["image_size"] == [32, 32]
-    assert found["weights"] == str(small_weights)
+    facts = dfq.inspect("test_vit", weights=small_weights, img_size=32)
+    assert facts["image_size"] == [32, 32]
+    assert facts["weights"] == str(small_weights)
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:

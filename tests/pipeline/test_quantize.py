@@ -23,8 +23,8 @@ def test_a_module_in_memory_becomes_a_checkpoint(
 ) -> None:
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     exact = api_model(images)
-    found = dfq.load(api_checkpoint)(images)
-    assert float((found - exact).norm() / (exact - exact.mean(0)).norm()) < 0.3
+    actual = dfq.load(api_checkpoint)(images)
+    assert float((actual - exact).norm() / (exact - exact.mean(0)).norm()) < 0.3
 
 
 def test_the_module_is_left_as_it_is(tmp_path: Path) -> None:
@@ -114,10 +114,15 @@ def test_a_backbone_without_classes_is_evaluated_on_images_without_labels(
 ) -> None:
     model = make_vit(num_classes=0)
     quantize(model, tmp_path / "out", calibration=labeled_npz)
-    found = dfq.evaluate(tmp_path / "out", data=labeled_npz, float_model=model)
-    assert (found.metric, found.accuracy, found.kl, found.images) == ("cosine", None, None, 20)
-    assert found.agreement is not None
-    assert 0.9 < found.agreement <= 1.0
+    evaluation = dfq.evaluate(tmp_path / "out", data=labeled_npz, float_model=model)
+    assert (evaluation.metric, evaluation.accuracy, evaluation.kl, evaluation.images) == (
+        "cosine",
+        None,
+        None,
+        20,
+    )
+    assert evaluation.agreement is not None
+    assert 0.9 < evaluation.agreement <= 1.0
 
 
 def test_a_backbone_without_classes_has_no_accuracy_to_bound(
@@ -172,10 +177,15 @@ def test_a_gate_carries_the_result(tmp_path: Path, tiny: VisionTransformer) -> N
         quantize(tiny, tmp_path / "out", eval=hopeless(tmp_path), min_accuracy=0.3)
     assert isinstance(caught.value.result, QuantizeResult)
     high = 1 - 0.025**0.25
-    found = caught.value.result.accuracy
-    assert found is not None
-    assert (found.float, found.quantized, found.correct, found.images) == (0.0, 0.0, 0, 4)
-    assert found.interval == pytest.approx([0.0, high])
+    accuracy = caught.value.result.accuracy
+    assert accuracy is not None
+    assert (accuracy.float, accuracy.quantized, accuracy.correct, accuracy.images) == (
+        0.0,
+        0.0,
+        0,
+        4,
+    )
+    assert accuracy.interval == pytest.approx([0.0, high])
 
 
 def test_a_gate_leaves_the_checkpoint(tmp_path: Path, tiny: VisionTransformer) -> None:

@@ -91,23 +91,23 @@ def test_ranges_are_those_of_images_of_ones_own(tmp_path: Path, tiny: VisionTran
     dfq.write_dataset(tmp_path / "images", [[noise]], plan.model, origin="own")
     images = stages.make_calibration_set(plan, tmp_path / "images")
     assert (images.source.method, images.source.images) == ("own", 3)
-    found = stages.calibrate(plan, images).statistics["blocks.0.mlp.fc1"]
+    statistics = stages.calibrate(plan, images).statistics["blocks.0.mlp.fc1"]
     inputs: list[torch.Tensor] = []
     layer = plan.model.vit.block(0).mlp.fc1
     layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1)))
     pixels = pixels_to_input(noise.patches, plan.model.preprocessing, grid)
     plan.model.vit.tokens(pixels, noise.positions)
-    torch.testing.assert_close(found.low, inputs[0].amin(0))
-    torch.testing.assert_close(found.high, inputs[0].amax(0))
+    torch.testing.assert_close(statistics.low, inputs[0].amin(0))
+    torch.testing.assert_close(statistics.high, inputs[0].amax(0))
 
 
 def test_ranges_of_ones_own_are_the_quantized_models(tiny: VisionTransformer) -> None:
     plan = prepare(tiny, equalize=0.0)
     images = stages.make_calibration_set(plan)
-    found = stages.calibrate(plan, images)
+    calibration = stages.calibrate(plan, images)
     name = "blocks.1.attn.proj"
-    wide = dataclasses.replace(found.qparams[name], scale=2 * found.qparams[name].scale)
-    changed = dataclasses.replace(found, qparams={**found.qparams, name: wide})
+    wide = dataclasses.replace(calibration.qparams[name], scale=2 * calibration.qparams[name].scale)
+    changed = dataclasses.replace(calibration, qparams={**calibration.qparams, name: wide})
     layer = stages.round_weights(plan, changed).model.get_submodule(name)
     assert isinstance(layer, IntegerLinear)
     assert layer.input_qparams == wide

@@ -37,13 +37,13 @@ def test_all_classes_are_no_part_of_the_settings(loaded: LoadedModel, tmp_path: 
 
 def test_chosen_classes_are_recorded_and_kept_apart(loaded: LoadedModel, tmp_path: Path) -> None:
     all_classes, _ = made(loaded, tmp_path)
-    some, found = made(loaded, tmp_path, classes=(3,))
-    assert not found
+    some, reused = made(loaded, tmp_path, classes=(3,))
+    assert not reused
     assert some.path != all_classes.path
     assert some.settings["inversion"]["classes"] == [3]
     assert {int(c) for batch in some.batches(8) for c in batch.labels} == {3}
-    again, found = made(loaded, tmp_path, classes=(3,))
-    assert found
+    again, reused = made(loaded, tmp_path, classes=(3,))
+    assert reused
     assert again.path == some.path
 
 
@@ -84,8 +84,8 @@ def test_an_unfinished_run_of_another_machine_is_left_alone_until_it_is_old(
     assert {p.name for p in whole.path.iterdir()} == {*shards, SETTINGS}
     for path in (*whole.path.iterdir(), whole.path):
         os.utime(path, (0, 0))
-    again, found = made(loaded, tmp_path)
-    assert not found
+    again, reused = made(loaded, tmp_path)
+    assert not reused
     assert again.settings == whole.settings
     assert {p.name: p.read_bytes() for p in again.path.glob("*.safetensors")} == shards
 

@@ -26,11 +26,11 @@ def images(loaded: LoadedModel, count: int = 5) -> SparseImages:
 def test_what_is_written_is_read(tmp_path: Path, loaded: LoadedModel) -> None:
     given = images(loaded)
     units = [[given[:3]], [given[3:]]]
-    found = dfq.write_dataset(
+    dataset = dfq.write_dataset(
         tmp_path / "set", units, loaded, origin="fractal", settings={"first": 7}
     )
     again = SparseImageDataset(tmp_path / "set")
-    assert len(found) == len(again) == 5
+    assert len(dataset) == len(again) == 5
     assert again.method == "fractal"
     assert again.fingerprint == loaded.fingerprint
     assert again.settings["inversion"] == {"method": "fractal", "first": 7}

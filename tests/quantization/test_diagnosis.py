@@ -33,8 +33,8 @@ def images(loaded: LoadedModel) -> list[SparseImages]:
 
 def build(loaded: LoadedModel, images: list[SparseImages], bits: int) -> QuantizedViT:
     settings = QuantizationSettings(bits=bits)
-    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
-    return quantize_vit(loaded.vit, found, loaded.preprocessing, settings)
+    calibration = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
+    return quantize_vit(loaded.vit, calibration, loaded.preprocessing, settings)
 
 
 def noise(
@@ -46,9 +46,9 @@ def noise(
 def test_every_layer_is_measured_and_both_errors_add(
     loaded: LoadedModel, images: list[SparseImages]
 ) -> None:
-    found = noise(loaded, images, build(loaded, images, 8))
-    assert list(found) == layers(loaded.vit.arch)
-    for n in found.values():
+    sqnr = noise(loaded, images, build(loaded, images, 8))
+    assert list(sqnr) == layers(loaded.vit.arch)
+    for n in sqnr.values():
         assert 20 < n.both < MAX_SQNR
         assert n.both < min(n.weights, n.activations) + 1
 
@@ -66,16 +66,16 @@ def test_a_spoilt_layer_is_seen(loaded: LoadedModel, images: list[SparseImages])
     quantized = build(loaded, images, 8)
     layer = quantized.get_submodule("blocks.1.mlp.fc2")
     layer.get_buffer("weight_scale").mul_(1.5)
-    found = noise(loaded, images, quantized)
-    assert min(found.values(), key=lambda n: n.both).name == "blocks.1.mlp.fc2"
-    assert found["blocks.1.mlp.fc2"].activations > found["blocks.1.mlp.fc2"].weights + 10
+    sqnr = noise(loaded, images, quantized)
+    assert min(sqnr.values(), key=lambda n: n.both).name == "blocks.1.mlp.fc2"
+    assert sqnr["blocks.1.mlp.fc2"].activations > sqnr["blocks.1.mlp.fc2"].weights + 10
 
 
 def test_pixels_lose_nothing_in_the_patch_embedding(
     loaded: LoadedModel, images: list[SparseImages]
 ) -> None:
-    found = noise(loaded, images, build(loaded, images, 8))
-    assert found["patch_embed"].activations > 90
+    sqnr = noise(loaded, images, build(loaded, images, 8))
+    assert sqnr["patch_embed"].activations > 90
 
 
 def test_the_models_are_left_as_they_are(loaded: LoadedModel, images: list[SparseImages]) -> None:

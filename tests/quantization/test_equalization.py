@@ -32,7 +32,7 @@ def images(loaded: LoadedModel) -> list[SparseImages]:
 
 
 @pytest.fixture
-def found(loaded: LoadedModel, images: list[SparseImages]) -> Calibration:
+def calibration(loaded: LoadedModel, images: list[SparseImages]) -> Calibration:
     for norm, _ in norm_linear_pairs(loaded.vit.arch):
         loaded.vit.get_parameter(f"{norm}.weight").data[3] *= 30
     return calibrate(loaded.vit, images, loaded.preprocessing, Scheme(W4))
@@ -46,9 +46,9 @@ def inputs(loaded: LoadedModel, images: list[SparseImages]) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize("strength", [0.25, 0.5, 1.0])
 def test_the_function_stays(
-    loaded: LoadedModel, images: list[SparseImages], found: Calibration, strength: float
+    loaded: LoadedModel, images: list[SparseImages], calibration: Calibration, strength: float
 ) -> None:
-    equal, _ = equalize(loaded.vit, found, strength)
+    equal, _ = equalize(loaded.vit, calibration, strength)
     at = inputs(loaded, images)
     torch.testing.assert_close(
         equal.forward_sparse(*at), loaded.vit.forward_sparse(*at), rtol=1e-3, atol=1e-3
@@ -57,9 +57,9 @@ def test_the_function_stays(
 
 @pytest.mark.parametrize("strength", [0.25, 0.5, 1.0])
 def test_statistics_are_those_of_the_changed_model(
-    loaded: LoadedModel, images: list[SparseImages], found: Calibration, strength: float
+    loaded: LoadedModel, images: list[SparseImages], calibration: Calibration, strength: float
 ) -> None:
-    equal, moved = equalize(loaded.vit, found, strength)
+    equal, moved = equalize(loaded.vit, calibration, strength)
     again = calibrate(equal, images, loaded.preprocessing, Scheme(W4))
     for _, name in norm_linear_pairs(loaded.vit.arch):
         ours, theirs = moved.statistics[name], again.statistics[name]
@@ -79,23 +79,23 @@ def test_statistics_are_those_of_the_changed_model(
 
 
 def test_channels_span_their_own_ranges_at_full_strength(
-    loaded: LoadedModel, found: Calibration
+    loaded: LoadedModel, calibration: Calibration
 ) -> None:
-    _, moved = equalize(loaded.vit, found, 1.0)
+    _, moved = equalize(loaded.vit, calibration, 1.0)
     for _, name in norm_linear_pairs(loaded.vit.arch):
         spans = moved.statistics[name].high - moved.statistics[name].low
         torch.testing.assert_close(spans, spans.max().expand_as(spans), rtol=1e-3, atol=1e-3)
 
 
 def test_an_outlier_channel_costs_less(
-    loaded: LoadedModel, images: list[SparseImages], found: Calibration
+    loaded: LoadedModel, images: list[SparseImages], calibration: Calibration
 ) -> None:
     settings = QuantizationSettings(bits=8, reduce_range=False)
     at = inputs(loaded, images)
     expected = loaded.vit.forward_sparse(*at)
 
     def error(strength: float) -> float:
-        equal, moved = equalize(loaded.vit, found, strength)
+        equal, moved = equalize(loaded.vit, calibration, strength)
         quantized = quantize_vit(equal, moved, loaded.preprocessing, settings)
         return float((quantized.forward_sparse(*at) - expected).norm() / expected.norm())
 
@@ -113,8 +113,8 @@ def test_how_size_is_split_between_norm_and_layer_does_not_matter(
     expected = loaded.vit.forward_sparse(*at)
 
     def error() -> float:
-        found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
-        equal, moved = equalize(loaded.vit, found, settings.equalize)
+        calibration = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
+        equal, moved = equalize(loaded.vit, calibration, settings.equalize)
         quantized = quantize_vit(equal, moved, loaded.preprocessing, settings)
         return float((quantized.forward_sparse(*at) - expected).norm() / expected.norm())
 
@@ -135,10 +135,10 @@ def rescale(loaded: LoadedModel, seed: int) -> None:
         column.div_(factor)
 
 
-def test_without_a_strength_nothing_changes(loaded: LoadedModel, found: Calibration) -> None:
-    equal, moved = equalize(loaded.vit, found, 0.0)
+def test_without_a_strength_nothing_changes(loaded: LoadedModel, calibration: Calibration) -> None:
+    equal, moved = equalize(loaded.vit, calibration, 0.0)
     assert equal is loaded.vit
-    assert moved is found
+    assert moved is calibration
 
 
 # ---- channels that are no layer norm's: values, gated MLPs, the head's input
@@ -201,8 +201,8 @@ def test_every_family_keeps_its_function_and_its_statistics(family: Family) -> N
     for pair in scale_pairs(loaded.vit.arch):
         widen(loaded.vit, pair.reader, FACTOR)
     noise = dfq.fractal_noise(4, loaded.vit.arch.grid)
-    found = calibrate(loaded.vit, [noise], loaded.preprocessing, Scheme(W4))
-    equal, moved = equalize(loaded.vit, found, 0.5)
+    calibration = calibrate(loaded.vit, [noise], loaded.preprocessing, Scheme(W4))
+    equal, moved = equalize(loaded.vit, calibration, 0.5)
     x = pixels_to_input(noise.patches, loaded.preprocessing, loaded.vit.arch.grid)
     expected = loaded.vit.forward_sparse(x)
     error = float((equal.forward_sparse(x) - expected).norm() / expected.norm())
@@ -215,7 +215,7 @@ def test_every_family_keeps_its_function_and_its_statistics(family: Family) -> N
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * size)
         scale = moved.qparams[pair.reader].scale
         assert scale == pytest.approx(again.qparams[pair.reader].scale, rel=1e-3)
-        assert scale < 0.3 * found.qparams[pair.reader].scale
+        assert scale < 0.3 * calibration.qparams[pair.reader].scale
 
 
 @pytest.mark.parametrize("factor", [FACTOR, 1 / FACTOR])
@@ -228,8 +228,8 @@ def test_a_value_beyond_the_band_comes_back_to_it_and_the_rest_stays(
     name = "blocks.1.attn.proj.weight"
     assert torch.equal(before.get_parameter(name), loaded.vit.get_parameter(name))
     widen(loaded.vit, "blocks.1.attn.proj", factor)
-    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(W4))
-    after, _ = equalize(loaded.vit, found, 0.5)
+    calibration = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(W4))
+    after, _ = equalize(loaded.vit, calibration, 0.5)
     changed = after.get_parameter(name) / before.get_parameter(name)
     others = torch.arange(changed.shape[1]) != 3
     torch.testing.assert_close(changed[:, others], torch.ones_like(changed[:, others]))
@@ -260,8 +260,8 @@ def test_a_channel_a_hundred_times_wider_costs_nothing(family: str, reader: str,
     def measured(strength: float) -> tuple[float, float]:
         settings = QuantizationSettings(bits=bits, equalize=strength)
         seen = [dfq.fractal_noise(32, loaded.vit.arch.grid)]
-        found = calibrate(loaded.vit, seen, loaded.preprocessing, Scheme(settings))
-        equal, moved = equalize(loaded.vit, found, strength)
+        calibration = calibrate(loaded.vit, seen, loaded.preprocessing, Scheme(settings))
+        equal, moved = equalize(loaded.vit, calibration, strength)
         model = quantize_vit(equal, moved, loaded.preprocessing, settings)
         logits = model.forward_sparse(x)
         kl = F.kl_div(

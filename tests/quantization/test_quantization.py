@@ -41,8 +41,8 @@ def quantize(
 ) -> QuantizedViT:
     chosen = QuantizationSettings(**settings)
     images = invert(loaded) if images is None else images
-    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(chosen))
-    return quantize_vit(loaded.vit, found, loaded.preprocessing, chosen)
+    calibration = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(chosen))
+    return quantize_vit(loaded.vit, calibration, loaded.preprocessing, chosen)
 
 
 def images_of(loaded: LoadedModel, count: int = 16) -> torch.Tensor:
@@ -162,9 +162,9 @@ def test_an_image_that_is_not_finite_has_no_prediction(loaded: LoadedModel, valu
     quantized, images = quantize(loaded, invert(loaded)), images_of(loaded, 3)
     expected = quantized(images)
     images[1, 0, 5, 5] = value
-    found = quantized(images)
-    assert found[1].isnan().all()
-    assert torch.equal(found[::2], expected[::2])
+    actual = quantized(images)
+    assert actual[1].isnan().all()
+    assert torch.equal(actual[::2], expected[::2])
 
 
 @pytest.mark.parametrize("change", ["half", "bfloat16", "double"])
@@ -203,7 +203,9 @@ def test_the_float_model_is_left_as_it_is(loaded: LoadedModel) -> None:
 
 def test_calibration_sees_kept_patches_at_their_positions(loaded: LoadedModel) -> None:
     images = invert(loaded)
-    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(QuantizationSettings()))
+    calibration = calibrate(
+        loaded.vit, images, loaded.preprocessing, Scheme(QuantizationSettings())
+    )
     p = loaded.preprocessing
     inputs = []
     for b in images:
@@ -211,22 +213,22 @@ def test_calibration_sees_kept_patches_at_their_positions(loaded: LoadedModel) -
         inputs.append(loaded.vit.block(0).norm1(loaded.vit.embed(x, b.positions)).flatten(0, 1))
     x = torch.cat(inputs)
     site = "blocks.0.attn.qkv"
-    low, high = found.qparams[site].range
-    assert low <= float(x.min()) + found.qparams[site].scale
-    assert high >= float(x.max()) - found.qparams[site].scale
+    low, high = calibration.qparams[site].range
+    assert low <= float(x.min()) + calibration.qparams[site].scale
+    assert high >= float(x.max()) - calibration.qparams[site].scale
     assert high - low < 1.02 * float(x.max() - x.min())
-    torch.testing.assert_close(found.statistics[site].mean, x.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(calibration.statistics[site].mean, x.mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_hessians_are_second_moments(loaded: LoadedModel) -> None:
     images = invert(loaded)[:1]
-    found = calibrate(
+    calibration = calibrate(
         loaded.vit, images, loaded.preprocessing, Scheme(QuantizationSettings(bits=4))
     )
     p = loaded.preprocessing
     x = pixels_to_input(images[0].patches, p, loaded.vit.arch.grid)
     x = loaded.vit.block(0).norm1(loaded.vit.embed(x, images[0].positions)).flatten(0, 1)
-    hessian = found.statistics["blocks.0.attn.qkv"].hessian
+    hessian = calibration.statistics["blocks.0.attn.qkv"].hessian
     assert hessian is not None
     torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
 
@@ -237,8 +239,8 @@ def test_hessians_are_only_collected_where_they_are_used(loaded: LoadedModel) ->
         QuantizationSettings(bits=8),
         QuantizationSettings(bits=4, rounding="nearest"),
     ):
-        found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
-        assert all(s.hessian is None for s in found.statistics.values())
+        calibration = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
+        assert all(s.hessian is None for s in calibration.statistics.values())
 
 
 def test_an_empty_calibration_set_is_refused(loaded: LoadedModel) -> None:
@@ -286,7 +288,7 @@ def test_preprocessing_is_folded_for_every_channel_count() -> None:
     exact = loaded.vit.embed(
         x.reshape(3, 2, 4, 4, 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(3, 16, 32)
     )
-    found = quantized.embed(
+    actual = quantized.embed(
         x.reshape(3, 2, 4, 4, 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(3, 16, 32)
     )
-    assert float((found - exact).norm() / exact.norm()) < 0.02
+    assert float((actual - exact).norm() / exact.norm()) < 0.02

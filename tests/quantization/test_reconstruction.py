@@ -42,9 +42,9 @@ def images_of(loaded: LoadedModel) -> list[SparseImages]:
 def quantize(
     loaded: LoadedModel, images: list[SparseImages], settings: QuantizationSettings = W4
 ) -> tuple[ViT, QuantizedViT]:
-    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
-    equal, found = equalize(loaded.vit, found, settings.equalize)
-    return equal, quantize_vit(equal, found, loaded.preprocessing, settings)
+    calibration = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(settings))
+    equal, calibration = equalize(loaded.vit, calibration, settings.equalize)
+    return equal, quantize_vit(equal, calibration, loaded.preprocessing, settings)
 
 
 def learned(loaded: LoadedModel, steps: int = 20) -> tuple[QuantizedViT, list[BlockLoss]]:
@@ -117,8 +117,8 @@ def test_the_simulation_is_the_block(loaded: LoadedModel) -> None:
     x = torch.randn(2, 17, 64, generator=torch.Generator().manual_seed(0))
     at = loaded.vit.position_encoding()
     fake_quantized = fake_quantize_block(loaded.vit.block(0), target)(x, at)
-    found = target(x.clone(), at)
-    assert float((fake_quantized - found).norm() / (found - x).norm()) < 0.02
+    actual = target(x.clone(), at)
+    assert float((fake_quantized - actual).norm() / (actual - x).norm()) < 0.02
 
 
 def test_gradients_reach_scales_biases_and_norms(loaded: LoadedModel) -> None:

@@ -46,10 +46,10 @@ def test_searched_scales_are_no_worse_than_the_full_range(qtype: QType) -> None:
         return (weight - rounded).square().sum(1)
 
     full = weight.abs().amax(1) / qtype.qmax
-    found = rounding.search_scale(weight, qtype)
-    assert bool((loss(found) <= loss(full)).all())
+    actual = rounding.search_scale(weight, qtype)
+    assert bool((loss(actual) <= loss(full)).all())
     if qtype.bits == 4:
-        assert bool((found < full).any())
+        assert bool((actual < full).any())
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_second_order_rounding_of_uncorrelated_inputs_is_nearest() -> None:
     weight = weights(8, 40)
     scales = rounding.search_scales(weight, CHANNELS)
     hessian = torch.rand(40, generator=torch.Generator().manual_seed(0)).add(0.1).diag()
-    found = rounding.round_gptq(weight, scales, INT4, hessian)
-    assert torch.equal(found, rounding.round_nearest(weight, scales, INT4))
+    actual = rounding.round_gptq(weight, scales, INT4, hessian)
+    assert torch.equal(actual, rounding.round_nearest(weight, scales, INT4))
 
 
 def test_a_singular_hessian_is_damped() -> None:
@@ -167,10 +167,10 @@ def test_multiples_of_groups_lose_no_more_than_the_nearest_to_their_best_scales(
     channel = best.amax(1) / scheme.largest_group_scale
     multiples = (best / channel[:, None]).round().clamp(min=1).to(torch.uint8)
     nearest = loss(WeightScales(channel, multiples, 16))
-    found = loss(rounding.search_scales(weight, scheme, importance))
-    assert bool((found <= nearest * (1 + 1e-5)).all())
+    actual = loss(rounding.search_scales(weight, scheme, importance))
+    assert bool((actual <= nearest * (1 + 1e-5)).all())
     if seed == 0:
-        assert float(found.sum()) < float(nearest.sum())
+        assert float(actual.sum()) < float(nearest.sum())
 
 
 def test_groups_lose_less_than_channels() -> None:

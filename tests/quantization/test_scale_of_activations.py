@@ -69,8 +69,10 @@ def scaled(vit: ViT, factor: float, *, attention: bool = True) -> ViT:
 def quantized(
     model: LoadedModel, vit: ViT, images: list[SparseImages], settings: QuantizationSettings
 ) -> QuantizedViT:
-    found = calibrate(vit, images, model.preprocessing, Scheme(settings))
-    return quantize_vit(*equalize(vit, found, settings.equalize), model.preprocessing, settings)
+    calibration = calibrate(vit, images, model.preprocessing, Scheme(settings))
+    return quantize_vit(
+        *equalize(vit, calibration, settings.equalize), model.preprocessing, settings
+    )
 
 
 def integers(model: QuantizedViT) -> dict[str, torch.Tensor]:

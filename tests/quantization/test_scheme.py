@@ -40,19 +40,19 @@ FC2 = "blocks.1.mlp.fc2"
 def test_a_layer_has_the_scheme_that_settings_say(
     settings: dict[str, object], layer: str, bits: int, low: int, high: int, input_bits: int
 ) -> None:
-    found = Scheme(QuantizationSettings(**settings)).for_layer(layer)  # type: ignore[arg-type]
-    assert found.bits == bits
-    assert (found.weight.qmin, found.weight.qmax) == (low, high)
-    assert found.input == QType(input_bits)
+    scheme = Scheme(QuantizationSettings(**settings)).for_layer(layer)  # type: ignore[arg-type]
+    assert scheme.bits == bits
+    assert (scheme.weight.qmin, scheme.weight.qmax) == (low, high)
+    assert scheme.input == QType(input_bits)
 
 
 @pytest.mark.parametrize("reduce_range", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_products_stay_within_eight_bits(bits: int, reduce_range: bool) -> None:
     settings = QuantizationSettings(bits=bits, reduce_range=reduce_range)
-    found = Scheme(settings).for_layer(FC2)
-    largest = found.largest_group_scale if found.group else 1
-    low, high = found.weight.qmin * largest, found.weight.qmax * largest
+    actual = Scheme(settings).for_layer(FC2)
+    largest = actual.largest_group_scale if actual.group else 1
+    low, high = actual.weight.qmin * largest, actual.weight.qmax * largest
     assert -(64 if reduce_range else 128) <= low
     assert high <= (63 if reduce_range else 127)
 

@@ -174,9 +174,9 @@ def test_intervals_that_do_not_meet_contradict_each_other() -> None:
     (text,) = doubts(agreement(16, 16, "inverted"), agreement(24, 32, "fractal noise"))[-1:]
     assert share_interval(16, 16)[0] < share_interval(24, 32)[1]
     assert "further apart" not in text
-    found = doubts(agreement(64, 64, "inverted"), agreement(24, 32, "fractal noise"))
+    warnings = doubts(agreement(64, 64, "inverted"), agreement(24, 32, "fractal noise"))
     assert share_interval(64, 64)[0] > share_interval(24, 32)[1]
-    assert found[-1] == (
+    assert warnings[-1] == (
         "Agreement with the float model is 1.0000 on 64 inverted images of another seed and "
         "0.7500 on 32 images of fractal noise: further apart than chance explains. Measure it on "
         "real images (eval)."
@@ -197,8 +197,8 @@ def test_a_contradiction_is_named_where_intervals_are_apart(counts: tuple[int, i
 @pytest.mark.parametrize("data", ["inverted", "fractal noise", "val"])
 def test_an_error_as_large_as_the_outputs_differ_is_named_where_images_are_made(data: str) -> None:
     assert doubts(agreement(32, 32, data, error_over_spread=0.5)) == []
-    found = doubts(agreement(32, 32, data, error_over_spread=1.176))
-    assert [text.partition(" are off by ")[2] for text in found] == (
+    warnings = doubts(agreement(32, 32, data, error_over_spread=1.176))
+    assert [text.partition(" are off by ")[2] for text in warnings] == (
         []
         if data == "val"
         else [
@@ -292,14 +292,14 @@ def fail(model: VisionTransformer, out: Path, data: Path) -> GateError:
 def test_verdicts_are_in_the_result_and_in_the_checkpoint(
     tiny: VisionTransformer, hopeless: Path, tmp_path: Path
 ) -> None:
-    found = to_json(fail(tiny, tmp_path / "out", hopeless).result)
-    agreed, failed = found["gate"]
+    fields = to_json(fail(tiny, tmp_path / "out", hopeless).result)
+    agreed, failed = fields["gate"]
     assert failed == FAILED
     assert (agreed["what"], agreed["bound"], agreed["passed"]) == ("agreement", 0.01, True)
-    assert agreed["interval"] == found["agreement_on"]["interval"]
+    assert agreed["interval"] == fields["agreement_on"]["interval"]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["gate"] == found["gate"]
-    assert dfq.inspect(tmp_path / "out")["report"]["gate"] == found["gate"]
+    assert report["gate"] == fields["gate"]
+    assert dfq.inspect(tmp_path / "out")["report"]["gate"] == fields["gate"]
     assert isinstance(dfq.load(tmp_path / "out"), QuantizedViT)
 
 
@@ -375,8 +375,8 @@ def test_inspect_shows_that_a_checkpoint_failed(
     shown = " ".join(command("inspect", tmp_path / "out").stdout.split())
     assert "accuracy of at least 0.5: not kept" in shown
     assert "agreement of at least 0.01: kept" in shown
-    found = json.loads(command("inspect", tmp_path / "out", "--json").stdout)
-    assert found["report"]["gate"][1] == FAILED
+    printed = json.loads(command("inspect", tmp_path / "out", "--json").stdout)
+    assert printed["report"]["gate"][1] == FAILED
 
 
 # ---- agreement outside
@@ -400,19 +400,19 @@ def test_a_model_that_follows_only_on_inverted_images_is_distrusted(
     assert fair.agreement_outside.agreement > 0.9
     assert fair.warnings == []
     monkeypatch.setattr(QuantizedViT, "forward_sparse", rigged)
-    found = quantize(tiny, tmp_path / "out", settings=settings)
-    assert found.agreement == fair.agreement
-    assert found.agreement_outside is not None
-    assert found.agreement_outside.agreement is not None
-    assert found.agreement_outside.agreement < 0.1
-    poor, far, apart = found.warnings
+    quantized = quantize(tiny, tmp_path / "out", settings=settings)
+    assert quantized.agreement == fair.agreement
+    assert quantized.agreement_outside is not None
+    assert quantized.agreement_outside.agreement is not None
+    assert quantized.agreement_outside.agreement < 0.1
+    poor, far, apart = quantized.warnings
     assert "on 32 images of fractal noise, with a 95 % interval of" in poor
     assert far.startswith("On 32 images of fractal noise the outputs are off by ")
     assert "on 64 inverted images of another seed and" in apart
     assert "further apart than chance explains" in apart
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["warnings"] == found.warnings
-    assert report["agreement_outside"]["agreement"] == found.agreement_outside.agreement
+    assert report["warnings"] == quantized.warnings
+    assert report["agreement_outside"]["agreement"] == quantized.agreement_outside.agreement
 
 
 def test_ranges_that_cut_activations_off_are_distrusted(
@@ -435,5 +435,5 @@ def test_ranges_that_cut_activations_off_are_distrusted(
 
 
 def test_there_is_no_agreement_outside_beside_data(tiny: VisionTransformer, tmp_path: Path) -> None:
-    found = quantize(tiny, tmp_path / "out", eval=npz(tmp_path / "a.npz", 8))
-    assert found.agreement_outside is None
+    quantized = quantize(tiny, tmp_path / "out", eval=npz(tmp_path / "a.npz", 8))
+    assert quantized.agreement_outside is None

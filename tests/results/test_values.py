@@ -49,18 +49,18 @@ def fields_of(kind: type[Any]) -> list[str]:
 def test_json_has_the_fields_of_the_results(
     tmp_path: Path, tiny: VisionTransformer, labeled_npz: Path
 ) -> None:
-    found = to_json(quantize(tiny, tmp_path / "out", eval=labeled_npz))
-    assert list(found) == fields_of(QuantizeResult)
-    assert list(found["calibration"]) == fields_of(CalibrationSource)
-    assert list(found["seconds"]) == fields_of(Seconds)
-    assert list(found["bytes"]) == fields_of(Bytes)
-    assert list(found["accuracy"]) == fields_of(FloatQuantized)
-    assert list(found["agreement_on"]) == fields_of(AgreementOn)
+    fields = to_json(quantize(tiny, tmp_path / "out", eval=labeled_npz))
+    assert list(fields) == fields_of(QuantizeResult)
+    assert list(fields["calibration"]) == fields_of(CalibrationSource)
+    assert list(fields["seconds"]) == fields_of(Seconds)
+    assert list(fields["bytes"]) == fields_of(Bytes)
+    assert list(fields["accuracy"]) == fields_of(FloatQuantized)
+    assert list(fields["agreement_on"]) == fields_of(AgreementOn)
 
 
 def test_results_are_json(tmp_path: Path, tiny: VisionTransformer) -> None:
-    found = to_json(quantize(tiny, tmp_path / "out"))
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    fields = to_json(quantize(tiny, tmp_path / "out"))
+    assert json.loads(json.dumps(fields, allow_nan=False)) == fields
 
 
 def test_the_report_in_the_checkpoint_is_the_result(

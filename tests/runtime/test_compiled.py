@@ -47,9 +47,9 @@ def test_compiled_models_give_the_same_logits(attention: str, batches: tuple[int
     assert not model.compiled
     for count in batches:
         x = images(model, count)
-        found, exact = compiled(x), model(x)
-        assert found.shape == exact.shape
-        assert float((found - exact).norm()) <= 0.03 * float(exact.norm())
+        actual, exact = compiled(x), model(x)
+        assert actual.shape == exact.shape
+        assert float((actual - exact).norm()) <= 0.03 * float(exact.norm())
 
 
 @needs_compiler
@@ -61,8 +61,8 @@ def test_a_compiler_may_be_the_first_to_meet_a_model(bits: int, tmp_path: Path) 
     result = dfq.quantize(module, bits=bits, calibration="noise", images=4, out=tmp_path / "out")
     fresh, x = dfq.load(result.checkpoint), images(dfq.load(result.checkpoint, runtime="torch"), 2)
     expected = dfq.load(result.checkpoint)(x)
-    found = torch.compile(fresh, fullgraph=True)(x)
-    assert float((found - expected).norm()) <= 1e-3 * float(expected.norm())
+    actual = torch.compile(fresh, fullgraph=True)(x)
+    assert float((actual - expected).norm()) <= 1e-3 * float(expected.norm())
 
 
 @needs_compiler
@@ -75,8 +75,8 @@ def test_an_exporter_may_be_the_first_to_meet_a_model(tmp_path: Path) -> None:
     x = images(dfq.load(result.checkpoint, runtime="torch"), 2)
     expected = dfq.load(result.checkpoint).set_backend("reference")(x)
     program = torch.export.export(dfq.load(result.checkpoint), (x,)).module()
-    for found in (program(x), torch.compile(program)(x)):
-        assert float((found - expected).norm()) <= 0.01 * float(expected.norm())
+    for actual in (program(x), torch.compile(program)(x)):
+        assert float((actual - expected).norm()) <= 0.01 * float(expected.norm())
 
 
 @needs_compiler

@@ -49,9 +49,9 @@ def test_packed_bytes_are_as_specified(case: tuple[np.ndarray, int]) -> None:
     assert packed.dtype == torch.uint8
     assert packed.shape == (*values.shape[:-1], size)
     rows = values.reshape(-1, length).tolist() if values.size else []
-    for row, found in zip(rows, packed.reshape(-1, size or 1).tolist(), strict=True):
+    for row, actual in zip(rows, packed.reshape(-1, size or 1).tolist(), strict=True):
         number = sum((value % (1 << bits)) << (i * bits) for i, value in enumerate(row))
-        assert found == list(number.to_bytes(size, "little"))
+        assert actual == list(number.to_bytes(size, "little"))
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,8 @@ def test_reference_sums_are_exact_integers() -> None:
     x, params = make(reference, 3, 4096, 6, 0, "extreme")
     sums = (x.long() - params.input.zero_point) @ params.weight.integers.long().T
     expected = sums.float() * (params.weight_scale * params.input.scale) + params.bias
-    found = reference.linear(x, params, reference.prepack(params), OutputFormat())
-    assert torch.equal(found, expected)
+    actual = reference.linear(x, params, reference.prepack(params), OutputFormat())
+    assert torch.equal(actual, expected)
 
 
 @given(
@@ -203,16 +203,16 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 @pytest.mark.parametrize("kind", ["normal", "peaked", "equal", "extreme"])
 def test_integer_attention_is_exact_attention_on_integers(kind: str) -> None:
     operands = heads(9, 0, kind)
-    found = reference.attention(*operands).double()
-    torch.testing.assert_close(found, exact_attention(*operands), rtol=0, atol=0.02)
+    actual = reference.attention(*operands).double()
+    torch.testing.assert_close(actual, exact_attention(*operands), rtol=0, atol=0.02)
 
 
 def test_flat_rows_of_attention_keep_all_levels() -> None:
     """With one scale for all rows each of 300 equal shares would be 1 of 255, or 0."""
     operands = heads(300, 0, "equal")
     mean = operands[2].double().mean(-2, keepdim=True).expand(-1, -1, 300, -1)
-    found = reference.attention(*operands).double()
-    torch.testing.assert_close(found, mean, rtol=0, atol=1e-4)
+    actual = reference.attention(*operands).double()
+    torch.testing.assert_close(actual, mean, rtol=0, atol=1e-4)
 
 
 @needs_onednn

@@ -71,11 +71,11 @@ def test_the_order_of_patches_does_not_matter_and_their_places_do(loaded: Loaded
     vit = loaded.vit
     positions = some_positions(vit)
     patches = pick(vit, images_for(vit), positions)
-    found = vit.forward_sparse(patches, positions)
+    actual = vit.forward_sparse(patches, positions)
     turned = vit.forward_sparse(patches.flip(1), positions.flip(1))
-    torch.testing.assert_close(turned, found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(turned, actual, rtol=1e-4, atol=1e-4)
     elsewhere = vit.forward_sparse(patches, (positions + 1) % vit.arch.grid.patches)
-    assert float((elsewhere - found).abs().max()) > 1e-3
+    assert float((elsewhere - actual).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -94,12 +94,12 @@ def test_importance_shares_out_the_attention_that_patches_get(loaded: LoadedMode
     vit = loaded.vit
     positions = some_positions(vit)
     patches = pick(vit, images_for(vit), positions)
-    found = vit.importance(patches, positions)
-    assert found.shape == positions.shape
-    assert bool((found > 0).all())
-    assert bool((found.sum(1) <= 1 + 1e-5).all())
+    actual = vit.importance(patches, positions)
+    assert actual.shape == positions.shape
+    assert bool((actual > 0).all())
+    assert bool((actual.sum(1) <= 1 + 1e-5).all())
     turned = vit.importance(patches.flip(1), positions.flip(1))
-    torch.testing.assert_close(turned.flip(1), found, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(turned.flip(1), actual, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "attention"), [(4, "int8"), (8, "float")])
@@ -162,7 +162,7 @@ def test_weights_of_the_family_survive_a_file(family: Family, tmp_path: Path) ->
         for parameter in again.parameters():
             parameter.zero_()
     told: dict[str, Any] = {"name": family.name, "path": path}
-    found = translate(again, read_weights(path), **told)
-    load_into(again, found.state, **told, resize=False)
+    state = translate(again, read_weights(path), **told)
+    load_into(again, state.state, **told, resize=False)
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key

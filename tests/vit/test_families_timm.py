@@ -112,28 +112,28 @@ def test_gradients_are_those_of_the_whole_last_block(vit: ViT) -> None:
 def test_bfloat16_is_close_to_float32(vit: ViT) -> None:
     present, keep = subset(vit.arch, images_of(vit.arch))
     expected = vit.forward_sparse(present, keep)
-    found = copy.deepcopy(vit).bfloat16()
-    ours = found.forward_sparse(present.bfloat16(), keep).float()
+    actual = copy.deepcopy(vit).bfloat16()
+    ours = actual.forward_sparse(present.bfloat16(), keep).float()
     assert float((ours - expected).norm() / expected.norm()) < 0.05
-    attention = found.importance(present.bfloat16(), keep)
+    attention = actual.importance(present.bfloat16(), keep)
     assert attention.dtype == torch.float32
     torch.testing.assert_close(attention, vit.importance(present, keep), rtol=0.2, atol=0.01)
 
 
 def attention_of(model: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """All attention probabilities that timm's model computes, in order, ``[B, H, Q, T]``."""
-    found: list[Tensor] = []
+    maps: list[Tensor] = []
     fused = F.scaled_dot_product_attention
 
     def watched(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **rest: Any) -> Tensor:
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        found.append((scores if attn_mask is None else scores + attn_mask).softmax(-1))
+        maps.append((scores if attn_mask is None else scores + attn_mask).softmax(-1))
         return fused(q, k, v, attn_mask=attn_mask, **rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(F, "scaled_dot_product_attention", watched)
         model(images)
-    return found
+    return maps
 
 
 @members
@@ -142,11 +142,11 @@ def test_importance_is_timms_attention(
     model: Any, vit: ViT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, arch = images_of(vit.arch), vit.arch
-    found = attention_of(model, images, monkeypatch)[-1]
+    actual = attention_of(model, images, monkeypatch)[-1]
     if arch.pool == "avg":
-        rows = found[:, :, arch.num_prefix_tokens :]
+        rows = actual[:, :, arch.num_prefix_tokens :]
     else:
-        rows = found[:, :, : arch.pooled_tokens]
+        rows = actual[:, :, : arch.pooled_tokens]
     expected = rows.mean(dim=(1, 2))[:, rows.shape[-1] - arch.grid.patches :]
     positions = torch.arange(arch.grid.patches).expand(len(images), -1)
     ours = vit.importance(patchify(images, arch.grid), positions)

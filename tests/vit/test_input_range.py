@@ -47,8 +47,8 @@ def inverted(loaded: LoadedModel) -> list[dfq.SparseImages]:
 
 def quantized(loaded: LoadedModel, images: list[dfq.SparseImages]) -> QuantizedViT:
     chosen = QuantizationSettings(rounding="nearest")
-    found = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(chosen))
-    return quantize_vit(loaded.vit, found, loaded.preprocessing, chosen)
+    calibration = calibrate(loaded.vit, images, loaded.preprocessing, Scheme(chosen))
+    return quantize_vit(loaded.vit, calibration, loaded.preprocessing, chosen)
 
 
 def scaled(values: tuple[float, ...], factor: float, shift: float = 0.0) -> tuple[float, ...]:

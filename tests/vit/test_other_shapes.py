@@ -66,8 +66,8 @@ class Files:
 
     def inputs(self) -> torch.Tensor:
         """The images ``[N, C, H, W]`` as the model sees them: mean and spread are 0.5."""
-        found = torch.from_numpy(self.pixels).float() / 255
-        return (found.permute(0, 3, 1, 2) - 0.5) / 0.5
+        pixels = torch.from_numpy(self.pixels).float() / 255
+        return (pixels.permute(0, 3, 1, 2) - 0.5) / 0.5
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ FAST = {"inversion": {"iterations": 4, "precision": "float32", "threads": 1, "un
 def test_a_file_becomes_timms_own_model(files: Files) -> None:
     loaded = dfq.load_model(NAME, **files.options)
     with torch.inference_mode():
-        expected, found = files.model(files.inputs()), loaded.vit(files.inputs())
+        expected, actual = files.model(files.inputs()), loaded.vit(files.inputs())
     assert float(expected.std()) > 0.1
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @cases
@@ -115,14 +115,14 @@ def test_every_verb_works(case: Case, files: Files, tmp_path: Path) -> None:
     assert result.calibration.path == made.path
     model = dfq.load(result.checkpoint)
     with torch.inference_mode():
-        expected, found = files.model(files.inputs()), model(files.inputs())
-    assert float((found - expected).norm() / expected.norm()) < 0.1
+        expected, actual = files.model(files.inputs()), model(files.inputs())
+    assert float((actual - expected).norm() / expected.norm()) < 0.1
     assert (model.arch.image_size, model.arch.in_channels) == (case.size, case.channels)
 
     evaluated = dfq.evaluate(
         result.checkpoint, data=files.data, float_model=NAME, weights=files.weights
     )
-    same = expected.argmax(1) == found.argmax(1)
+    same = expected.argmax(1) == actual.argmax(1)
     assert evaluated.agreement == pytest.approx(float(same.float().mean()))
     assert evaluated.agreement == result.agreement
 

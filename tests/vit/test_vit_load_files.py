@@ -94,8 +94,8 @@ def test_every_kind_of_file_gives_the_same_model(
     model = timm_model()
     model.load_state_dict(state)
     expected = load_model(model, mean=(0.5,) * 3, std=(0.5,) * 3)
-    found = load(tmp_path / "weights.bin", mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert fingerprint(found.vit, expected.preprocessing) == expected.fingerprint
+    loaded = load(tmp_path / "weights.bin", mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert fingerprint(loaded.vit, expected.preprocessing) == expected.fingerprint
 
 
 def test_half_precision_files_are_computed_in_float32(
@@ -104,8 +104,8 @@ def test_half_precision_files_are_computed_in_float32(
     save_file({k: v.half() for k, v in state.items()}, tmp_path / "half.safetensors")
     loaded = load(tmp_path / "half.safetensors")
     assert {p.dtype for p in loaded.vit.parameters()} == {torch.float32}
-    found = loaded.vit.get_parameter("head.weight")
-    assert torch.equal(found, state["head.weight"].half().float())
+    actual = loaded.vit.get_parameter("head.weight")
+    assert torch.equal(actual, state["head.weight"].half().float())
 
 
 def test_the_number_of_classes_is_told_from_the_file(tmp_path: Path) -> None:
@@ -244,10 +244,10 @@ def test_damaged_bytes_give_weights_or_a_weights_error(
     path = tmp_path_factory.getbasetemp() / f"damaged-{how}.bin"
     path.write_bytes(bytes(content))
     try:
-        found = read_weights(path)
+        state = read_weights(path)
     except WeightsError:
         return
-    assert all(isinstance(v, Tensor) for v in found.values())
+    assert all(isinstance(v, Tensor) for v in state.values())
 
 
 @pytest.mark.parametrize(
@@ -375,6 +375,6 @@ def test_published_names_of_layer_scale_are_taken(tmp_path: Path) -> None:
         for key, value in model.state_dict().items()
     }
     torch.save({"model": state}, tmp_path / "deit3.pth")
-    found = load_model("deit3_small_patch16_224", weights=tmp_path / "deit3.pth", img_size=32)
+    actual = load_model("deit3_small_patch16_224", weights=tmp_path / "deit3.pth", img_size=32)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(found.vit(images), model(images), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(actual.vit(images), model(images), rtol=1e-3, atol=1e-3)

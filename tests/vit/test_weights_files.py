@@ -253,7 +253,7 @@ def in_openai_names(model: Any) -> State:
         ("mlp.fc1", "mlp.c_fc"),
         ("mlp.fc2", "mlp.c_proj"),
     ]
-    found: State = {}
+    renamed: State = {}
     for key, value in model.state_dict().items():
         name = key
         for ours, theirs in swaps:
@@ -267,8 +267,8 @@ def in_openai_names(model: Any) -> State:
         if key == "head.weight":
             name, value = "proj", value.T.contiguous()
         if key != "head.bias":
-            found[name] = value
-    return found
+            renamed[name] = value
+    return renamed
 
 
 CLIP = "vit_base_patch16_clip_224"
@@ -328,7 +328,7 @@ def in_jax_names(model: Any, layout: str) -> dict[str, Any]:
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     heads, dim = model.blocks[0].attn.num_heads, model.embed_dim
     attention, mlp, second = (1, 3, 2) if layout == "augreg" else (0, 0, 1)
-    found = {
+    renamed = {
         "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
         "embedding/bias": state["patch_embed.proj.bias"],
         "Transformer/encoder_norm/scale": state["norm.weight"],
@@ -338,7 +338,7 @@ def in_jax_names(model: Any, layout: str) -> dict[str, Any]:
         "cls": state["cls_token"],
     }
     table = "Transformer/posembed_input/pos_embedding" if layout == "augreg" else "pos_embedding"
-    found[table] = state["pos_embed"]
+    renamed[table] = state["pos_embed"]
     blocks: list[dict[str, np.ndarray]] = []
     for index in range(len(model.blocks)):
         ours = {k: state[f"blocks.{index}.{k}"] for k in dict(model.blocks[0].state_dict())}
@@ -362,11 +362,11 @@ def in_jax_names(model: Any, layout: str) -> dict[str, Any]:
         blocks.append(block)
     if layout == "one stack":
         for key in blocks[0]:
-            found[f"Transformer/encoderblock/{key}"] = np.stack([block[key] for block in blocks])
+            renamed[f"Transformer/encoderblock/{key}"] = np.stack([block[key] for block in blocks])
     else:
         for index, block in enumerate(blocks):
-            found |= {f"Transformer/encoderblock_{index}/{k}": v for k, v in block.items()}
-    return found
+            renamed |= {f"Transformer/encoderblock_{index}/{k}": v for k, v in block.items()}
+    return renamed
 
 
 @pytest.mark.parametrize("prefix", ["", "opt/target/"])
@@ -384,10 +384,10 @@ def test_big_visions_transformers_are_read(layout: str, prefix: str, tmp_path: P
     model = timm_model(no_embed_class=True)
     arrays = in_jax_names(model, layout)
     np.savez(tmp_path / "w.npz", **{f"{prefix}{key}": value for key, value in arrays.items()})
-    found, expected = read_weights(tmp_path / "w.npz"), model.state_dict()
-    assert found.keys() == expected.keys()
+    actual, expected = read_weights(tmp_path / "w.npz"), model.state_dict()
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.equal(found[key], value), key
+        assert torch.equal(actual[key], value), key
 
 
 def test_jaxs_layer_before_the_head_is_not_left_out_without_a_word(tmp_path: Path) -> None:
@@ -460,8 +460,8 @@ def test_another_grid_of_as_many_patches_is_not_taken_for_the_models(tmp_path: P
     with pytest.raises(WeightsError, match=r"7 x 28 patches, not 14 x 14.*img_size=\(112, 448\)"):
         load(tmp_path / "w.pth", img_size=None)
     for size in ([112, 448], 224):  # a size that is named is what it is
-        found = load(tmp_path / "w.pth", img_size=size).vit
-        assert torch.equal(found.pos_embed, smooth_positions((7, 28))[0, 1:])
+        loaded = load(tmp_path / "w.pth", img_size=size).vit
+        assert torch.equal(loaded.pos_embed, smooth_positions((7, 28))[0, 1:])
 
 
 def test_a_grid_that_is_not_square_is_not_resampled_as_if_it_were(tmp_path: Path) -> None:
