@@ -260,6 +260,7 @@ def load(
     _check_ranges(model, config.get("activation_ranges"))
     _check_digest(path / MODEL, sha256(path / MODEL), info, config.get("sha256"))
     model.to(target)
+    model.graphs.enabled = True
     if compiled:
         model.compile()
     return model

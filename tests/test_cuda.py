@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_vit
-from exported_models import layer_scheme
+from exported_models import checkpoint_of, layer_scheme
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 import dfq
 from dfq.inversion import Engine, plan_units
@@ -48,6 +49,73 @@ def test_images_made_on_a_gpu_have_the_places_of_their_kind(
     dataset.verify()
     assert len(dataset) == 8
     assert str(dataset.settings["machine"]).startswith("cuda")
+
+
+@pytest.fixture(params=[8, 4], ids=["w8a8", "w4a8"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return checkpoint_of(tmp_path / "q", bits=request.param)
+
+
+def batch(count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 16, 16, generator=generator).cuda()
+
+
+@pytest.mark.parametrize("attention", ["float", "int8"])
+def test_graphs_of_a_loaded_model_give_the_bits_of_eager_passes(
+    attention: str, tmp_path: Path
+) -> None:
+    path = checkpoint_of(tmp_path / "q", attention=attention)
+    eager = dfq.load(path, device="cuda", runtime="torch", cuda_graphs=False)
+    model = dfq.load(path, device="cuda", runtime="torch")
+    for seed in range(4):
+        for count in (1, 3, 8):
+            x = batch(count, seed)
+            assert torch.equal(model(x), eager(x))
+    assert model.graphs.failure is None
+    assert {shape[0] for shape in model.graphs.shapes} == {1, 3, 8}
+    assert eager.graphs.shapes == []
+
+
+def test_results_of_replays_are_not_overwritten(checkpoint: Path) -> None:
+    model = dfq.load(checkpoint, device="cuda", runtime="torch")
+    inputs = [batch(4, seed) for seed in range(4)]
+    found = [model(x) for x in inputs]
+    model.graphs.enabled = False
+    assert all(torch.equal(y, model(x)) for x, y in zip(inputs, found, strict=True))
+
+
+def test_replays_on_several_streams_wait_for_each_other(checkpoint: Path) -> None:
+    model = dfq.load(checkpoint, device="cuda", runtime="torch")
+    inputs = [batch(8, seed) for seed in range(6)]
+    expected = [model(x) for x in inputs]
+    torch.cuda.synchronize()
+    found = []
+    for x in inputs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found.append(model(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_inference_mode_and_gradients_share_graphs(checkpoint: Path) -> None:
+    model = dfq.load(checkpoint, device="cuda", runtime="torch")
+    x = batch(2)
+    with torch.inference_mode():
+        expected = model(x)
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x.requires_grad_()), expected)
+    assert model.graphs.failure is None
+
+
+def test_a_compiled_model_runs_on_a_gpu(checkpoint: Path) -> None:
+    eager = dfq.load(checkpoint, device="cuda", runtime="torch")
+    compiled = dfq.load(checkpoint, device="cuda", runtime="torch")
+    compiled.compile()
+    x = batch(4)
+    found = compiled(x)
+    assert (found - eager(x)).norm() <= 0.02 * found.norm()
+    assert compiled.graphs.shapes == []
 
 
 def images(engine: Engine) -> list[SparseImages]:

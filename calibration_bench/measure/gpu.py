@@ -17,6 +17,7 @@ from dfq.inversion.state import State
 from dfq.quantization import rounding
 from dfq.quantization.scheme import Scheme
 from dfq.recipe import QuantizationSettings
+from dfq.runtime.graphs import capture
 
 WARMUP = 8
 """Untimed first iterations: eager ones, the capture of a graph, and its first replays."""
@@ -95,12 +96,7 @@ def gradient_seconds(engine: Engine, live: int, count: int) -> float:
 
 
 def _captured(work: Callable[[], None]) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(
-        graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-    ):
-        work()
-    return graph.replay
+    return capture(work, stream=torch.cuda.current_stream()).replay
 
 
 def launches(work: Callable[[], object], device: torch.device) -> int | None:

@@ -54,7 +54,8 @@ def benchmark(
     """Measure a checkpoint's speed, compared with the same model on other runtimes.
 
     ``dfq`` is the checkpoint on PyTorch; ``dfq-compiled`` is compiled by ``torch.compile``, which
-    takes a minute, so it is measured only if it is named.  ``torch-fp32``, ``torch-fp16`` (GPUs),
+    takes a minute, so it is measured only if it is named, like ``dfq-eager``, which is ``dfq``
+    without CUDA graphs.  ``torch-fp32``, ``torch-fp16`` (GPUs),
     ``torch-bf16`` and ``torch-bf16-compiled`` (GPUs) run the dequantized weights in PyTorch, with
     fused attention where that is faster.  ``torchao-int8``, ``torchao-int8-int4`` (CPUs),
     ``torchao-int8-weights`` (GPUs), ``onnxruntime-int8`` and ``openvino-int8`` are that float model

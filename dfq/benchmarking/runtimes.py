@@ -95,6 +95,12 @@ def _dfq_compiled(inputs: BenchmarkInputs) -> Predict:
     return model
 
 
+def _dfq_eager(inputs: BenchmarkInputs) -> Predict:
+    model = copy.deepcopy(inputs.model)
+    model.graphs.enabled = False
+    return model
+
+
 def _torch_fp32(inputs: BenchmarkInputs) -> Predict:
     return _inference(inputs.float_model)
 
@@ -294,6 +300,7 @@ TORCHAO = (("torchao",), "benchmark")
 RUNTIMES: dict[str, Runtime] = {
     "dfq": Runtime(_dfq, devices=ANYWHERE),
     "dfq-compiled": Runtime(_dfq_compiled, opt_in=True, devices=ANYWHERE, compiles=True),
+    "dfq-eager": Runtime(_dfq_eager, opt_in=True, devices=ANYWHERE),
     "torch-fp32": Runtime(_torch_fp32, devices=ANYWHERE),
     "torch-fp16": Runtime(_torch_fp16, devices=GPU),
     "torch-bf16": Runtime(_torch_bf16, devices=ANYWHERE),

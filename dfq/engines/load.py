@@ -29,6 +29,7 @@ def load(
     *,
     device: torch.device | str = ...,
     compiled: bool = ...,
+    cuda_graphs: bool = ...,
     runtime: Literal["torch"],
 ) -> QuantizedViT: ...
 
@@ -39,6 +40,7 @@ def load(
     *,
     device: torch.device | str = ...,
     compiled: bool = ...,
+    cuda_graphs: bool = ...,
     runtime: str = ...,
     tune: bool = ...,
     batch: int = ...,
@@ -52,6 +54,7 @@ def load(
     *,
     device: torch.device | str = "cpu",
     compiled: bool = False,
+    cuda_graphs: bool = True,
     runtime: str = AUTO,
     tune: bool = False,
     batch: int = 1,
@@ -65,6 +68,9 @@ def load(
     Args:
         compiled: run what lies between the integer products through ``torch.compile``: see
             :meth:`QuantizedViT.compile`.
+        cuda_graphs: on a GPU, capture the forward pass of a batch whose shape repeats as a CUDA
+            graph and replay it, with the same logits; see
+            :class:`dfq.runtime.graphs.GraphCache`.
         runtime: what executes the model: ``torch``, ``openvino``, ``onnxruntime``, or ``auto``,
             which is ``torch`` unless an engine was measured to be faster on this machine, by
             ``tune`` or by ``dfq benchmark --save``.  The file of an engine is written to the
@@ -85,8 +91,16 @@ def load(
     Warns where weights of the full range make this processor multiply in floating point.
     """
     model = open_checkpoint(
-        path, device=device, compiled=compiled, runtime=runtime, tune=tune, batch=batch, cache=cache
+        path,
+        device=device,
+        compiled=compiled,
+        runtime=runtime,
+        tune=tune,
+        batch=batch,
+        cache=cache,
     )
+    if isinstance(model, QuantizedViT):
+        model.graphs.enabled = cuda_graphs
     if has_slow_weights(model):
         warnings.warn(TOO_WIDE, stacklevel=3)
     return model

@@ -26,6 +26,7 @@ from dfq.inversion.losses import ImageLoss
 from dfq.inversion.objective import Objective
 from dfq.inversion.state import State
 from dfq.recipe import InversionSettings
+from dfq.runtime.graphs import capture
 from dfq.sparse import Grid
 from dfq.vit import ViT
 
@@ -183,18 +184,12 @@ class DeviceRunner:
 
     def _capture(self, buffers: _ShapeBuffers) -> None:
         """Capture an iteration without running it; on failure all are launched from the host."""
-        graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream(self.setup.device)
         try:
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-            ):
-                self._record(buffers)
+            buffers.graph = capture(lambda: self._record(buffers), self._pool, stream)
         except Exception as error:  # the errors of a capture are not documented
             self._fall_back("CUDA graphs", error)
             self.graphs = False
-        else:
-            buffers.graph = graph
 
     def _fall_back(self, what: str, error: Exception) -> None:
         self.fallbacks.append(f"{what}: {type(error).__name__}: {error}")

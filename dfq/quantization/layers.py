@@ -112,6 +112,11 @@ class IntegerLinear(opaque.OpaqueModule):
         """Drop the backend's packed copies of weight and norm; the next call builds them again."""
         self._prepacked = self._packed_norm = None
 
+    @property
+    def packed_identity(self) -> object:
+        """Object that is another one whenever the packed weight was built anew; None without."""
+        return self._prepacked
+
     def prepare(self) -> tuple[Any, LinearParams, object]:
         """Return the backend, the layer's parameters and the backend's packed weight."""
         if opaque.exporting():
@@ -122,7 +127,8 @@ class IntegerLinear(opaque.OpaqueModule):
             if self._largest is None:
                 self._largest = params.weight.largest
             kernels = self.select(self.backend)
-            self._prepacked = (kernels, params, kernels.prepack(params))
+            packed = kernels.prepack(params)
+            self._prepacked = (kernels, self._params(), packed)  # without unpacked integers
         return self._prepacked
 
     def select(self, backend: str | None) -> Backend:

@@ -22,6 +22,7 @@ from dfq.quantization.scheme import ATTENTION_INPUTS, Scheme, layers
 from dfq.recipe import QuantizationSettings
 from dfq.runtime import opaque
 from dfq.runtime.elementwise import attention_dtype
+from dfq.runtime.graphs import GraphCache
 from dfq.runtime.params import KernelRequirements, OutputFormat
 from dfq.runtime.qtype import INT8, QParams
 from dfq.sparse import channel_values
@@ -181,7 +182,8 @@ class QuantizedViT(ViT):
     """ViT on integer arithmetic, called like the float one on normalized images.
 
     ``settings`` define the quantization scheme, ``preprocessing`` the normalization of images.
-    Inference only: there are no gradients.
+    Inference only: there are no gradients.  ``graphs``: CUDA graphs of batches that repeat, where
+    they are enabled (:func:`dfq.load`).
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class QuantizedViT(ViT):
     ) -> None:
         super().__init__(arch)
         self.settings, self.preprocessing = settings, preprocessing
+        self.graphs = GraphCache()
         self.scheme = scheme = Scheme(settings)
         scheme.check_layers(arch)
         self.blocks = nn.ModuleList(
@@ -220,12 +223,47 @@ class QuantizedViT(ViT):
         Raises:
             DataError: the images have another size or dtype.
         """
-        return super().forward(images)
+        if opaque.tracing() or not self.graphs.enabled:
+            return super().forward(images)
+        return self.graphs(super().forward, images, self._captured_objects)
+
+    def _captured_objects(self) -> list[object] | None:
+        """Return all objects whose replacement makes a captured graph stale; None if a graph would
+        not run what the modules do: in training mode, with hooks or replaced ``forward`` methods.
+        """
+        if self.training:
+            return None
+        found: list[object] = []
+        modules: list[nn.Module] = [self]
+        while modules:
+            module = modules.pop()
+            found += module._parameters.values()
+            found += module._buffers.values()
+            if isinstance(module, IntegerLinear):
+                found.append(module.packed_identity)
+            for child in module._modules.values():
+                if child is None:
+                    continue
+                if child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child):
+                    return None
+                found.append(child)
+                modules.append(child)
+        return found
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedViT:
         check_types(fn)
+        self.graphs.clear()
         result: QuantizedViT = super()._apply(fn, recurse)
         return result
+
+    def train(self, mode: bool = True) -> QuantizedViT:
+        self.graphs.clear()
+        super().train(mode)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.graphs.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def forward_sparse(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -254,6 +292,7 @@ class QuantizedViT(ViT):
         runtime.select(self.prefix.device, name, KernelRequirements(max_weight=0))
         for layer in self._linears() if name is not None else ():
             layer.select(name)
+        self.graphs.clear()
         for layer in self._linears():
             layer.backend = name
             layer.reset()

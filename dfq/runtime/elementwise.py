@@ -28,7 +28,7 @@ def quantize(x: Tensor, qparams: QParams, affine: tuple[Tensor, Tensor] | None =
     if qparams.qtype.signed:
         return reference.quantize(x, qparams)
     x, scale, largest = x.float(), qparams.scale, qparams.qtype.qmax
-    middle = x.new_tensor(qparams.zero_point - 128, dtype=torch.float32)
+    middle = x.new_full((), qparams.zero_point - 128, dtype=torch.float32)  # no copy from the host
     if affine is None:
         return to_uint8(torch.add(middle, x, alpha=1 / scale), largest)
     return to_uint8(torch.addcmul(affine[1] / scale + middle, x, affine[0] / scale), largest)

@@ -36,6 +36,7 @@ def test_a_rehearsal_measures_every_part(tmp_path: Path) -> None:
         "iteration": 2,
         "quantize": 3,
         "inversion": 1,
+        "inference": 2,
     }
     assert by_part["gptq"][0]["equal_share"] == 1
     for row in by_part["iteration"]:
@@ -43,11 +44,14 @@ def test_a_rehearsal_measures_every_part(tmp_path: Path) -> None:
         assert row["over_gradient"] > 0
     for row in by_part["quantize"]:
         assert 0 < row["quantize"] < row["without_loading"] < row["total"]
-    assert len(outcome["tables"]) == 4
+    for row in by_part["inference"]:
+        assert row["absent"] == []
+        assert row["over_bf16"] == row["dfq"] / row["torch_bf16"]
+    assert len(outcome["tables"]) == 5
 
 
 def gpu_check_parts() -> list[str]:
-    return ["gptq", "iteration", "quantize", "inversion"]
+    return list(gpu_check.PARTS)
 
 
 def test_a_part_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

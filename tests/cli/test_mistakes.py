@@ -249,7 +249,7 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "batch of none": (lambda p: ["benchmark", p.checkpoint, "--batch", "0"],
                       "--batch has 0", "from 1 to 4096"),
     "runtime": (lambda p: ["benchmark", p.checkpoint, "--runtimes", "tvm"],
-                "'tvm'", "dfq, dfq-compiled, torch-fp32"),
+                "'tvm'", "dfq, dfq-compiled, dfq-eager, torch-fp32"),
     "remove nothing": (lambda _: ["cache", "remove", "none"], "'none'", "there are: none"),
 }  # fmt: skip
 

@@ -91,3 +91,11 @@ def test_layer_holds_its_weights_packed(in_features: int, bits: int) -> None:
     layer.assign(integers, WeightScales(torch.ones(3)), torch.zeros(3), QParams(0.5, 3))
     assert layer.weight.shape == (3, -(-in_features * bits // 8))
     assert torch.equal(layer.integers(), integers)
+
+
+def test_a_layer_keeps_the_kernels_copy_of_its_weight_and_no_unpacked_one() -> None:
+    layer = IntegerLinear(64, 8, layer_scheme(4))
+    layer(torch.zeros(1, 64))
+    _, params, _ = layer.prepare()
+    assert "integers" not in vars(params.weight)
+    assert params.weight.content is layer.weight

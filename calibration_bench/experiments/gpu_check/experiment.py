@@ -1,4 +1,4 @@
-"""Check of a GPU in one command: iterations, inversion, GPTQ, ``dfq quantize``.
+"""Check of a GPU in one command: iterations, inversion, GPTQ, ``dfq quantize``, logits.
 
 Each part is a row.  A part that fails is stored with its error, and the others are still measured.
 """
@@ -28,7 +28,7 @@ from dfq.device import resolve_device, resolve_precision
 from dfq.inversion import Engine, plan_units
 from dfq.inversion.runners import DeviceRunner
 
-PARTS = ("gptq", "iteration", "quantize", "inversion")
+PARTS = ("gptq", "iteration", "quantize", "inversion", "inference")
 METHODS = ("dmi", "smi", "pri4", "pri7")
 LENGTH = 4000
 """Iterations of the full run that is extrapolated to, as published."""
@@ -59,6 +59,9 @@ class Sizes:
     layers: tuple[tuple[int, int], ...]
     quantize: dict[str, Any]
     methods: tuple[str, ...] = METHODS
+    inference: tuple[int, ...] = (1, 128)
+    inference_seconds: float = 3.0
+    compiled: bool = True
 
 
 def _sizes(options: Options) -> Sizes:
@@ -75,6 +78,9 @@ def _sizes(options: Options) -> Sizes:
                 "settings": {"quantization": {"fractal": 2, "smooth": ()}},
             },
             ("pri2",),
+            inference=(2,),
+            inference_seconds=0.05,
+            compiled=False,
         )
     shapes = ((4, 196), (4, 49), (8, 196), (8, 98), (8, 49), (32, 196), (32, 49))
     return Sizes(options.model, shapes, (8, 64), 40, ((768, 768), (768, 3072)), {})
@@ -95,6 +101,11 @@ def plan(options: Options, _: Bench) -> list[Key]:
     rows += [{"part": "iteration", "batch": b, "live": live} for b, live in sizes.shapes]
     rows += [
         {"part": "quantize", "bits": bits, "turn": turn} for bits, turn in ((4, 1), (4, 2), (8, 1))
+    ]
+    rows += [
+        {"part": "inference", "bits": bits, "batch": batch}
+        for bits in (8, 4)
+        for batch in sizes.inference
     ]
     rows += [
         {"part": "inversion", "implementation": "dfq", "batch": batch, "method": method}
@@ -127,6 +138,7 @@ def measure(options: Options, missing: list[Key], bench: Bench) -> Iterator[Meas
         "iteration": lambda key: _iteration(key, loaded, sizes, device),
         "quantize": lambda key: _quantize(key, sizes, options, bench.results),
         "inversion": lambda key: _inversion(key, loaded, sizes, options, device),
+        "inference": lambda key: _inference(key, sizes, options, bench.results),
     }
     for key in missing:
         bench.notes.note(", ".join(str(v) for v in key.values()))
@@ -251,6 +263,41 @@ def _quantize(key: Key, sizes: Sizes, options: Options, results: Path) -> Row:
         for name in ("load", "invert", "calibrate", "quantize", "evaluate", "total")
     }
     return {**spent, "without_loading": spent["total"] - spent["load"]}
+
+
+INFERENCE = ("dfq", "dfq-eager", "torch-bf16")
+COMPILED = ("dfq-compiled", "torch-bf16-compiled")
+"""Runtimes of ``dfq benchmark`` that are measured side by side, and those that compile."""
+
+
+def _inference(key: Key, sizes: Sizes, options: Options, results: Path) -> Row:
+    """Images a second of a checkpoint and of its weights in bfloat16, in turns in this process."""
+    results.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=results) as directory:
+        made = dfq.quantize(
+            random_module(sizes.model, options.seed),
+            bits=key["bits"],
+            calibration="noise",
+            images=4,
+            device=options.device,
+            evaluate=False,
+            cache=Path(directory) / "cache",
+            out=Path(directory) / "out",
+        )
+        found = dfq.benchmark(
+            made.checkpoint,
+            batch=[key["batch"]],
+            seconds=sizes.inference_seconds,
+            device=options.device,
+            runtimes=[*INFERENCE, *(COMPILED if sizes.compiled else ())],
+        )
+    speeds = {row.runtime.replace("-", "_"): row.images_per_second for row in found.rows}
+    return {
+        **speeds,
+        "over_bf16": speeds["dfq"] / speeds["torch_bf16"],
+        "graphs_over_eager": speeds["dfq"] / speeds["dfq_eager"],
+        "absent": [f"{each.runtime}: {each.reason}" for each in found.absent],
+    }
 
 
 EXPERIMENT = Experiment(Options, plan, measure, gpu_tables)
