@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from dfq.arguments import checked
 from dfq.cache import cache_directory
-from dfq.data.dataset import SHARD_NAME, SparseImageDataset
+from dfq.data.dataset import DIRECTORY, SHARD_NAME, SparseImageDataset
 from dfq.data.settings import FORMAT, MANIFEST, SETTINGS, read_settings
 from dfq.errors import DatasetError
-from dfq.files import explain
+from dfq.ownership import check_removable, remove_directory
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,11 @@ def verify_cache(cache: str | Path | None = None) -> list[CacheEntry]:
 def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry]:
     """Remove a dataset by name or unique prefix, or all datasets with ``"all"``.
 
+    Of a link, which a user has put there, the link is removed and its target kept.
+
     Raises:
         DatasetError: no dataset, or more than one, has that name or prefix.
-        OutputError: a dataset cannot be removed.
+        OutputError: a dataset cannot be removed, or holds other files; none is removed then.
     """
     entries = list_cache(cache)
     exact = [e for e in entries if e.name == name]
@@ -75,10 +76,9 @@ def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry
         what = "No dataset" if not chosen or not name else f"{len(chosen)} datasets"
         raise DatasetError(f"{what} in the cache with a name of {name!r}; there are: {known}.")
     for entry in chosen:
-        try:
-            shutil.rmtree(entry.path)
-        except OSError as error:
-            raise explain(error, Path(entry.path)) from error
+        check_removable(Path(entry.path), DIRECTORY)
+    for entry in chosen:
+        remove_directory(Path(entry.path), DIRECTORY)
     return chosen
 
 

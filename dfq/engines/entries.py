@@ -6,9 +6,10 @@ checkpoint's; KEY also stands for its settings and the versions of dfq and the e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from dfq.device import multiplies_bfloat16
 from dfq.engines.inputs import random_images
 from dfq.engines.sessions import Engine, ModelFacts, Predict
 from dfq.errors import CheckpointError, OutputError, SettingError
-from dfq.files import read_json, replaced_directory, write_json
+from dfq.files import read_json, write_json
+from dfq.ownership import DirectoryFormat, remove_directory, replaced_directory
 
 ENTRY, FORMAT, FORMAT_VERSION = "entry.json", "dfq-engine", 1
 BFLOAT16_BOUND = 2.0
@@ -87,7 +89,7 @@ class EngineModelFiles:
 
     def _write(self, directory: Path) -> ModelFacts:
         try:
-            with replaced_directory(directory) as new:
+            with replaced_directory(directory, _format(self.engine)) as new:
                 return self._export(new)
         except OutputError as error:
             facts = _read(directory, self.engine)  # another process may have been faster
@@ -134,8 +136,15 @@ class EngineModelFiles:
     def _remove_older(self, directory: Path) -> None:
         """Remove the files of other versions; models that use them write them again if need be."""
         for other in directory.parent.glob(f"{self.engine.name}-*"):
-            if other != directory:
-                shutil.rmtree(other, ignore_errors=True)
+            if other != directory and other.is_dir():
+                with contextlib.suppress(OutputError):
+                    remove_directory(other, _format(self.engine))
+
+
+def _format(engine: Engine) -> DirectoryFormat:
+    """Return the format of an entry, which its place in the cache marks."""
+    names = "|".join(map(re.escape, (ENTRY, *engine.files)))
+    return DirectoryFormat(f"an entry of {engine.name}", re.compile(names))
 
 
 def checkpoint_directory(digest: str, cache: Path | None) -> Path:

@@ -302,7 +302,7 @@ class TestEntries:
         load(checkpoint, ONNX, tmp_path)
         found = [None, ModelFacts(7, False)]  # missing at first, whole after the failed write
 
-        def lost(_: Path) -> Any:
+        def lost(*_: Any) -> Any:
             raise OutputError("Cannot write.")
 
         monkeypatch.setattr(entries, "_read", lambda *_: found.pop(0))
