@@ -19,16 +19,8 @@ from safetensors.torch import save
 
 from dfq.device import resolve_device
 from dfq.errors import CheckpointError, SettingError, UsageError
-from dfq.files import (
-    check_replaceable,
-    read_json,
-    replaced_directory,
-    sha256,
-    sha256_once,
-    utf8_path,
-    write_bytes,
-    write_json,
-)
+from dfq.files import read_json, sha256, sha256_once, utf8_path, write_bytes, write_json
+from dfq.ownership import DirectoryFormat, check_replaceable, replaced_directory
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.model import QuantizedViT
 from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
@@ -44,6 +36,12 @@ FORMAT = "dfq-checkpoint"
 FORMAT_VERSION = 7
 READABLE = (5, 6, 7)
 CONFIG, MODEL, REPORT, RECIPE = "config.json", "model.safetensors", "report.json", "recipe.toml"
+DIRECTORY = DirectoryFormat(
+    "a dfq checkpoint",
+    re.compile("|".join(map(re.escape, (CONFIG, MODEL, REPORT, RECIPE)))),
+    CONFIG,
+    FORMAT,
+)
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -71,8 +69,8 @@ class CheckpointInfo:
 
 
 def check_output(path: Path) -> None:
-    """Raise :class:`OutputError` unless ``path`` is free, empty or a dfq checkpoint."""
-    check_replaceable(path, CONFIG, FORMAT, "a dfq checkpoint", (CONFIG, MODEL, REPORT, RECIPE))
+    """Raise :class:`OutputError` unless ``path`` is free, empty or a dfq checkpoint alone."""
+    check_replaceable(path, DIRECTORY)
 
 
 def save_checkpoint(
@@ -90,7 +88,6 @@ def save_checkpoint(
     Raises:
         OutputError: the place cannot be written or holds something else.
     """
-    check_output(path)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     config = {
         "format": FORMAT,
@@ -104,7 +101,7 @@ def save_checkpoint(
     }
     content = save(state)
     config["sha256"] = _digest(hashlib.sha256(content), model.arch, model.preprocessing)
-    with replaced_directory(path) as directory:
+    with replaced_directory(path, DIRECTORY) as directory:
         write_bytes(directory / MODEL, content)
         write_bytes(directory / RECIPE, to_toml(recipe).encode())
         write_json(directory / CONFIG, config)

@@ -1,4 +1,4 @@
-"""Atomic writing of files and directories."""
+"""Files that are written atomically, JSON, and names of files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import math
 import os
 import platform
 import re
-import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dfq.argument_names import option
 from dfq.errors import OutputError
 
-_WRITER = re.compile(r"\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>[0-9]+)\.[^.]*\.tmp$")
-"""Host and process of the writer, in the name of a temporary file."""
+TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>[1-9][0-9]{0,9})\.[a-z0-9_]{8}\.tmp"
+)
+"""Name of a file that is being written: its later name, and host and process of the writer."""
 
 
 def explain(error: OSError, path: Path) -> OutputError:
@@ -35,26 +35,9 @@ def explain(error: OSError, path: Path) -> OutputError:
     return OutputError(f"Cannot write {str(path)!r}: {reason}. Choose a place that can be written.")
 
 
-def remove_abandoned(directory: Path) -> None:
-    """Remove temporary files of processes that no longer run; those of other hosts are kept."""
-    for path in directory.glob(".*.tmp"):
-        writer = _WRITER.search(path.name)
-        if writer is None or (writer["host"] == _host() and not _runs(int(writer["pid"]))):
-            path.unlink(missing_ok=True)
-
-
-def _host() -> str:
+def host_name() -> str:
+    """Return this host's name as it stands in names of temporary files."""
     return re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32] or "host"
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -64,7 +47,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         OutputError: the path cannot be written, or the disk is full.
     """
     try:
-        writer = f"{_host()}-{os.getpid()}"
+        writer = f"{host_name()}-{os.getpid()}"
         handle, name = tempfile.mkstemp(
             prefix=f".{path.name}.{writer}.", suffix=".tmp", dir=path.parent
         )
@@ -73,7 +56,7 @@ def write_bytes(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
+            os.chmod(name, 0o666 & ~current_umask())
             os.replace(name, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -99,32 +82,6 @@ def sha256_once(path: Path) -> Any:
 @functools.lru_cache(maxsize=64)
 def _sha256_of(path: Path, *_: int) -> Any:
     return sha256(path)
-
-
-def replace_files(moves: dict[Path, Path]) -> None:
-    """Rename files to their destinations, all of them or none.
-
-    ``moves`` maps each file to its destination on the same file system; existing destinations are
-    replaced.
-
-    Raises:
-        OSError: a file could not be moved; the destinations have been restored.
-    """
-    kept: dict[Path, Path] = {}
-    done: list[Path] = []
-    try:
-        for new, place in moves.items():
-            if place.exists():
-                kept[place] = new.with_name(f"{new.name}.old")
-                os.replace(place, kept[place])
-            os.replace(new, place)
-            done.append(place)
-    except BaseException:
-        for place in done:
-            place.unlink()
-        for place, old in kept.items():
-            os.replace(old, place)
-        raise
 
 
 def safe_name(name: str) -> str:
@@ -210,99 +167,8 @@ def check_writable(directory: Path) -> None:
         raise explain(error, directory) from error
 
 
-def check_link(path: Path) -> None:
-    """Raise :class:`OutputError` if ``path`` is a broken link."""
-    if path.is_symlink() and not path.exists():
-        raise OutputError(
-            f"{str(path)!r} is a link to {os.readlink(path)!r}, which does not exist. Make that "
-            "directory, or name another place."
-        )
-
-
-def check_replaceable(
-    path: Path, config: str, format_name: str, what: str, own: Collection[str] | None = None
-) -> None:
-    """Raise :class:`OutputError` unless ``path`` is free, empty or a directory of a format.
-
-    The directory's file ``config`` is JSON with the field ``format``.  ``what``: description of the
-    format for messages.  ``own``: names of all files of the format; a directory with other files is
-    not replaced.
-    """
-    try:
-        check_link(path)
-        if not path.exists():
-            return
-    except OSError as error:
-        raise explain(error, path) from error
-    if not path.is_dir():
-        raise OutputError(f"{str(path)!r} is a file; {option('out')} takes a directory.")
-    if path.resolve() == Path.cwd():
-        raise OutputError(
-            f"{option('out')} is the working directory, which cannot be replaced; name a new one."
-        )
-    names = sorted(p.name for p in path.iterdir())
-    if names and not has_format(path / config, format_name):
-        raise OutputError(
-            f"{str(path)!r} holds something other than {what}. Nothing there was touched; "
-            f"choose another {option('out')} or remove it."
-        )
-    others = [name for name in names if own is not None and name not in own]
-    if others:
-        raise OutputError(
-            f"{str(path)!r} is {what}, but also holds {others[0]!r}, which replacing it would "
-            f"lose. Nothing there was touched; move that away or choose another {option('out')}."
-        )
-
-
-def has_format(config: Path, format_name: str) -> bool:
-    """Whether a file is JSON whose field ``format`` is ``format_name``."""
-    try:
-        content = read_json(config)
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("format") == format_name
-
-
-@contextlib.contextmanager
-def replaced_directory(path: Path) -> Iterator[Path]:
-    """Yield a new directory that replaces ``path`` if the block succeeds.
-
-    If the block fails, ``path`` is unchanged and the new directory is removed.  The caller checks
-    that ``path`` may be replaced.  If ``path`` is a link, its target is replaced.
-    """
-    path = path.resolve() if path.is_symlink() else path
-    make_directory(path.parent)
-    try:
-        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        new.chmod(0o777 & ~_umask())
-    except OSError as error:
-        raise explain(error, path) from error
-    try:
-        yield new
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            try:
-                os.replace(path, old / path.name)
-                try:
-                    os.replace(new, path)
-                except BaseException:
-                    os.replace(old / path.name, path)
-                    raise
-            except BaseException:
-                os.rmdir(old)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(new, path)
-    except OutputError as error:
-        raise OutputError(str(error).replace(str(new), str(path))) from error
-    except OSError as error:
-        raise explain(error, path) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _umask() -> int:
+def current_umask() -> int:
+    """Return the umask of the process."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,16 +14,10 @@ from typing import Any, NoReturn
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trees import tree
 
 from dfq.errors import OutputError
-from dfq.files import make_directory, replaced_directory, write_bytes, write_json
-
-
-def tree(path: Path) -> dict[str, bytes | None]:
-    """Every file with its content, every directory with None."""
-    return {
-        str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")
-    }
+from dfq.files import TEMPORARY, host_name, make_directory, write_bytes, write_json
 
 
 def failing(error: BaseException) -> Callable[..., NoReturn]:
@@ -131,6 +124,15 @@ def test_file_does_not_replace_a_directory(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"file": None}
 
 
+def test_unfinished_file_names_its_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(os, "replace", lambda source, _: names.append(Path(source).name))
+    write_bytes(tmp_path / "a.b", b"content")
+    match = TEMPORARY.fullmatch(names[0])
+    assert match
+    assert match.groupdict() == {"name": "a.b", "host": host_name(), "pid": str(os.getpid())}
+
+
 def test_json_is_written_indented_sorted_and_ascii(tmp_path: Path) -> None:
     write_json(tmp_path / "file", {"b": [1], "a": "ü"})
     expected = b'{\n  "a": "\\u00fc",\n  "b": [\n    1\n  ]\n}\n'
@@ -171,124 +173,3 @@ def test_directory_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputError, match="Cannot write"):
         make_directory(tmp_path / "file" / "below")
-
-
-def test_replaced_directory_appears_with_its_parents(tmp_path: Path) -> None:
-    with replaced_directory(tmp_path / "a" / "out") as new:
-        (new / "file").write_bytes(b"new")
-    assert tree(tmp_path) == {"a": None, "a/out": None, "a/out/file": b"new"}
-
-
-def test_replaced_directory_is_not_seen_before_the_end(tmp_path: Path) -> None:
-    with replaced_directory(tmp_path / "out") as new:
-        (new / "file").write_bytes(b"new")
-        assert not (tmp_path / "out").exists()
-
-
-def replace_with(path: Path, content: bytes, last: Callable[[], None] = lambda: None) -> None:
-    """Replace a directory by one with ``file`` in it; ``last`` is called before the swap."""
-    with replaced_directory(path) as new:
-        (new / "file").write_bytes(content)
-        last()
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    """A directory with content, alone in its parent."""
-    path = tmp_path / "place" / "out"
-    (path / "sub").mkdir(parents=True)
-    (path / "sub" / "file").write_bytes(b"old")
-    return path
-
-
-def test_replaced_directory_keeps_nothing_of_the_old(out: Path) -> None:
-    replace_with(out, b"new")
-    assert tree(out.parent) == {"out": None, "out/file": b"new"}
-
-
-@pytest.mark.usefixtures("umask")
-def test_replaced_directory_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
-    with replaced_directory(tmp_path / "out"):
-        pass
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("wrong")])
-def test_failing_block_leaves_the_old_directory_and_nothing_else(
-    out: Path, error: BaseException
-) -> None:
-    before = tree(out.parent)
-    with pytest.raises(type(error)):
-        replace_with(out, b"new", failing(error))
-    assert tree(out.parent) == before
-
-
-def test_failing_block_leaves_no_directory_where_there_was_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="wrong"), replaced_directory(tmp_path / "out"):
-        raise ValueError("wrong")
-    assert tree(tmp_path) == {}
-
-
-def test_full_disk_inside_the_block_is_an_output_error(out: Path) -> None:
-    before = tree(out.parent)
-    with pytest.raises(OutputError, match="No space left"), replaced_directory(out):
-        raise NO_SPACE
-    assert tree(out.parent) == before
-
-
-@pytest.mark.parametrize("step", [1, 2])
-def test_failing_swap_leaves_the_old_directory_and_nothing_else(
-    out: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    """The old directory moves out of the way, then the new one takes its place."""
-    before, renames, replace = tree(out.parent), 0, os.replace
-
-    def fail_at_step(source: Any, target: Any) -> None:
-        nonlocal renames
-        renames += 1
-        if renames == step:
-            raise OSError(errno.EIO, "Input/output error")
-        replace(source, target)
-
-    with pytest.raises(OutputError, match="Input/output"):
-        replace_with(out, b"new", lambda: monkeypatch.setattr(os, "replace", fail_at_step))
-    assert tree(out.parent) == before
-
-
-def test_failing_rename_of_a_first_directory_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(OutputError), replaced_directory(tmp_path / "out"):
-        monkeypatch.setattr(os, "replace", failing(NO_SPACE))
-    assert tree(tmp_path) == {}
-
-
-def test_directory_that_cannot_be_removed_does_not_undo_the_swap(
-    out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replace_with(out, b"new", lambda: monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None))
-    assert tree(out) == {"file": b"new"}
-
-
-def test_directory_that_a_block_cannot_begin_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with (
-        pytest.raises(OutputError, match="is a file"),
-        replaced_directory(tmp_path / "file" / "out"),
-    ):
-        pytest.fail("the block was entered")
-
-
-def test_working_directory_is_replaced_whole_or_not_at_all(
-    out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """``.`` may not be renamable; whatever happens, nothing else is left in either place."""
-    monkeypatch.chdir(out)
-    expected = tree(out.parent)
-    try:
-        replace_with(Path("."), b"new")
-    except OutputError:
-        pass
-    else:
-        expected = {"out": None, "out/file": b"new"}
-    assert tree(out.parent) == expected

@@ -29,6 +29,7 @@ BASE = {
     "inversion.registry",
     "inversion.schedules",
     "job",
+    "ownership",
     "process_state",
     "progress",
     "recipe",

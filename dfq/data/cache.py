@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dfq import ownership
 from dfq.cache import CacheEntry, size_of, subdirectories
-from dfq.data.dataset import SHARD_NAME, SparseImageDataset
+from dfq.data.dataset import DIRECTORY, SHARD_NAME, SparseImageDataset
 from dfq.data.settings import FORMAT, MANIFEST, SETTINGS, read_settings
 from dfq.errors import DatasetError
 
-DIRECTORY = "datasets"
+DATASETS = "datasets"
 
 
 def list_datasets(cache: Path, verify: bool = False) -> list[CacheEntry]:
@@ -18,7 +19,7 @@ def list_datasets(cache: Path, verify: bool = False) -> list[CacheEntry]:
     Raises:
         DatasetError: the cache is a file.
     """
-    return [_entry(p, verify) for p in subdirectories(cache / DIRECTORY) if _is_ours(p)]
+    return [_entry(p, verify) for p in subdirectories(cache / DATASETS) if _is_ours(p)]
 
 
 def _is_ours(path: Path) -> bool:
@@ -29,6 +30,20 @@ def _is_ours(path: Path) -> bool:
         return named or any(SHARD_NAME.fullmatch(p.name) for p in path.iterdir())
     except OSError:
         return False
+
+
+def check_removable(path: Path) -> None:
+    """Raise :class:`dfq.errors.OutputError` if a dataset's directory holds other files."""
+    ownership.check_removable(path, DIRECTORY)
+
+
+def remove_dataset(path: Path) -> None:
+    """Remove a dataset from the cache; of a link to one, the link.
+
+    Raises:
+        OutputError: it cannot be removed.
+    """
+    ownership.remove_directory(path, DIRECTORY)
 
 
 def _entry(path: Path, verify: bool) -> CacheEntry:

@@ -31,18 +31,18 @@ from dfq.data.settings import (
     read_settings,
 )
 from dfq.errors import DamagedError, DatasetError, OutputError
-from dfq.files import (
-    check_link,
-    explain,
-    make_directory,
-    remove_abandoned,
-    write_bytes,
-    write_json,
-)
+from dfq.files import TEMPORARY, explain, make_directory, write_bytes, write_json
+from dfq.ownership import DirectoryFormat, followed, remove_abandoned
 from dfq.recipe import METHODS, InversionSettings
 from dfq.sparse import Grid, SparseImages, join
 
 SHARD_NAME = re.compile(r"shard-([0-9]{5,})-([0-9]{1,7})\.safetensors")
+DIRECTORY = DirectoryFormat(
+    "a dataset",
+    re.compile("|".join([re.escape(SETTINGS), re.escape(MANIFEST), SHARD_NAME.pattern])),
+    SETTINGS,
+    FORMAT,
+)
 
 _DTYPES = {
     "patches": torch.uint8,
@@ -132,27 +132,38 @@ class DatasetWriter:
 
     def _existing(self) -> dict[str, Any] | None:
         try:
-            check_link(self.path)
-            if not self.path.exists():
+            if not followed(self.path).exists():
                 return None
+            if not self.path.is_dir():
+                raise OutputError(f"{str(self.path)!r} is a file, not a directory.")
+            others = self._others()
         except OSError as error:
             raise explain(error, self.path) from error
-        if not self.path.is_dir():
-            raise OutputError(f"{str(self.path)!r} is a file, not a directory.")
-        if (self.path / SETTINGS).is_file():
+        if not others and (self.path / SETTINGS).is_file():
             try:
                 return read_settings(self.path)
             except DatasetError as error:
                 raise OutputError(
                     f"{error} Nothing there was touched; choose another directory."
                 ) from error
-        others = [p.name for p in self.path.iterdir() if not p.name.endswith(".tmp")]
         if others:
             raise OutputError(
                 f"{str(self.path)!r} holds something else ({', '.join(sorted(others)[:3])}). "
                 "Nothing there was touched; choose another directory."
             )
         return None
+
+    def _others(self) -> list[str]:
+        """Names in the way: in a dataset, of its files those that are no regular files; elsewhere
+        all but unfinished files of dfq's."""
+        if (self.path / SETTINGS).is_file():
+            own = DIRECTORY.names.fullmatch
+            return [p.name for p in self.path.iterdir() if own(p.name) and not p.is_file()]
+        return [
+            p.name
+            for p in self.path.iterdir()
+            if not (TEMPORARY.fullmatch(p.name) and DIRECTORY.owns(p))
+        ]
 
     def has(self, unit: int, shards: dict[int, int]) -> bool:
         """Whether all shards of a unit exist and are intact.
@@ -181,7 +192,8 @@ class DatasetWriter:
             write_bytes(self.path / shard_name(unit, k), encode_shard(concatenate(batches)))
 
     def finish(self, units: list[dict[int, int]]) -> None:
-        """Write the manifest, which completes the dataset, and remove temporary files.
+        """Write the manifest, which completes the dataset, and remove unfinished
+        files of processes that no longer run.
 
         ``units`` holds each unit's shards as in :meth:`has`.
         """
@@ -203,7 +215,7 @@ class DatasetWriter:
             "images": sum(sum(sizes.values()) for sizes in units),
             "shards": shards,
         }
-        remove_abandoned(self.path)
+        remove_abandoned(self.path, DIRECTORY)
         write_json(self.path / MANIFEST, manifest)
 
 

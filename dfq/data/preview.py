@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from dfq.argument_names import option
 from dfq.arguments import checked
 from dfq.data.dataset import SparseImageDataset
 from dfq.errors import DatasetError, OutputError, SettingError
-from dfq.files import make_directory, write_bytes
+from dfq.files import make_directory
+from dfq.ownership import FileFormat, check_file, write_file
 from dfq.sparse import SparseImages, unpatchify
 
 BACKGROUND = 40
@@ -24,6 +25,12 @@ HEADING = 16
 """Height in pixels of the line of headings."""
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MARK = ("Software", "dfq")
+"""Keyword and text of the tEXt chunk that marks pictures as dfq's."""
+
+HEAD = 256
+"""Bytes at the beginning of a picture of dfq's that hold the mark."""
+
 MIN_SIDE = 112
 
 
@@ -39,12 +46,13 @@ def preview(dataset: str | Path, out: str | Path, *, rows: int = 8) -> Path:
     Raises:
         DatasetError: the dataset cannot be read.
         OutputError: the file cannot be written, does not end in ``.png``, or exists and is not a
-            PNG file.
+            picture that dfq wrote.
         SettingError: ``rows`` is below 1.
     """
     if rows < 1:
         raise SettingError(f"{option('rows')} is {rows}; it must be at least 1.")
     _check_name(Path(out))
+    check_file(Path(out), FILE)
     source = SparseImageDataset(dataset)
     cells: dict[tuple[int, int], np.ndarray] = {}
     drawn: set[int] = set()
@@ -64,18 +72,18 @@ def _headings(cells: dict[tuple[int, int], np.ndarray]) -> list[str]:
 
 
 def write_png(pixels: np.ndarray, out: str | Path) -> Path:
-    """Write a picture uint8 ``[H, W, 3]`` atomically.
+    """Write a picture uint8 ``[H, W, 3]`` atomically, marked as dfq's.
 
     Raises:
-        OutputError: the file cannot be written, or does not end in ``.png``.
+        OutputError: the file cannot be written, does not end in ``.png``, or holds something else.
     """
     out = Path(out)
     _check_name(out)
-    _check_picture(out)
     make_directory(out.parent)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    write_bytes(out, buffer.getvalue())
+    buffer, mark = io.BytesIO(), PngInfo()
+    mark.add_text(*MARK)
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=mark)
+    write_file(out, buffer.getvalue(), FILE)
     return out
 
 
@@ -84,15 +92,14 @@ def _check_name(out: Path) -> None:
         raise OutputError(f"{str(out)!r} is no name of a PNG file; it must end in .png.")
 
 
-def _check_picture(out: Path) -> None:
-    if not out.exists():
-        return
-    with suppress(OSError), out.open("rb") as file:
-        if file.read(len(SIGNATURE)) in (SIGNATURE, b""):
-            return
-    raise OutputError(
-        f"{str(out)!r} is there and is no PNG file. It was not touched; choose another name."
-    )
+def _is_own(path: Path) -> bool:
+    """Whether a file is a picture that :func:`write_png` wrote."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    return head.startswith(SIGNATURE) and b"tEXt" + "\0".join(MARK).encode() in head
+
+
+FILE = FileFormat("a picture", _is_own)
 
 
 def _draw(image: SparseImages, source: SparseImageDataset) -> np.ndarray:

@@ -6,15 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dfq import ownership
 from dfq.cache import CacheEntry, size_of, subdirectories
-from dfq.engines.entries import SHORT, engines_directory, is_whole, read_entry
+from dfq.engines.entries import SHORT, engines_directory, entry_format, is_whole, read_entry
 from dfq.engines.sessions import ENGINES
 from dfq.engines.tuning import read_record
+from dfq.errors import OutputError
 from dfq.files import read_json
 
 _DIGEST = re.compile(f"[0-9a-f]{{{SHORT}}}")
 _FILES = re.compile(f"({'|'.join(ENGINES)})-[0-9a-f]+")
 _RECORDS = "choice-*.json"
+_DIRECTORY = ownership.DirectoryFormat(
+    "engines' files of a checkpoint", re.compile(r"choice-[0-9a-f]+\.json")
+)
 
 
 def list_engines(cache: Path, verify: bool = False) -> list[CacheEntry]:
@@ -29,8 +34,44 @@ def list_engines(cache: Path, verify: bool = False) -> list[CacheEntry]:
     return [_entry(path, verify) for path in places if _DIGEST.fullmatch(path.name)]
 
 
+def check_removable(path: Path) -> None:
+    """Raise :class:`OutputError` if the directory of a checkpoint's engines holds other files."""
+    if path.is_symlink():
+        return
+    entries = _entries(path)
+    for entry in entries:
+        ownership.check_removable(entry, _format_of(entry))
+    foreign = set(ownership.foreign_names(path, _DIRECTORY)) - {entry.name for entry in entries}
+    if foreign:
+        raise OutputError(
+            f"{str(path)!r} also holds {min(foreign)!r}, which dfq did not write. Nothing was "
+            "removed; move that away."
+        )
+
+
+def remove_engines(path: Path) -> None:
+    """Remove the files and records of a checkpoint's engines; of a link to them, the link.
+
+    Raises:
+        OutputError: they cannot be removed, or there are other files.
+    """
+    check_removable(path)
+    if not path.is_symlink():
+        for entry in _entries(path):
+            ownership.remove_directory(entry, _format_of(entry))
+    ownership.remove_directory(path, _DIRECTORY)
+
+
+def _entries(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if _FILES.fullmatch(p.name) and p.is_dir())
+
+
+def _format_of(entry: Path) -> ownership.DirectoryFormat:
+    return entry_format(ENGINES[entry.name.partition("-")[0]])
+
+
 def _entry(path: Path, verify: bool) -> CacheEntry:
-    files = {p: read_entry(p) for p in sorted(path.iterdir()) if _FILES.fullmatch(p.name)}
+    files = {p: read_entry(p) for p in _entries(path)}
     records = sorted(path.glob(_RECORDS))
     known = [*files.values(), *map(_content, records)]
     contents = [place.name.partition("-")[0] for place in files]

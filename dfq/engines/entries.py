@@ -8,9 +8,10 @@ versions of dfq and the engine.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,8 @@ from dfq.device import multiplies_bfloat16
 from dfq.engines.inputs import random_images
 from dfq.engines.sessions import Engine, ModelFacts, Predict
 from dfq.errors import CheckpointError, OutputError, SettingError
-from dfq.files import read_json, replaced_directory, sha256, sha256_once, write_json
+from dfq.files import read_json, sha256, sha256_once, write_json
+from dfq.ownership import DirectoryFormat, remove_directory, replaced_directory
 
 ENTRY, FORMAT, FORMAT_VERSION = "entry.json", "dfq-engine", 1
 BFLOAT16_BOUND = 2.0
@@ -89,7 +91,7 @@ class EngineModelFiles:
 
     def _write(self, directory: Path) -> ModelFacts:
         try:
-            with replaced_directory(directory) as new:
+            with replaced_directory(directory, entry_format(self.engine)) as new:
                 return self._export(new)
         except OutputError as error:
             facts = _read(directory, self.engine)  # another process may have been faster
@@ -138,8 +140,15 @@ class EngineModelFiles:
     def _remove_older(self, directory: Path) -> None:
         """Remove the files of other versions; models that use them write them again if need be."""
         for other in directory.parent.glob(f"{self.engine.name}-*"):
-            if other != directory:
-                shutil.rmtree(other, ignore_errors=True)
+            if other != directory and other.is_dir():
+                with contextlib.suppress(OutputError):
+                    remove_directory(other, entry_format(self.engine))
+
+
+def entry_format(engine: Engine) -> DirectoryFormat:
+    """Return the format of an entry, which its place in the cache marks."""
+    names = "|".join(map(re.escape, (ENTRY, *engine.files)))
+    return DirectoryFormat(f"an entry of {engine.name}", re.compile(names))
 
 
 def engines_directory(cache: Path | None) -> Path:

@@ -16,7 +16,8 @@ from dfq.exporting import program
 from dfq.exporting.facts import facts, layer_bits
 from dfq.exporting.forms import integer_layers
 from dfq.extras import require
-from dfq.files import check_writable, explain, replace_files, write_bytes
+from dfq.files import explain
+from dfq.ownership import FileFormat, check_file_place, move_files, write_file
 from dfq.quantization.model import QuantizedViT
 from dfq.quantization.scheme import Scheme
 from dfq.results.values import ExportResult
@@ -74,11 +75,11 @@ def export(
     path = Path(f"{Path(checkpoint).resolve().name}{suffix}") if out is None else Path(out)
     if path.suffix != suffix:
         raise OutputError(f"out is {str(path)!r}; a file of format {format!r} ends in {suffix}.")
-    _check_place(path, format)
+    file_format = _file_format(format)
+    check_file_place(path, file_format)
     model = checkpoints.load(checkpoint)
     job = _Job(model, facts(info, chosen), chosen, path)
     products, integer_products = _WRITERS[format](job)
-    files = [path, path.with_suffix(".bin")] if format == "openvino" else [path]
     return ExportResult(
         checkpoint=str(checkpoint),
         model=info.model,
@@ -87,7 +88,7 @@ def export(
         format=format,
         weights=chosen,
         path=str(path),
-        bytes=sum(file.stat().st_size for file in files),
+        bytes=sum(file.stat().st_size for file in file_format.members(path)),
         products=products,
         integer_products=integer_products,
         warnings=[] if format == "torch" else _saturation_warnings(model),
@@ -129,31 +130,17 @@ def _weights(weights: str | None, format: str, bits: Set[int]) -> str:
     return weights
 
 
-def _check_place(path: Path, format: str) -> None:
-    """Raise unless the path is free, or holds an export of the same format."""
-    check_writable(path.parent)
-    try:
-        beside = path.with_suffix(".bin") if format == "openvino" else path
-        if not path.exists() and not beside.exists():
-            return
-    except OSError as error:
-        raise explain(error, path) from error
-    if path.is_dir():
-        raise OutputError(f"{str(path)!r} is a directory; {option('out')} takes a file.")
-    if not _is_export(path, format):
-        raise OutputError(
-            f"{str(path)!r} is something other than a file that dfq wrote as {format!r}. Nothing "
-            f"there was touched; choose another {option('out')} or remove it."
-        )
-
-
-def _is_export(path: Path, format: str) -> bool:
+def _file_format(format: str) -> FileFormat:
+    """Return what tells the files of a format that dfq wrote from others."""
+    what = f"a file that dfq wrote as {format!r}"
     if format == "torch":
-        return program.is_export(path)
+        return FileFormat(what, program.is_export)
     _require_onnx(format)
     from dfq.exporting import onnx_model, openvino_model
 
-    return (openvino_model if format == "openvino" else onnx_model).is_export(path)
+    if format == "openvino":
+        return FileFormat(what, openvino_model.is_export, (openvino_model.BESIDE,))
+    return FileFormat(what, onnx_model.is_export)
 
 
 def _require_onnx(format: str) -> None:
@@ -183,7 +170,7 @@ def _onnx(job: _Job, format: str = "onnx") -> tuple[bytes, list[str]]:
 
 def _write_onnx(job: _Job) -> Counts:
     content, products = _onnx(job)
-    write_bytes(job.path, content)
+    write_file(job.path, content, _file_format("onnx"))
     return len(products), None
 
 
@@ -197,8 +184,7 @@ def _write_openvino(job: _Job) -> Counts:
             temporary = Path(directory) / job.path.name
             save_ir(content, job.facts, temporary)
             count = len(integers_in(compile_model(openvino, temporary), products))
-            pair = {temporary.with_suffix(s): job.path.with_suffix(s) for s in (".bin", ".xml")}
-            replace_files(pair)
+            move_files(temporary, job.path, _file_format("openvino"))
     except OSError as error:
         raise explain(error, job.path) from error
     except RuntimeError as error:  # raised by OpenVINO if it cannot write a file
@@ -209,7 +195,7 @@ def _write_openvino(job: _Job) -> Counts:
 
 
 def _write_torch(job: _Job) -> Counts:
-    write_bytes(job.path, program.program_bytes(job.model, job.facts))
+    write_file(job.path, program.program_bytes(job.model, job.facts), _file_format("torch"))
     return None, None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from dfq.extras import require
 INTEGERS = ("i8", "u8")
 MULTIPLYING = ("FullyConnected", "MatMul", "Subgraph")
 WANTED = ("layerType", "runtimePrecision", "originalLayersNames")
-FACTS = "dfq"
+FACTS, BESIDE = "dfq", ".bin"
+WEIGHTS_DIGEST = re.compile(rb'<weights_sha256 value="([0-9a-f]{64})"')
 TAIL = 1 << 16
 """Bytes at the end of an .xml that hold the metadata."""
 
@@ -41,7 +44,7 @@ def compile_model(openvino: Any, model: Any, threads: int | None = None) -> Any:
 
 
 def save_ir(content: bytes, facts: dict[str, str], path: Path) -> None:
-    """Write ``path`` (.xml) and the .bin beside it from ONNX.
+    """Write ``path`` (.xml) and the .bin beside it, whose SHA-256 it records, from ONNX.
 
     Raises:
         ExtraError: OpenVINO is not installed.
@@ -51,6 +54,13 @@ def save_ir(content: bytes, facts: dict[str, str], path: Path) -> None:
     for name, value in facts.items():
         model.set_rt_info(value, [FACTS, name])
     openvino.save_model(model, path, compress_to_fp16=False)
+    model.set_rt_info(_sha256(path.with_suffix(BESIDE)), [FACTS, "weights_sha256"])
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def integers_in(compiled: Any, products: Sequence[str]) -> list[str]:
@@ -69,10 +79,14 @@ def integers_in(compiled: Any, products: Sequence[str]) -> list[str]:
 
 
 def is_export(path: Path) -> bool:
-    """Whether a file is an .xml that dfq wrote."""
+    """Whether an .xml was written by dfq, and the .bin beside it, if there is one, with it."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
-            return f"<{FACTS}>".encode() in file.read()
+            tail = file.read()
+        digest, beside = WEIGHTS_DIGEST.search(tail), path.with_suffix(BESIDE)
+        if f"<{FACTS}>".encode() not in tail or digest is None:
+            return False
+        return not beside.exists() or _sha256(beside).encode() == digest[1]
     except OSError:
         return False

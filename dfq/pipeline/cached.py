@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from dfq.arguments import checked
 from dfq.cache import CacheEntry, cache_directory
-from dfq.data.cache import list_datasets
-from dfq.engines.cached import list_engines
+from dfq.data import cache as datasets
+from dfq.engines import cached as engines
 from dfq.errors import DatasetError
-from dfq.files import explain
 
 
 @checked
@@ -33,9 +31,11 @@ def verify_cache(cache: str | Path | None = None) -> list[CacheEntry]:
 def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry]:
     """Remove an entry of the cache by name or unique prefix, or all entries with ``"all"``.
 
+    Of a link, which a user has put there, the link is removed and its target kept.
+
     Raises:
         DatasetError: no entry, or more than one, has that name or prefix.
-        OutputError: an entry cannot be removed.
+        OutputError: an entry cannot be removed, or holds other files; none is removed then.
     """
     entries = _entries(cache)
     exact = [e for e in entries if e.name == name]
@@ -45,13 +45,14 @@ def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry
         what = "No entry" if not chosen or not name else f"{len(chosen)} entries"
         raise DatasetError(f"{what} in the cache with a name of {name!r}; there are: {known}.")
     for entry in chosen:
-        try:
-            shutil.rmtree(entry.path)
-        except OSError as error:
-            raise explain(error, Path(entry.path)) from error
+        check = (datasets if entry.kind == "dataset" else engines).check_removable
+        check(Path(entry.path))
+    for entry in chosen:
+        remove = datasets.remove_dataset if entry.kind == "dataset" else engines.remove_engines
+        remove(Path(entry.path))
     return chosen
 
 
 def _entries(cache: str | Path | None, verify: bool = False) -> list[CacheEntry]:
     root = cache_directory(cache)
-    return [*list_datasets(root, verify), *list_engines(root, verify)]
+    return [*datasets.list_datasets(root, verify), *engines.list_engines(root, verify)]

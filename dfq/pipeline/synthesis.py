@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from dfq.cache import cache_directory
-from dfq.data.dataset import DatasetWriter, SparseImageDataset
+from dfq.data.dataset import DIRECTORY, DatasetWriter, SparseImageDataset
 from dfq.data.settings import (
     FORMAT,
     FORMAT_VERSION,
@@ -29,6 +28,7 @@ from dfq.inversion import ALGORITHM_VERSION, Engine, objective_of, plan_units, r
 from dfq.inversion.objective import check_classes
 from dfq.inversion.schedule import unused_fields
 from dfq.inversion.units import units_of
+from dfq.ownership import remove_directory
 from dfq.pipeline.workers import Workers
 from dfq.progress import Progress
 from dfq.recipe import InversionSettings, to_dict
@@ -213,4 +213,4 @@ def _remove_idle(path: Path) -> None:
             f"is over, remove what it left with `dfq cache remove {path.name}`; if it is not, wait "
             "for it or use another cache."
         )
-    shutil.rmtree(path)
+    remove_directory(path, DIRECTORY)

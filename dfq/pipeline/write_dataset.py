@@ -11,10 +11,16 @@ from typing import Any
 import torch
 
 from dfq.arguments import checked
-from dfq.data.dataset import DatasetWriter, SparseImageDataset, decode_shard, encode_shard
-from dfq.data.settings import FORMAT, ORIGIN, SETTINGS
+from dfq.data.dataset import (
+    DIRECTORY,
+    DatasetWriter,
+    SparseImageDataset,
+    decode_shard,
+    encode_shard,
+)
+from dfq.data.settings import ORIGIN, SETTINGS
 from dfq.errors import DamagedError, DataError, OutputError, SettingError
-from dfq.files import check_replaceable, replaced_directory
+from dfq.ownership import check_replaceable, replaced_directory
 from dfq.pipeline.synthesis import dataset_facts, machine_of
 from dfq.process_state import callers_state
 from dfq.recipe import METHODS
@@ -65,14 +71,14 @@ def write_dataset(
         raise SettingError(f"settings cannot be recorded as JSON: {error}.") from error
     if (path / SETTINGS).exists():
         raise OutputError(f"{str(path)!r} holds a dataset already. Choose another directory.")
-    check_replaceable(path, SETTINGS, FORMAT, "a dataset")
+    check_replaceable(path, DIRECTORY)
     facts = dataset_facts(
         model.frozen(),
         {**(settings or {}), "method": origin},
         torch.get_num_threads(),
         machine_of(torch.device("cpu")),
     )
-    with replaced_directory(path) as directory:
+    with replaced_directory(path, DIRECTORY) as directory:
         _write(directory, units, model.vit.arch.grid, facts)
     return SparseImageDataset(path)
 

@@ -8,6 +8,7 @@ define a shape are accepted, so that loading a directory cannot open other files
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,8 @@ from timm.models import is_model_in_modules
 from torch import nn
 
 from dfq.errors import UsageError, WeightsError
-from dfq.files import (
-    check_replaceable,
-    has_format,
-    read_json,
-    replaced_directory,
-    write_bytes,
-    write_json,
-)
+from dfq.files import read_json, write_bytes, write_json
+from dfq.ownership import DirectoryFormat, check_replaceable, has_format, replaced_directory
 from dfq.vit.architecture import Preprocessing, from_json, to_json
 from dfq.vit.convert import check_finite
 from dfq.vit.options import POOLS
@@ -34,6 +29,12 @@ from dfq.vit.preprocessing import check_preprocessing
 
 FORMAT, FORMAT_VERSION = "dfq-model", 2
 CONFIG, WEIGHTS, REPORT = "model.json", "model.safetensors", "report.json"
+DIRECTORY = DirectoryFormat(
+    "a model that dfq wrote",
+    re.compile("|".join(map(re.escape, (CONFIG, WEIGHTS, REPORT)))),
+    CONFIG,
+    FORMAT,
+)
 
 TIMM_MODULES = ("vision_transformer", "deit")
 """Modules of timm whose models can be saved."""
@@ -54,7 +55,7 @@ MAX_SIDE = 1 << 14
 
 def check_output(path: Path) -> None:
     """Raise :class:`OutputError` unless ``path`` is free, empty or a model that dfq wrote."""
-    check_replaceable(path, CONFIG, FORMAT, "a model that dfq wrote", (CONFIG, WEIGHTS, REPORT))
+    check_replaceable(path, DIRECTORY)
 
 
 def is_saved(path: str | Path) -> bool:
@@ -70,7 +71,6 @@ def save_model(
     report: dict[str, Any],
 ) -> None:
     """Write a timm model's directory atomically; an older one is replaced."""
-    check_output(path)
     check_arguments(arguments)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     content = save(state)
@@ -81,7 +81,7 @@ def save_model(
         "preprocessing": to_json(preprocessing),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    with replaced_directory(path) as directory:
+    with replaced_directory(path, DIRECTORY) as directory:
         write_bytes(directory / WEIGHTS, content)
         write_json(directory / CONFIG, config)
         write_json(directory / REPORT, report)

@@ -20,6 +20,7 @@ from trees import tree
 from dfq.data.dataset import DatasetWriter, SparseImageDataset, concatenate, shard_name
 from dfq.data.settings import cache_key, grid_to_json, read_settings
 from dfq.errors import DamagedError, DatasetError, OutputError
+from dfq.files import host_name
 from dfq.inversion import Engine, plan_units
 from dfq.recipe import InversionSettings
 from dfq.vit.load import LoadedModel
@@ -138,18 +139,42 @@ def test_resumed_dataset_has_the_bytes_of_an_uninterrupted_one(
     assert tree(tmp_path / "b") == tree(small_dataset)
 
 
+def unfinished(name: str) -> str:
+    """Name of the temporary file that a killed process left."""
+    return f".{name}.{host_name()}-{2**22 + 1}.abcdefgh.tmp"
+
+
 def test_finishing_removes_what_a_killed_run_left(small_dataset: Path) -> None:
     whole = tree(small_dataset)
     (small_dataset / "manifest.json").unlink()
-    (small_dataset / ".shard-00000-2.safetensors.abc.tmp").write_bytes(b"half")
+    (small_dataset / unfinished("shard-00000-2.safetensors")).write_bytes(b"half")
     DatasetWriter(small_dataset, SETTINGS).finish(UNITS)
     assert tree(small_dataset) == whole
 
 
 def test_writer_begins_where_only_temporary_files_are(tmp_path: Path) -> None:
-    (tmp_path / ".settings.json.abc.tmp").write_bytes(b"{")
+    (tmp_path / unfinished("settings.json")).write_bytes(b"{")
     DatasetWriter(tmp_path, SETTINGS)
     assert read_settings(tmp_path) == SETTINGS
+
+
+@pytest.mark.parametrize("name", [".notes.tmp", "notes.tmp", ".settings.json.abc.tmp"])
+def test_writer_refuses_a_directory_with_temporary_files_of_others(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=re.escape(name)):
+        DatasetWriter(tmp_path, SETTINGS)
+    assert tree(tmp_path) == {name: b"mine"}
+
+
+def test_finishing_keeps_hidden_files_and_directories_of_the_user(small_dataset: Path) -> None:
+    (small_dataset / "manifest.json").unlink()
+    (small_dataset / ".notes.tmp").write_text("mine")
+    (small_dataset / ".cache.tmp").mkdir()
+    DatasetWriter(small_dataset, SETTINGS).finish(UNITS)
+    assert (small_dataset / ".notes.tmp").read_text() == "mine"
+    assert (small_dataset / ".cache.tmp").is_dir()
 
 
 @QUICK
@@ -182,10 +207,18 @@ def test_writer_does_not_take_a_shard_of_another_number_of_patches(small_dataset
     assert not DatasetWriter(small_dataset, SETTINGS).has(0, UNITS[0])
 
 
-def test_writer_says_so_where_a_shard_is_a_directory(small_dataset: Path) -> None:
+@pytest.mark.parametrize("name", [shard_name(0, 3), "manifest.json"])
+def test_writer_says_so_at_once_where_a_file_is_a_directory(small_dataset: Path, name: str) -> None:
+    (small_dataset / name).unlink()
+    (small_dataset / name).mkdir()
+    with pytest.raises(OutputError, match=re.escape(name)):
+        DatasetWriter(small_dataset, SETTINGS)
+
+
+def test_writer_says_so_where_a_shard_becomes_a_directory(small_dataset: Path) -> None:
+    writer = DatasetWriter(small_dataset, SETTINGS)
     (small_dataset / shard_name(0, 3)).unlink()
     (small_dataset / shard_name(0, 3)).mkdir()
-    writer = DatasetWriter(small_dataset, SETTINGS)
     with pytest.raises(OutputError):
         writer.has(0, UNITS[0])
     with pytest.raises(OutputError):

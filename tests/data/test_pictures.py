@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dfq.data.dataset import DatasetWriter, shard_name
-from dfq.data.preview import BACKGROUND, HEADING, MARGIN, MIN_SIDE, SIGNATURE, preview
+from dfq.data.preview import BACKGROUND, HEADING, MARGIN, MIN_SIDE, preview
 from dfq.data.settings import grid_to_json
 from dfq.errors import DamagedError, DatasetError, DfqError, OutputError, SettingError
 from dfq.sparse import Grid, SparseImages, unpatchify
@@ -171,10 +171,34 @@ def test_path_of_the_picture_is_returned(dataset: Path) -> None:
 
 def test_picture_replaces_an_older_one(dataset: Path) -> None:
     out = dataset.parent / "preview.png"
-    out.write_bytes(SIGNATURE + b"old")
+    preview(dataset, out, rows=1)
+    before = out.read_bytes()
     preview(dataset, out)
-    assert out.read_bytes().startswith(SIGNATURE)
-    assert out.stat().st_size > 100
+    assert out.read_bytes() != before
+    with Image.open(out) as image:
+        assert image.info == {"Software": "dfq"}
+
+
+@pytest.mark.parametrize("content", ["photo", "empty", "text"])
+def test_picture_of_the_user_is_not_replaced(dataset: Path, content: str) -> None:
+    out = dataset.parent / "preview.png"
+    if content == "photo":
+        Image.new("RGB", (4, 4)).save(out)
+    else:
+        out.write_text("" if content == "empty" else "Software\0dfq")
+    before = out.read_bytes()
+    with pytest.raises(OutputError, match=r"other than a picture .* choose another .*or remove"):
+        preview(dataset, out)
+    assert out.read_bytes() == before
+
+
+def test_link_to_an_older_picture_is_followed(dataset: Path) -> None:
+    preview(dataset, dataset.parent / "target.png", rows=1)
+    link = dataset.parent / "link.png"
+    link.symlink_to("target.png")
+    preview(dataset, link)
+    assert link.is_symlink()
+    assert (dataset.parent / "target.png").read_bytes() == link.read_bytes()
 
 
 def test_dataset_is_left_as_it_is(dataset: Path) -> None:

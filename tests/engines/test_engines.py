@@ -304,7 +304,7 @@ class TestEntries:
         load(checkpoint, ONNX, tmp_path)
         reads = [None, ModelFacts(7, False)]  # missing at first, whole after the failed write
 
-        def lost(_: Path) -> Any:
+        def lost(*_: Any) -> Any:
             raise OutputError("Cannot write.")
 
         monkeypatch.setattr(entries, "_read", lambda *_: reads.pop(0))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from exported_models import checkpoint_of, onnx_session, spread
 from torch import Tensor
+from trees import tree
 from typer.testing import CliRunner
 
 import dfq
@@ -22,8 +23,8 @@ from dfq.errors import CheckpointError, ExtraError, OutputError, SettingError
 from dfq.exporting.formats import SUFFIXES
 from dfq.exporting.forms import integer_layers
 from dfq.exporting.program import reference_form
-from dfq.files import replace_files
 from dfq.installation import install_command
+from dfq.ownership import replace_files
 from dfq.results.values import to_json
 
 onnx = pytest.importorskip("onnx")
@@ -238,6 +239,38 @@ def test_weights_of_something_else_are_not_replaced(checkpoint: Path, tmp_path: 
     with pytest.raises(OutputError, match="something other than"):
         dfq.export(checkpoint, format="openvino", out=tmp_path / "model.xml")
     assert (tmp_path / "model.bin").read_bytes() == b"precious"
+
+
+@needs_openvino
+@pytest.mark.parametrize("content", [b"precious", b""])
+def test_weights_beside_an_export_are_replaced_if_dfq_wrote_them(
+    checkpoint: Path, tmp_path: Path, content: bytes
+) -> None:
+    out = tmp_path / "model.xml"
+    dfq.export(checkpoint, format="openvino", out=out)
+    dfq.export(checkpoint, format="openvino", out=out)
+    (tmp_path / "model.bin").write_bytes(content)
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=r"model\.bin' is something other than"):
+        dfq.export(checkpoint, format="openvino", out=out)
+    assert tree(tmp_path) == before
+
+
+@every_format
+def test_links_are_followed_and_broken_ones_refused(
+    format: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    target, link = (tmp_path / f"{name}{SUFFIXES[format]}" for name in ("target", "link"))
+    link.symlink_to(target)
+    with pytest.raises(OutputError, match="is a link to"):
+        dfq.export(checkpoint, format=format, out=link)
+    dfq.export(checkpoint, format=format, out=target)
+    before = target.stat().st_ino
+    if format == "openvino":
+        link.with_suffix(".bin").symlink_to(target.with_suffix(".bin"))
+    dfq.export(checkpoint, format=format, out=link)
+    assert link.is_symlink()
+    assert target.stat().st_ino != before
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

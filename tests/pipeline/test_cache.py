@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
+from trees import tree
 
 from dfq.cache import cache_directory
 from dfq.data.dataset import DatasetWriter, shard_name
@@ -266,6 +266,27 @@ def test_removal_that_fails_is_an_output_error(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patched:
-        patched.setattr(shutil, "rmtree", denied)
+        patched.setattr(Path, "unlink", denied)
         with pytest.raises(OutputError, match="Permission denied"):
             remove_cached("a", tmp_path)
+
+
+def test_nothing_is_removed_where_one_dataset_holds_a_file_of_the_user(tmp_path: Path) -> None:
+    add(tmp_path, "a")
+    (add(tmp_path, "b") / "notes.txt").write_text("precious")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=r"also holds 'notes\.txt'"):
+        remove_cached("all", tmp_path)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["linked", "all"])
+def test_of_a_link_the_target_is_kept(tmp_path: Path, name: str) -> None:
+    target = add(tmp_path / "elsewhere", "a")
+    before = tree(target)
+    add(tmp_path, "b")
+    (tmp_path / "datasets" / "linked").symlink_to(target)
+    assert names(tmp_path) == ["b", "linked"]
+    remove_cached(name, tmp_path)
+    assert names(tmp_path) == ([] if name == "all" else ["b"])
+    assert tree(target) == before
