@@ -132,7 +132,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def resolve_products(precision: str, device: torch.device) -> str:
-    """As :func:`resolve_precision`, for the products of inversion, which may be of integers.
+    """Resolve the precision of inversion, whose products may be of integers.
+
+    ``auto`` is ``bfloat16`` where it is native, else ``int7`` where its products are exact, else
+    ``float32``; other names are kept.
 
     Raises:
         DeviceError: integers are requested where their products are not exact.
@@ -144,7 +147,9 @@ def resolve_products(precision: str, device: torch.device) -> str:
             f"precision is {precision!r}, which takes an x86 processor with {needed}, "
             f"not {device.type!r} here. Use 'auto'."
         )
-    return resolve_precision(precision, device)
+    floats = resolve_precision(precision, device)
+    slow = precision == "auto" and floats == "float32"
+    return "int7" if slow and int8_is_exact(device, LARGEST_WEIGHT["int7"]) else floats
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -101,9 +101,9 @@ class InversionSettings:
     precision: Products = Field(
         default="auto",
         description=(
-            "of the forward and backward pass; auto: bfloat16 where the processor is faster; int8: "
-            "linear layers on 8-bit integers, the rest as auto; int7: the same with 7-bit weights, "
-            "the rest in float32"
+            "of the forward and backward pass; auto: bfloat16 where it is native, else int7 where "
+            "it is exact, else float32; int8: linear layers on 8-bit integers, the rest in "
+            "bfloat16 where native; int7: the same with 7-bit weights, the rest in float32"
         ),
     )
     threads: int | None = Field(

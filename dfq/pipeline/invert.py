@@ -74,7 +74,7 @@ def invert(
     chosen = make_recipe(recipe, inversion=overrides).inversion
     target, progress = resolve_device(device), resolve_progress(progress)
     if chosen.method != "noise":
-        warn(progress, slow_floats(target, chosen.precision))
+        warn(progress, slow_floats(target, inversion=chosen.precision))
     loaded = load_model(model, **options).frozen(target)
     note_all(progress, loaded.notes)
     if not is_set("stages", stages, settings, recipe):

@@ -10,6 +10,7 @@ import torch
 from conftest import make_vit
 from torch import Tensor, nn
 
+from dfq import device
 from dfq.device import (
     LARGEST_WEIGHT,
     compute_dtype,
@@ -24,7 +25,7 @@ from dfq.inversion.integer_block import IntegerBlock, multiply_integers
 from dfq.recipe import InversionSettings
 from dfq.vit import ViT
 from dfq.vit.load import LoadedModel, load_model
-from dfq.vit.modules import Block, attend, merge_heads
+from dfq.vit.modules import attend, merge_heads
 
 CPU = torch.device("cpu")
 
@@ -182,14 +183,16 @@ def of_model(model: ViT, tokens: int = 11) -> tuple[Tensor, Tensor, Tensor]:
 
 @where_exact(BITS_7)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_block_as_one_function_is_as_near_as_its_products_alone(family: str) -> None:
+def test_a_block_as_one_function_is_as_near_as_its_products_alone(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vit: Any = load_model(make_vit(**FAMILIES[family])).vit.requires_grad_(False)
-    whole, parts = copy.deepcopy(vit), copy.deepcopy(vit)
+    whole: Any = copy.deepcopy(vit)
+    parts = copy.deepcopy(vit)
     multiply_integers(whole, "int7")
+    assert all(isinstance(block, IntegerBlock) for block in whole.blocks)
+    monkeypatch.setattr(integer_block, "fits", lambda _: False)
     multiply_integers(parts, "int7")
-    for block in parts.blocks:
-        assert isinstance(block, IntegerBlock)
-        block.__class__ = Block
     for found, alone, floats in zip(of_model(whole), of_model(parts), of_model(vit), strict=True):
         assert relative(found, floats) < 1.25 * relative(alone, floats) < 0.08
 
@@ -263,3 +266,25 @@ def test_devices_without_8_bit_products_are_refused() -> None:
         resolve_products("int8", torch.device("cuda"))
     with pytest.raises(DeviceError, match=r"'int7'.* an x86 processor with AVX2, not 'cuda' here"):
         resolve_products("int7", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("largest", "bfloat16", "chosen"),
+    [
+        pytest.param(127, True, "bfloat16", id="VNNI and bfloat16"),
+        pytest.param(64, True, "bfloat16", id="bfloat16 alone"),
+        pytest.param(127, False, "int7", id="VNNI alone"),
+        pytest.param(64, False, "int7", id="AVX2 alone"),
+        pytest.param(0, False, "float32", id="neither"),
+    ],
+)
+def test_auto_goes_by_what_the_processor_does(
+    largest: int, bfloat16: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_worst_product_is_exact", lambda wanted: wanted <= largest)
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: bfloat16)
+    assert resolve_products("auto", CPU) == chosen
+    assert resolve_products("float32", CPU) == "float32"
+    assert resolve_precision("auto", CPU) == ("bfloat16" if bfloat16 else "float32")
+    gpu = torch.device("cuda")
+    assert resolve_products("auto", gpu) == resolve_precision("auto", gpu)
