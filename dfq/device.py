@@ -16,6 +16,13 @@ from dfq.errors import DeviceError
 
 TYPES = ("cpu", "cuda")
 
+LARGEST_WEIGHT = {"int8": 127, "int7": 63}
+"""Largest magnitude of an integer weight, by the precision of inversion.
+
+Without VNNI, oneDNN adds pairs of products in 16 bits: those of 7-bit weights fit, as
+``2 * 255 * 63 < 2 ** 15``.
+"""
+
 
 def resolve_device(name: str | torch.device) -> torch.device:
     """Return a usable device by name (``cpu``, ``cuda``, ``cuda:1``, ...).
@@ -118,23 +125,35 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Resolve ``auto`` to ``bfloat16`` where it is native, else ``float32``; keep other names.
-
-    Raises:
-        DeviceError: ``int8`` is requested where 8-bit products are not exact.
-    """
-    if precision == "int8" and not int8_is_exact(device):
-        raise DeviceError(
-            f"precision is 'int8', which takes an x86 processor with 8-bit dot products (VNNI), "
-            f"not {device.type!r} here. Use 'auto'."
-        )
+    """Resolve ``auto`` to ``bfloat16`` where it is native, else ``float32``; keep other names."""
     if precision != "auto":
         return precision
     return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
+def resolve_products(precision: str, device: torch.device) -> str:
+    """Resolve the precision of inversion, whose products may be of integers.
+
+    ``auto`` is ``bfloat16`` where it is native, else ``int7`` where its products are exact, else
+    ``float32``; other names are kept.
+
+    Raises:
+        DeviceError: integers are requested where their products are not exact.
+    """
+    largest = LARGEST_WEIGHT.get(precision)
+    if largest is not None and not int8_is_exact(device, largest):
+        needed = "8-bit dot products (VNNI)" if precision == "int8" else "AVX2"
+        raise DeviceError(
+            f"precision is {precision!r}, which takes an x86 processor with {needed}, "
+            f"not {device.type!r} here. Use 'auto'."
+        )
+    floats = resolve_precision(precision, device)
+    slow = precision == "auto" and floats == "float32"
+    return "int7" if slow and int8_is_exact(device, LARGEST_WEIGHT["int7"]) else floats
+
+
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of the floating-point operations under a resolved precision."""
-    name = resolve_precision("auto", device) if precision == "int8" else precision
-    dtype: torch.dtype = getattr(torch, name)
+    floats = {"int8": resolve_precision("auto", device), "int7": "float32"}
+    dtype: torch.dtype = getattr(torch, floats.get(precision, precision))
     return dtype

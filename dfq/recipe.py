@@ -21,7 +21,7 @@ from dfq.validation import FROM_COMPONENT, OneOf, Shares, describe, settings, wi
 
 Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Products = Literal[Precision, "int8"]
+Products = Literal[Precision, "int8", "int7"]
 Start = Literal["auto", "teacher", "random"]
 Observer = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]
 Rounding = Literal["nearest", "gptq"]
@@ -101,8 +101,9 @@ class InversionSettings:
     precision: Products = Field(
         default="auto",
         description=(
-            "of the forward and backward pass; auto: bfloat16 where the processor is faster; int8: "
-            "linear layers on 8-bit integers, the rest as auto"
+            "of the forward and backward pass; auto: bfloat16 where it is native, else int7 where "
+            "it is exact, else float32; int8: linear layers on 8-bit integers, the rest in "
+            "bfloat16 where native; int7: the same with 7-bit weights, the rest in float32"
         ),
     )
     threads: int | None = Field(

@@ -111,10 +111,22 @@ def unpatchify(patches: Tensor, positions: Tensor, grid: Grid, fill: float = 0) 
     Pixels of missing patches are ``fill``.
     """
     (ph, pw), c, b = grid.patch_size, grid.channels, patches.shape[0]
-    canvas = patches.new_full((b, grid.patches, grid.patch_values), fill)
-    canvas.scatter_(1, positions[..., None].expand_as(patches), patches)
+    canvas = patches.new_full((b * grid.patches, grid.patch_values), fill)
+    canvas.index_copy_(0, _rows(positions, grid), patches.flatten(0, 1))
     x = canvas.reshape(b, grid.rows, grid.columns, c, ph, pw)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c, grid.rows * ph, grid.columns * pw)
+
+
+def select_patches(patches: Tensor, positions: Tensor, grid: Grid) -> Tensor:
+    """Select the patches at ``positions`` ``[B, L]`` of those of whole images ``[B, N, D]``."""
+    rows = patches.flatten(0, 1).index_select(0, _rows(positions, grid))
+    return rows.view(*positions.shape, -1)
+
+
+def _rows(positions: Tensor, grid: Grid) -> Tensor:
+    """Index the patches of a whole batch, int64 ``[B * L]``."""
+    first = torch.arange(len(positions), device=positions.device)[:, None] * grid.patches
+    return (positions + first).flatten()
 
 
 def channel_values(

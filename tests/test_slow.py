@@ -75,11 +75,20 @@ def test_integers(
 
 @pytest.mark.usefixtures("old")
 def test_floats() -> None:
-    assert slow.slow_floats(CPU, "auto") == [FLOAT32]
-    assert slow.slow_floats(CPU, "bfloat16") == [EMULATED]
-    assert slow.slow_floats(CPU, "auto", "bfloat16", "auto") == [FLOAT32, EMULATED]
-    assert slow.slow_floats(CPU, "float32", "int8") == []
-    assert slow.slow_floats(GPU, "auto", "bfloat16") == []
+    assert slow.slow_floats(CPU, training="auto") == [FLOAT32]
+    assert slow.slow_floats(CPU, training="bfloat16") == [EMULATED]
+    assert slow.slow_floats(CPU, inversion="bfloat16") == [EMULATED]
+    assert slow.slow_floats(CPU, training="auto", inversion="bfloat16") == [FLOAT32, EMULATED]
+    assert slow.slow_floats(CPU, training="float32", inversion="int7") == []
+    assert slow.slow_floats(GPU, training="auto", inversion="bfloat16") == []
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(127, []), (64, []), (0, [FLOAT32])])
+def test_integers_of_inversion_replace_floats(
+    largest: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(monkeypatch, largest=largest, bfloat16=False)
+    assert slow.slow_floats(CPU, inversion="auto") == expected
 
 
 @pytest.fixture
@@ -120,9 +129,9 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("old")
 def test_quantize_says_so_before_all_else(call: Callable[..., tuple[Any, Said]]) -> None:
-    result, said = call("quantize")
-    assert said.lines[:2] == [f"warning: {FLOAT32}", f"warning: {WITHOUT_VNNI}"]
-    assert result.warnings[:2] == [FLOAT32, WITHOUT_VNNI]
+    result, said = call("quantize", precision="bfloat16")
+    assert said.lines[:2] == [f"warning: {EMULATED}", f"warning: {WITHOUT_VNNI}"]
+    assert result.warnings[:2] == [EMULATED, WITHOUT_VNNI]
     assert said.warnings == result.warnings, "each once"
     assert dfq.inspect(result.checkpoint)["report"]["warnings"] == result.warnings
 
@@ -131,16 +140,16 @@ def test_quantize_says_so_before_all_else(call: Callable[..., tuple[Any, Said]])
 def test_nothing_is_said_of_inversion_where_nothing_is_inverted(
     call: Callable[..., tuple[Any, Said]], data: Path
 ) -> None:
-    result, _ = call("quantize", calibration="noise", eval=data)
-    assert FLOAT32 not in result.warnings
-    _, said = call("invert", method="noise")
+    result, _ = call("quantize", calibration="noise", eval=data, precision="bfloat16")
+    assert EMULATED not in result.warnings
+    _, said = call("invert", method="noise", precision="bfloat16")
     assert said.warnings == []
 
 
 @pytest.mark.usefixtures("old")
 def test_weights_of_the_full_range_are_named(call: Callable[..., tuple[Any, Said]]) -> None:
     result, _ = call("quantize", settings={"quantization": {"reduce_range": False}})
-    assert result.warnings[:2] == [FLOAT32, TOO_WIDE]
+    assert result.warnings[:1] == [TOO_WIDE]
 
 
 @pytest.mark.usefixtures("old")

@@ -25,7 +25,7 @@ from calibration_bench.measure.logits import (
 )
 from calibration_bench.measure.methods import Method
 from dfq import InversionSettings, InvertResult, LoadedModel, QuantizationSettings
-from dfq.device import resolve_precision
+from dfq.device import resolve_products
 from dfq.files import make_directory
 from dfq.inversion import plan_units
 
@@ -87,7 +87,7 @@ def about(options: ModelOptions, loaded: LoadedModel, data: LabeledImages) -> Ke
         "data": data.name,
         "data_digest": data.digest[:16],
         "test_images": len(data),
-        "precision": resolve_precision(options.precision, torch.device("cpu")),
+        "precision": resolve_products(options.precision, torch.device("cpu")),
         "threads": options.threads or torch.get_num_threads(),
     }
 

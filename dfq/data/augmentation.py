@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfq.arguments import checked
 from dfq.data.dataset import SparseImageDataset
-from dfq.sparse import Grid, SparseImages, join, patchify, unpatchify
+from dfq.sparse import Grid, SparseImages, join, patchify, select_patches, unpatchify
 
 SPREAD = 64.0
 """Standard deviation of fractal noise, in pixel levels."""
@@ -106,11 +106,9 @@ def smoothed(images: SparseImages, grid: Grid, factor: float) -> SparseImages:
     weight = unpatchify(present, images.positions, grid)
     size = [max(1, round(side / factor)) for side in pixels.shape[-2:]]
     blurred = _resample(pixels, size) / _resample(weight, size).clamp_min(0.05)
-    patches = patchify(blurred.round_().clamp_(0, 255), grid).to(torch.uint8)
-    index = images.positions[..., None].expand_as(images.patches)
-    return SparseImages(
-        patches.gather(1, index), images.positions, images.labels, images.stage, images.trajectory
-    )
+    dense = patchify(blurred.round_().clamp_(0, 255), grid).to(torch.uint8)
+    patches = select_patches(dense, images.positions, grid)
+    return dataclasses.replace(images, patches=patches)
 
 
 def _resample(pixels: Tensor, size: list[int]) -> Tensor:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dfq.device import compute_dtype, thread_count
+from dfq.device import LARGEST_WEIGHT, compute_dtype, thread_count
 from dfq.inversion.frozen import can_pack, pack_linears
 from dfq.inversion.importance import importance_of, resolve_importance
-from dfq.inversion.integer import multiply_integers
+from dfq.inversion.integer_block import multiply_integers
 from dfq.inversion.jitter import Move, draw
 from dfq.inversion.losses import ImageLoss, losses_of
 from dfq.inversion.objective import Objective, make_objective, seeded
@@ -74,8 +74,8 @@ class Engine:
         self.vit = copy.deepcopy(vit).to(self.device).requires_grad_(False)
         if self.units is not preprocessing:
             fold_units(self.vit, preprocessing, self.units, vit.arch.grid)
-        if settings.precision == "int8":
-            multiply_integers(self.vit)
+        if settings.precision in LARGEST_WEIGHT:
+            multiply_integers(self.vit, settings.precision)
         self.vit.to(self.dtype)
         self.grid = vit.arch.grid
         if can_pack(self.device, self.dtype):

@@ -146,7 +146,11 @@ def distill(
     _check_place(place, teacher, progress)
     target = resolve_device(device)
     inverts = (method or data is None) and chosen.inversion.method != "noise"
-    slow = slow_floats(target, plan.precision, *([chosen.inversion.precision] if inverts else []))
+    slow = slow_floats(
+        target,
+        training=plan.precision,
+        inversion=chosen.inversion.precision if inverts else None,
+    )
     warn(progress, slow)
     loaded = load_model(teacher, **options).frozen(target)
     note_all(progress, loaded.notes)

@@ -277,7 +277,7 @@ def doctor(cache: str | Path | None = None) -> DoctorReport:
         precision=resolve_precision("auto", cpu),
         cache=str(root),
         problems=tuple(problems),
-        warnings=(*slow_integers(cpu), *slow_floats(cpu, "auto")),
+        warnings=(*slow_integers(cpu), *slow_floats(cpu, training="auto")),
     )
 
 

@@ -53,7 +53,7 @@ def invert(
         out: a directory for the dataset; without it the cache keeps it.
         seed: of noise, targets and jitter.
         threads: of the optimization; torch's by default.
-        precision: ``auto``, ``float32``, ``bfloat16`` or ``int8``.
+        precision: ``auto``, ``float32``, ``bfloat16``, ``int8`` or ``int7``.
         recipe: a TOML file, the name of a recipe that ships with dfq, or a
             :class:`dfq.Recipe`; the arguments override it.
         settings: further fields of :class:`dfq.InversionSettings` to override.
@@ -74,7 +74,7 @@ def invert(
     chosen = make_recipe(recipe, inversion=overrides).inversion
     target, progress = resolve_device(device), resolve_progress(progress)
     if chosen.method != "noise":
-        warn(progress, slow_floats(target, chosen.precision))
+        warn(progress, slow_floats(target, inversion=chosen.precision))
     loaded = load_model(model, **options).frozen(target)
     note_all(progress, loaded.notes)
     if not is_set("stages", stages, settings, recipe):

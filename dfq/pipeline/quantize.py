@@ -187,7 +187,7 @@ def _slow(
     """Return what will be slow: inversion, of images to calibrate on (``made``) or to measure on,
     and the quantized model when it is measured."""
     inverts = (made and recipe.inversion.method != "noise") or (evaluate and eval is None)
-    floats = slow_floats(device, recipe.inversion.precision) if inverts else []
+    floats = slow_floats(device, inversion=recipe.inversion.precision) if inverts else []
     largest = onednn.MAX_WEIGHT_WITHOUT_VNNI if recipe.quantization.reduce_range else 127
     return [*floats, *(slow_integers(device, largest) if evaluate else [])]
 

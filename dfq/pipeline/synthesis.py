@@ -20,7 +20,7 @@ from dfq.data.settings import (
     grid_to_json,
     read_settings,
 )
-from dfq.device import resolve_precision
+from dfq.device import resolve_products
 from dfq.environment import versions
 from dfq.errors import DatasetError
 from dfq.files import make_directory, safe_name
@@ -70,7 +70,7 @@ def make_dataset(
     check_classes(loaded.vit.arch, settings.classes)
     resolved = dataclasses.replace(
         settings,
-        precision=cast(Any, resolve_precision(settings.precision, device)),
+        precision=cast(Any, resolve_products(settings.precision, device)),
         threads=settings.threads or torch.get_num_threads(),
         importance=resolve_importance(settings.importance, loaded.vit.arch),
     )

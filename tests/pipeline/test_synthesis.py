@@ -1,4 +1,4 @@
-"""Classes that a dataset is made of, from settings to the files."""
+"""Classes and precision that a dataset is made of, from settings to the files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from conftest import make_vit
 from timm.models.vision_transformer import VisionTransformer
 
 import dfq
+from dfq import device
 from dfq.data.dataset import SparseImageDataset
 from dfq.data.settings import MANIFEST, SETTINGS
 from dfq.errors import DatasetError, SettingError
@@ -45,6 +46,28 @@ def test_chosen_classes_are_recorded_and_kept_apart(loaded: LoadedModel, tmp_pat
     again, reused = made(loaded, tmp_path, classes=(3,))
     assert reused
     assert again.path == some.path
+
+
+@pytest.mark.skipif(
+    not device.int8_is_exact(torch.device("cpu"), 63), reason="int7 is not exact here"
+)
+def test_integers_that_auto_chose_are_recorded_and_resumed(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: False)
+    floats, _ = made(loaded, tmp_path)
+    whole, _ = made(loaded, tmp_path, precision="auto", unit_size=1)
+    assert whole.settings["inversion"]["precision"] == "int7"
+    assert whole.path.name != floats.path.name
+    monkeypatch.undo()
+    shards = {p: p.read_bytes() for p in whole.path.glob("*.safetensors")}
+    assert len(shards) > 1
+    (whole.path / MANIFEST).unlink()
+    for path in [*shards][1:]:
+        path.unlink()
+    again, found = made(loaded, tmp_path, precision="int7", unit_size=1)
+    assert (again.path, found) == (whole.path, False)
+    assert {p: p.read_bytes() for p in again.path.glob("*.safetensors")} == shards
 
 
 @pytest.mark.parametrize("method", ["pri", "smi", "dmi", "noise"])

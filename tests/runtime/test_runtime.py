@@ -350,9 +350,10 @@ def test_where_products_saturate_full_range_weights_are_multiplied_as_float(
 
 SATURATION = """
 import torch
-from dfq.device import int8_is_exact, resolve_precision
+from dfq.device import int8_is_exact, resolve_precision, resolve_products
 cpu = torch.device("cpu")
-print(int8_is_exact(cpu), int8_is_exact(cpu, 64), resolve_precision("auto", cpu))
+print(int8_is_exact(cpu), int8_is_exact(cpu, 64))
+print(resolve_precision("auto", cpu), resolve_products("auto", cpu))
 """
 
 
@@ -367,7 +368,7 @@ def test_what_onednn_is_limited_to_decides_and_not_the_processor() -> None:
         text=True,
         check=True,
     )
-    assert ended.stdout.split() == ["False", "True", "float32"]
+    assert ended.stdout.split() == ["False", "True", "float32", "int7"]
 
 
 @needs_onednn

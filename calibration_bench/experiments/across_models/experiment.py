@@ -18,7 +18,7 @@ from calibration_bench.experiments.across_models.tables import model_plots, mode
 from calibration_bench.experiments.inversion_speed.experiment import Contender
 from calibration_bench.measure.methods import Method, patch_updates, random_model
 from dfq import InversionSettings, LoadedModel
-from dfq.device import resolve_device, resolve_precision
+from dfq.device import resolve_device, resolve_products
 from dfq.inversion import resolve_importance
 
 MODELS = (
@@ -70,7 +70,7 @@ def plan(options: Options, _: Bench) -> list[Key]:
             "method": Method(name).name,
             "iterations": options.iterations,
             "batch": options.unit_size,
-            "precision": resolve_precision(options.precision, device),
+            "precision": resolve_products(options.precision, device),
             "threads": options.threads or torch.get_num_threads(),
             "device": str(device),
             "seed": options.seed,

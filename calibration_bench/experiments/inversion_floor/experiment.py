@@ -22,7 +22,7 @@ from calibration_bench.measure.measure import MB, Stages
 from calibration_bench.measure.methods import Method, random_model, stages
 from calibration_bench.measure.rates import best_rate, copy_rate, product_seconds
 from dfq import InversionSettings, LoadedModel
-from dfq.device import resolve_precision
+from dfq.device import LARGEST_WEIGHT, resolve_precision
 from dfq.errors import SettingError
 
 MODELS = "vit_small_patch16_224,vit_base_patch16_224,vit_small_patch14_dinov2@224"
@@ -51,8 +51,10 @@ class Options:
 def plan(options: Options, _: Bench) -> list[Key]:
     """Return a key for each model, method and stage."""
     at_least(options.iterations_per_stage, options.warmup + 1, "--iterations-per-stage")
-    if options.precision == "int8":
-        raise SettingError("--precision is int8; the bound is known for float32 and bfloat16 only.")
+    if options.precision in LARGEST_WEIGHT:
+        raise SettingError(
+            f"--precision is {options.precision}; the bound is known for float32 and bfloat16 only."
+        )
     return [
         {
             "model": model,

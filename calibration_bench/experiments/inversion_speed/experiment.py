@@ -25,7 +25,7 @@ from calibration_bench.measure.methods import Method, Stage, random_model, stage
 from calibration_bench.measure.official import METHODS as OFFICIAL_METHODS
 from calibration_bench.measure.official import Official, code
 from dfq import InversionSettings, LoadedModel
-from dfq.device import resolve_device, resolve_precision
+from dfq.device import resolve_device, resolve_products
 from dfq.errors import RunError, SettingError
 from dfq.failures import explained, first_line
 from dfq.recipe import Products
@@ -100,7 +100,7 @@ def _precisions(options: Options, implementation: str) -> list[str]:
         return ["float32"]
     device = resolve_device(options.device)
     given = words(options.precision, "--precision", get_args(Products))
-    return list(dict.fromkeys(resolve_precision(name, device) for name in given))
+    return list(dict.fromkeys(resolve_products(name, device) for name in given))
 
 
 def _check_keys(options: Options, implementations: list[str]) -> list[Key]:

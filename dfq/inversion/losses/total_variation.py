@@ -63,7 +63,7 @@ class BoundTotalVariation:
 
     def gradient(self, patches: Tensor) -> Tensor:
         """Return the gradient ``[B, L, D]`` of the sum over images, for patches ``[B, L, D]``."""
-        from dfq.sparse import patchify, unpatchify
+        from dfq.sparse import patchify, select_patches, unpatchify
 
         canvas = unpatchify(patches, self.positions, self.grid)
         result = canvas.new_zeros(canvas.shape)
@@ -75,8 +75,7 @@ class BoundTotalVariation:
             first_out, second_out = _neighbors(result, direction)
             first_out.add_(difference)
             second_out.sub_(difference)
-        dense = patchify(result, self.grid)
-        return dense.gather(1, self.positions[..., None].expand_as(patches))
+        return select_patches(patchify(result, self.grid), self.positions, self.grid)
 
     def value(self, patches: Tensor) -> Tensor:
         """Return the loss of each image, ``[B]``."""
