@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE = Path(__file__).with_name("models.json")
-"""What ``python tests/catalog.py`` writes: it builds every model without weights."""
+"""List of the models, written by ``python tests/catalog.py``, which builds each without weights."""
 
 TIMM_FAMILIES = ("vision_transformer", "deit", "beit", "eva")
 """Modules of timm that define models which may be supported."""

@@ -1,4 +1,4 @@
-"""Quantized models <-> directories, strictly.
+"""Checkpoints: quantized models as directories, with strict checks.
 
 The format is specified in ``docs/checkpoint-format.md``.
 """
@@ -55,10 +55,9 @@ _SAFETENSORS_NAMES = {
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What ``config.json`` says.
+    """Content of ``config.json``.
 
-    ``model`` is the name that the user gave, ``source`` the facts about its weights and
-    its calibration set.
+    ``model``: name given by the user.  ``source``: origin of the weights and the calibration set.
     """
 
     model: str
@@ -81,12 +80,12 @@ def save_checkpoint(
     recipe: Recipe,
     source: dict[str, Any],
 ) -> int:
-    """Write a checkpoint directory in one step; an older checkpoint there is replaced.
+    """Write a checkpoint directory atomically; an older checkpoint is replaced.
 
     Returns the size of ``model.safetensors`` in bytes.
 
     Raises:
-        OutputError: the place cannot be written or holds something else.
+        OutputError: the directory cannot be written, or holds something else.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     config = {
@@ -109,7 +108,7 @@ def save_checkpoint(
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write ``report.json`` into a checkpoint; what was measured is no part of the model."""
+    """Write ``report.json``, the measured results, into a checkpoint."""
     write_json(path / REPORT, report)
 
 
@@ -216,7 +215,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _say_full_range(config: dict[str, Any]) -> None:
-    """Format 5 knew no ``reduce_range``: its weights take the full range."""
+    """Add ``reduce_range = false``, which format 5 does not have, to its settings."""
     recipe = config.get("recipe")
     settings = recipe.get("quantization") if isinstance(recipe, dict) else None
     if isinstance(settings, dict):
@@ -229,10 +228,10 @@ def load(
     """Load a checkpoint as a module on PyTorch.
 
     Nothing is unpickled or downloaded.  Names, types and shapes of all tensors are
-    compared with what the architecture asks for before any of them is read.
+    compared with the architecture before any of them is read.
 
     Args:
-        compiled: run what lies between the integer products through ``torch.compile``: see
+        compiled: run everything but the integer products through ``torch.compile``: see
             :meth:`QuantizedViT.compile`.
 
     Raises:
@@ -296,7 +295,7 @@ def _read_state(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 def _digest(weights: Any, arch: Architecture, preprocessing: Preprocessing) -> str:
-    """SHA-256 (hex) over the weights' bytes, already digested, and what gives them a meaning."""
+    """Return the SHA-256 (hex) of the weights' digest, the architecture and the preprocessing."""
     weights.update(json.dumps([to_json(arch), to_json(preprocessing)], sort_keys=True).encode())
     return str(weights.hexdigest())
 

@@ -14,7 +14,7 @@ Advance = Callable[[int], None]
 
 @runtime_checkable
 class Progress(Protocol):
-    """Shows long work.
+    """Interface of progress of long work.
 
     Public functions take an object with these two methods, ``True`` for the bars of the command
     line, or ``False`` or None for none.  If it also has a method ``announce``, that gets the
@@ -22,22 +22,22 @@ class Progress(Protocol):
     """
 
     def task(self, name: str, total: int, /) -> AbstractContextManager[Advance]:
-        """A stage of ``total`` steps, as a context whose value advances it."""
+        """Show a task of ``total`` steps; the value of the context manager advances it."""
 
     def note(self, text: str) -> None:
-        """A line about what is going on."""
+        """Show a line of text."""
 
 
 @runtime_checkable
 class Announced(Protocol):
-    """Progress that is told the stages of a job."""
+    """Progress that receives the stages of a job."""
 
     def announce(self, stages: Sequence[Stage], /) -> None:
-        """Take the stages to come, in their order; some may be skipped."""
+        """Receive the coming stages in their order; some may be skipped."""
 
 
 def resolve_progress(progress: Progress | bool | None) -> Progress:
-    """Return the progress that a caller asked for: bars for True, none for False and None.
+    """Convert the argument ``progress``: bars for True, none for False and None.
 
     Of the processes that ``torchrun`` started, only the first has bars.
     """
@@ -49,12 +49,12 @@ def resolve_progress(progress: Progress | bool | None) -> Progress:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all that ``torchrun`` started."""
+    """Whether this process shows progress: the first of those that ``torchrun`` started."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def announce(progress: Progress, stages: Sequence[Stage]) -> None:
-    """Tell the stages of a job to progress that takes them."""
+    """Pass the stages of a job to progress that receives them."""
     if isinstance(progress, Announced):
         progress.announce(stages)
 
@@ -72,7 +72,7 @@ def warn(progress: Progress, warnings: Iterable[str]) -> None:
 
 
 class Silent:
-    """Shows nothing."""
+    """Progress that shows nothing."""
 
     def task(self, _name: str, _total: int) -> AbstractContextManager[Advance]:
         return nullcontext(lambda _: None)

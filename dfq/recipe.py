@@ -49,7 +49,7 @@ class InversionSettings:
         description="; ".join(f"{name}: {kind.summary}" for name, kind in METHODS.items()),
     )
     images: int = Field(
-        default=32, ge=1, le=10_000_000, description="images to make (pri: sparse images)"
+        default=32, ge=1, le=10_000_000, description="number of images (pri: sparse images)"
     )
     stages: int = FROM_COMPONENT
     iterations: int = Field(
@@ -73,7 +73,7 @@ class InversionSettings:
     importance: Importance = Field(
         default="auto",
         description=(
-            "which patches leave first; auto: attention of the class token or the pooling query, "
+            "measure that ranks patches; auto: attention of the class token or the pooling query, "
             "random where neither exists"
         ),
     )
@@ -91,23 +91,23 @@ class InversionSettings:
     )
     prune_at: Shares = FROM_COMPONENT
     prune_share: float = FROM_COMPONENT
-    classes: Classes = Field(
-        default=(), description="classes to make images of, in turn; empty: all"
+    classes: Classes = Field(default=(), description="target classes, in turn; empty: all")
+    unit_size: int = Field(
+        default=4, ge=1, le=4096, description="trajectories that are optimized together"
     )
-    unit_size: int = Field(default=4, ge=1, le=4096, description="trajectories of a unit of work")
     seed: int = Field(
         default=0, ge=0, le=2**31 - 1, description="seed of noise, targets and jitter"
     )
     precision: Products = Field(
         default="auto",
         description=(
-            "of the forward and backward pass; auto: bfloat16 where it is native, else int7 where "
+            "precision of the forward and backward pass; auto: bfloat16 where native, else int7 where "
             "it is exact, else float32; int8: linear layers on 8-bit integers, the rest in "
             "bfloat16 where native; int7: the same with 7-bit weights, the rest in float32"
         ),
     )
     threads: int | None = Field(
-        default=None, ge=1, le=4096, description="threads of a unit; left out: torch's"
+        default=None, ge=1, le=4096, description="CPU threads; by default PyTorch's number"
     )
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class LayerSettings:
         default=None, ge=0, le=1 << 20, description="inputs that share an integer scale; 0: none"
     )
     rounding: Rounding | None = Field(default=None, description="nearest or gptq")
-    observer: Observer | None = Field(default=None, description="how the input's range is found")
+    observer: Observer | None = Field(default=None, description="observer of the input's range")
 
     def over(self, other: LayerSettings) -> LayerSettings:
         """Return these settings, completed by those of ``other``."""
@@ -203,9 +203,7 @@ class QuantizationSettings:
     )
     observer: Observer = Field(
         default="minmax",
-        description=(
-            "how activation ranges follow from calibration; equalized layers always take minmax"
-        ),
+        description=("observer of activation ranges; equalized layers always use minmax"),
     )
     equalize: float = Field(
         default=0.5,
@@ -250,14 +248,15 @@ class QuantizationSettings:
     smooth: Divisors = Field(
         default=(4.0, 8.0),
         description=(
-            "calibrate on inverted images at these shares of their resolution too, as divisors"
+            "divisors of the resolution of low-resolution copies of inverted images and fractal "
+            "noise to calibrate on; empty: none"
         ),
     )
     fractal: int = Field(
         default=16,
         ge=0,
         le=4096,
-        description="images of noise with a natural spectrum to calibrate on beside inverted ones",
+        description="number of images of fractal noise to calibrate on, besides inverted ones",
     )
     reconstruct: int = Field(
         default=0,
@@ -268,7 +267,7 @@ class QuantizationSettings:
             "2102.05426), a quarter of the trajectories held out; 0: none"
         ),
     )
-    batch: int = Field(default=8, ge=1, le=4096, description="images of a calibration step")
+    batch: int = Field(default=8, ge=1, le=4096, description="batch size of calibration")
     layers: Annotated[
         dict[str, LayerSettings], BeforeValidator(_layers), AfterValidator(LayerTable)
     ] = Field(
@@ -285,26 +284,28 @@ class DistillationSettings:
         SettingError: a value is out of its range.
     """
 
-    steps: int = Field(default=2000, ge=1, le=10_000_000, description="steps of training")
-    batch: int = Field(default=64, ge=1, le=65536, description="images of a step, at most")
+    steps: int = Field(default=2000, ge=1, le=10_000_000, description="training steps")
+    batch: int = Field(default=64, ge=1, le=65536, description="largest batch size of training")
     start: Start = Field(
         default="auto",
         description=(
-            "weights the student begins with: random, or of as many of the teacher's blocks; auto: "
-            "the teacher's where they fit and are fewer"
+            "initialization of the student: random, or teacher, from evenly spaced blocks; auto: "
+            "teacher if the blocks fit and the student has fewer"
         ),
     )
-    lr: float = Field(default=5e-4, ge=1e-9, le=10.0, description="largest step size of AdamW")
-    weight_decay: float = Field(default=0.05, ge=0.0, le=10.0, description="of matrices, by AdamW")
+    lr: float = Field(default=5e-4, ge=1e-9, le=10.0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(
+        default=0.05, ge=0.0, le=10.0, description="weight decay of matrices, in AdamW"
+    )
     warmup: float = Field(
-        default=0.1, ge=0.0, le=1.0, description="share of the steps over which the step size grows"
+        default=0.1, ge=0.0, le=1.0, description="share of the steps with linear warm-up"
     )
     clip: float = Field(default=1.0, ge=1e-6, le=1e6, description="largest norm of the gradient")
     temperature: float = Field(
         default=2.0,
         ge=0.01,
         le=1000.0,
-        description="of teacher's and student's predictions (arXiv 1503.02531, section 2)",
+        description="temperature of both predictions (arXiv 1503.02531, section 2)",
     )
     jitter: float = Field(
         default=0.125,
@@ -318,8 +319,8 @@ class DistillationSettings:
         ge=1.0,
         le=64.0,
         description=(
-            "each image's contrast is multiplied by up to so much, or divided, about a random "
-            "level; 1: left as it is"
+            "largest factor by which each image's contrast is raised or lowered, about a random "
+            "level; 1: unchanged"
         ),
     )
     features: float = Field(
@@ -334,15 +335,15 @@ class DistillationSettings:
     smooth: Divisors = Field(
         default=(1.0, 2.0, 4.0),
         description=(
-            "train on whole inverted images and fractal noise at these shares of their resolution "
-            "too, as divisors"
+            "divisors of the resolution of low-resolution copies of inverted images and fractal "
+            "noise to train on; empty: none"
         ),
     )
     fractal: int = Field(
         default=128,
         ge=0,
         le=65536,
-        description="images of noise with a natural spectrum to train on beside inverted ones",
+        description="number of images of fractal noise to train on, besides inverted ones",
     )
     seed: int = Field(
         default=0,
@@ -353,7 +354,7 @@ class DistillationSettings:
     precision: Precision = Field(
         default="auto",
         description=(
-            "of the forward and backward pass; auto: bfloat16 where the processor is faster"
+            "precision of the forward and backward pass; auto: bfloat16 if the processor is faster"
         ),
     )
 

@@ -1,4 +1,4 @@
-"""States that a caller's process may be in, and files to call dfq on."""
+"""Global states of a caller's process, and files for calls in them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def default_type(dtype: torch.dtype) -> AbstractContextManager[None]:
 
 
 def state() -> dict[str, Any]:
-    """Everything that a call must leave as it was."""
+    """Return the global state that a call must not change."""
     backends: Any = torch.backends
     return {
         "dtype": torch.get_default_dtype(),
@@ -75,7 +75,7 @@ FAST: dict[str, Any] = {"images": 2, "iterations": 1, "stages": 1, "threads": 1}
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What the functions are called on: files, and a module in memory."""
+    """Arguments for the calls: files, and a module in memory."""
 
     root: Path
     model: torch.nn.Module

@@ -25,7 +25,7 @@ FAST = ["--iterations", "4", "--images", "4", "--stages", "2", "--threads", "1"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     stdout: str
@@ -37,7 +37,7 @@ class Outcome:
 
 
 class Cli:
-    """Runs commands in this process, as ``dfq`` would."""
+    """Runner of commands in this process."""
 
     def __init__(self, weights: Path) -> None:
         self.weights = weights
@@ -82,7 +82,7 @@ def cli_checkpoint(small_weights: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def assert_schema(value: Any, kind: Any) -> None:
-    """``value`` has the fields of a result, in order and of their types, all the way down."""
+    """Assert that ``value`` has a result's fields in order and with their types, recursively."""
     if isinstance(kind, types.UnionType):
         if value is None:
             assert types.NoneType in typing.get_args(kind)

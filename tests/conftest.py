@@ -1,4 +1,4 @@
-"""Shared fixtures: small models, and where real ones lie."""
+"""Shared fixtures: small models and images, and the directory of real ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 def make_vit(seed: int = 0, **changes: Any) -> VisionTransformer:
-    """A small randomly initialized ViT with activations of a trained one's spread."""
+    """Create a small random ViT whose activations spread like those of a trained one."""
     args: dict[str, Any] = {
         "img_size": 16,
         "patch_size": 4,
@@ -85,7 +85,7 @@ def tiny() -> VisionTransformer:
 
 @pytest.fixture
 def loaded(tiny: VisionTransformer) -> LoadedModel:
-    """The small model as dfq sees it."""
+    """The small model, loaded by dfq."""
     return load_model(tiny, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 

@@ -15,7 +15,7 @@ F32 = np.float32
 
 
 class DocumentedReader:
-    """A checkpoint's forward pass as the specification says it."""
+    """Forward pass of a checkpoint, written from the specification."""
 
     def __init__(self, path: Path) -> None:
         config = json.loads((path / "config.json").read_text())

@@ -85,7 +85,7 @@ def reference_attention(operands: dict[str, Tensor]) -> Tensor:
 
 
 def layer_scheme(bits: int, **settings: Any) -> LayerScheme:
-    """How a block's layer is quantized with so many bits."""
+    """Return the scheme of a block's layer for ``bits`` bits."""
     return Scheme(QuantizationSettings(bits=bits, **settings)).for_layer("blocks.0.attn.qkv")
 
 
@@ -114,7 +114,7 @@ def _noise(vit: ViT, count: int = 8) -> SparseImages:
 
 
 def _whole(patches: Tensor) -> SparseImages:
-    """Images of which all patches are there."""
+    """Return images with all their patches."""
     count, length, _ = patches.shape
     zeros = torch.zeros(count, dtype=torch.int64)
     positions = torch.arange(length).expand(count, -1)
@@ -145,7 +145,7 @@ def onnx_session(model: Path | bytes, optimized: Path | None = None) -> Any:
 
 
 def spread(actual: Tensor, expected: Tensor) -> float:
-    """Error as a share of how much the expected values differ between images."""
+    """Return the error relative to the spread of the expected values between images."""
     return float((actual - expected).norm() / (expected - expected.mean(0)).norm())
 
 

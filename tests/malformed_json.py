@@ -1,4 +1,4 @@
-"""Contents of a JSON file of ours that no reader may take, or fail on with a traceback."""
+"""Malformed contents of dfq's JSON files, which every reader must refuse without a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A warning fails the tests also where nothing raises it: inside of dfq's functions it is shown."""
+"""Warnings inside dfq's functions, which show and do not raise them, fail the tests too."""
 
 from __future__ import annotations
 

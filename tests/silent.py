@@ -1,10 +1,10 @@
-"""A run of an experiment without a word."""
+"""Silent runs of experiments."""
 
 from __future__ import annotations
 
 
 class Silent:
-    """Takes notes of a run and shows none."""
+    """Progress messages that are not shown."""
 
     def note(self, text: str) -> None:
         pass

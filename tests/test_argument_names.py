@@ -80,7 +80,7 @@ NAME_AT = {"option": 0, "check_alone": 1, "check_measurable": 4, "check_decidabl
 
 
 def named() -> set[str]:
-    """Names of arguments that stand in the sources."""
+    """Return the names of arguments in messages of the sources."""
     places = [
         node.args[NAME_AT[function]]
         for path in SOURCES
@@ -248,8 +248,8 @@ MISTAKES = {
     "weights without a model": Mistake(
         lambda p: dfq.evaluate(p.checkpoint, data=p.npz, weights="w"),
         other("evaluate", "--data", lambda p: p.npz, "--weights", "w"),
-        "weights is of the float model: name it too, by float_model.",
-        "--weights is of the float model: name it too, by --float MODEL."),
+        "weights describes the float model; name it too, by float_model.",
+        "--weights describes the float model; name it too, by --float MODEL."),
     "too little data": Mistake(
         lambda p: dfq.evaluate(p.checkpoint, data=p.npz, min_accuracy=0.999),
         other("evaluate", "--data", lambda p: p.npz, "--min-accuracy", "0.999"),

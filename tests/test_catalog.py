@@ -1,4 +1,4 @@
-"""Stored marks of timm's models beside what dfq says of the models themselves."""
+"""The stored catalog of timm's models, compared with the models."""
 
 from __future__ import annotations
 

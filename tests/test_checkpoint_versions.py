@@ -57,7 +57,7 @@ def pixels() -> np.ndarray:
 
 
 def logits(path: Path) -> np.ndarray:
-    """Of the reference kernels."""
+    """Return the logits of the reference kernels."""
     model = dfq.load(path).set_backend("reference")
     mean, std = (
         torch.tensor(v)[:, None, None] for v in (model.preprocessing.mean, model.preprocessing.std)

@@ -46,7 +46,7 @@ def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) ->
 
 
 def checksum(path: Path, config: dict[str, Any]) -> str:
-    """As docs/checkpoint-format.md has it."""
+    """Return the checksum that docs/checkpoint-format.md specifies."""
     described = json.dumps([config["architecture"], config["preprocessing"]], sort_keys=True)
     content = (path / "model.safetensors").read_bytes()
     return hashlib.sha256(content + described.encode()).hexdigest()

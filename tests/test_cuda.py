@@ -1,4 +1,4 @@
-"""The same verbs on a GPU; skipped where there is none."""
+"""Verbs on a GPU; skipped without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the documentation names exists, and what exists is documented."""
+"""Documentation and code name the same things."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ KERNELS = re.compile(
     r"|compiled=True",
     re.MULTILINE,
 )
-"""What tests of kernels, exports, compiled models and benchmarks use."""
+"""Imports that mark tests of kernels, exports, compiled models and benchmarks."""
 
 
 def test_what_depends_on_the_processor_is_tested_as_on_the_oldest() -> None:

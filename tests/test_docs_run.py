@@ -44,7 +44,7 @@ SMALLER = (
     (r"\b(dfq\.distill\(.*?)\)", r"\1, images=8, steps=2)"),
     (r"\b(dfq\.benchmark\(.*?)\)", r'\1, runtimes=["dfq"], seconds=0.02)'),
 )
-"""What makes a command or a call take little time."""
+"""Replacements that make commands and calls fast."""
 
 
 def smaller(line: str) -> str:
@@ -54,13 +54,13 @@ def smaller(line: str) -> str:
 
 
 def blocks(page: str) -> list[tuple[str, list[str]]]:
-    """Language and lines of what is fenced, in its order."""
+    """Return language and lines of a page's code blocks."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
     return [(language, text.splitlines()) for language, text in fenced]
 
 
 def commands(lines: list[str]) -> list[str]:
-    """Those of dfq, without what a shell does with them."""
+    """Return the commands of dfq in a block, without redirections."""
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return [part.partition(" > ")[0] for part in parts if part.startswith("dfq ")]
 
@@ -71,7 +71,7 @@ def runs(block: tuple[str, list[str]]) -> bool:
 
 
 def can_run(program: str) -> bool:
-    """Whether what a program needs is here."""
+    """Whether the packages and tools of a program are installed."""
     if "openvino" in program and not installed("openvino"):
         return False
     if "onnx" in program and not installed("onnx"):
@@ -83,7 +83,7 @@ BEFORE = {
     "docs/deployment.md": ["dfq quantize vit_base --bits 4"],
     "docs/dataset-format.md": ["dfq invert vit_base --out DATASET"],
 }
-"""What a page takes for granted."""
+"""Commands that a page assumes to have run."""
 
 Run = Callable[[str], str]
 
@@ -144,7 +144,7 @@ def test_the_steps_of_the_readme_run_in_their_order(run: Run, place: Path) -> No
 
 
 def labels(text: str) -> list[str]:
-    """First cells of a table of two columns, without those of lines that go on."""
+    """Return the first cells of a two-column table, without continuation lines."""
     return [cell for cell in re.findall(r"^│ ([\w-]*) ", text, re.M) if cell]
 
 

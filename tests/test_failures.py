@@ -1,4 +1,4 @@
-"""Errors of other people's code become dfq's, full memory and dfq's own stay what they are."""
+"""Conversion of exceptions of other libraries; out-of-memory and dfq's own errors are kept."""
 
 from __future__ import annotations
 

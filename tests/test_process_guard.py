@@ -1,4 +1,4 @@
-"""What keeps the caller's process as it was: nesting, threads, errors, warnings."""
+"""Isolation from the caller's process: nesting, threads, errors, warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: parse, call the function of the same name, print."""
+"""Commands: each parses its options, calls the public function of the same name and prints."""
 
 from __future__ import annotations
 
@@ -388,7 +388,7 @@ def benchmark(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a checkpoint's speed beside PyTorch, torchao, ONNX Runtime and OpenVINO."""
+    """Compare a checkpoint's speed with PyTorch, torchao, ONNX Runtime and OpenVINO."""
     try:
         result = dfq.benchmark(
             checkpoint,
@@ -422,11 +422,11 @@ def inspect(
     layers: Layers = False,
     json_: Json = False,
 ) -> None:
-    """Say what a dataset, a checkpoint or a model is made of; datasets are verified."""
+    """Describe a dataset, a checkpoint or a model; datasets are verified."""
     if rows is not None and preview is None:
-        raise SettingError("--rows goes with --preview FILE.")
+        raise SettingError("--rows needs --preview FILE.")
     if layers and preview is not None:
-        raise SettingError("--layers is of checkpoints, --preview of datasets; give one of them.")
+        raise SettingError("--layers takes a checkpoint, --preview a dataset; give one of them.")
     facts = dfq.inspect(
         path,
         weights=weights,
@@ -446,7 +446,7 @@ def inspect(
 
 @app.command(epilog="Example: [bold]dfq models deit[/]")
 def models(pattern: Pattern = None, json_: Json = False) -> None:
-    """List the models that can be named, and which of them are refused."""
+    """List the names of models, and which of them are not supported."""
     entries = dfq.models(pattern)
     if json_:
         print_json([dataclasses.asdict(e) for e in entries])
@@ -474,7 +474,7 @@ def recipes(json_: Json = False) -> None:
 
 @app.command(epilog="Example: [bold]dfq doctor[/]")
 def doctor(cache: Cache = None, json_: Json = False) -> None:
-    """Say what this machine offers and what is wrong with it; exit 1 if anything is."""
+    """Describe this machine and its problems; exit 1 if there are any."""
     report = dfq.doctor(cache)
     _show(report, json_, False, field_table)
     if report.problems:
@@ -489,7 +489,7 @@ def cache_list(cache: Cache = None, json_: Json = False) -> None:
 
 @cache_app.command("verify", epilog="Example: [bold]dfq cache verify[/]")
 def cache_verify(cache: Cache = None, json_: Json = False) -> None:
-    """Read every cached file and compare it with its checksum; exit 1 if one is damaged."""
+    """Verify the checksums of all cached files; exit 1 if one is damaged."""
     entries = dfq.verify_cache(cache)
     _show_entries(entries, json_)
     if any(e.problem and e.problem != "unfinished" for e in entries):

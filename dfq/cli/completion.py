@@ -1,4 +1,4 @@
-"""Shell completion of names; nothing that takes long to load is asked."""
+"""Shell completion of names, without slow imports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dfq.inversion.schedules import METHODS
 from dfq.recipe_files import shipped_recipes
 
 Complete = Callable[[str], list[str]]
-"""Names that begin with what has been typed; none lets the shell complete a path."""
+"""Function that returns the names with a given prefix; without any the shell completes paths."""
 
 
 def one_of(names: Iterable[str]) -> Complete:

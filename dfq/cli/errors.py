@@ -1,4 +1,4 @@
-"""Errors as messages, exit codes and JSON."""
+"""Conversion of errors to messages, exit codes and JSON."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from dfq.progress import is_first
 from dfq.text import escape
 
 INVERTING = ("invert", "quantize", "distill")
-"""Commands that invert, unit by unit."""
+"""Commands with inversion, which resumes after an interruption."""
 
 OSERROR = 2
 
 PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-"""What the parser raises for wrong usage; typer brings the class along under changing names."""
+"""The parser's exception for wrong usage, whose module differs between versions of typer."""
 
 
 class Group(TyperGroup):
-    """Turns errors that are the caller's or the machine's into messages and exit codes."""
+    """Command group that turns errors of the caller and of the machine into messages."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -45,7 +45,7 @@ class Group(TyperGroup):
         except KeyboardInterrupt as error:
             message = MESSAGE
             if ctx.invoked_subcommand in INVERTING:
-                message += " Finished units of inversion are kept; run it again to go on."
+                message += " Finished units of inversion are kept; run the command again to resume."
             if not isinstance(error, BenchmarkInterrupt):  # its result has been printed
                 _report("KeyboardInterrupt", message, wants_json(ctx))
             err_console.print(message)
@@ -57,7 +57,7 @@ class Group(TyperGroup):
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> Any:
-        """Also explains what goes wrong before a command is reached."""
+        """Also handle errors before a command is reached."""
         if parent is not None or extra.get("resilient_parsing"):
             return super().make_context(info_name, args, parent, **extra)
         as_json = has_flag(args, JSON)
@@ -72,7 +72,7 @@ class Group(TyperGroup):
         return ctx
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """Also explains what goes wrong while the parser prints."""
+        """Also handle errors while the parser prints."""
         try:
             with flag_names():
                 return super().main(*args, **{"prog_name": "dfq", **options})
@@ -85,7 +85,7 @@ class Group(TyperGroup):
 
 
 def _check_empty(words: Sequence[str]) -> None:
-    """Refuse empty words, which paths would take for the working directory."""
+    """Refuse empty arguments, which as paths would be the working directory."""
     for before, word in pairwise(["", *words]):
         flag, equals, value = word.partition("=")
         if not word or (flag.startswith("--") and equals and not value):
@@ -97,7 +97,7 @@ def _check_empty(words: Sequence[str]) -> None:
 def explain(
     error: Exception, as_json: bool, outermost: bool = True, verb: str | None = None
 ) -> None:
-    """Exit with a message; return where the error is the parser's to show, or nobody's."""
+    """Print the error and exit; return if the parser shows the error, or it needs no message."""
     if isinstance(error, PARSER_ERROR):
         if outermost:
             _report("UsageError", cast(Any, error).format_message(), as_json)
@@ -125,7 +125,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _report(kind: str, message: str, as_json: bool) -> None:
-    """The object that ``--json`` promises, where there is no result."""
+    """Print the error as the JSON object that ``--json`` promises."""
     if as_json and is_first():
         with suppress(OutputError, BrokenPipeError):
             print_json({"error": {"type": kind, "message": message}})

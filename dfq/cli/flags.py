@@ -1,4 +1,4 @@
-"""The flag ``--json``, known as words before the command line is parsed and as a value after."""
+"""The flag ``--json``, before and after the command line is parsed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dfq.cli.interrupts import end_with_json
 JSON, QUIET = ("--json",), ("--quiet", "-q")
 
 _KEY = "dfq.json"
-"""Key in the ``meta`` of contexts, which a command shares with its groups."""
+"""Key in ``Context.meta``, which a command shares with its groups."""
 
 
 def has_flag(words: Sequence[str], flag: tuple[str, ...]) -> bool:
-    """Whether words that are not parsed yet hold a flag before ``--``, by one of its names."""
+    """Whether unparsed arguments contain a flag, by one of its names, before ``--``."""
     return any(word in flag for word in takewhile(lambda word: word != "--", words))
 
 
 def keep_json(ctx: Any, wanted: bool) -> None:
-    """Record whether errors of a context, and of those below it, are also written as JSON."""
+    """Record in a context whether errors are also written as JSON."""
     ctx.meta[_KEY] = wanted
 
 
@@ -32,7 +32,7 @@ def wants_json(ctx: Any) -> bool:
 
 
 def parsed_json(ctx: typer.Context, wanted: bool) -> bool:
-    """Callback of the option ``--json``, which is eager: later errors know the parsed value."""
+    """Handle the eager option ``--json``, so that errors of later options are JSON too."""
     keep_json(ctx, wanted)
     if wanted:
         end_with_json()

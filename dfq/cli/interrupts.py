@@ -1,4 +1,4 @@
-"""Ctrl-C while modules load: imports of C++ code lose the signal, or abort on it."""
+"""Handling of Ctrl-C while modules load: imports of C++ code lose the signal, or abort on it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ MESSAGE = "Interrupted."
 
 
 def end_at_once() -> None:
-    """From now on Ctrl-C ends the process with a message, wherever it is.
+    """Make Ctrl-C end the process at once, with a message.
 
-    Right while nothing is under way that has to be put away first.
+    Only for the time before any work that needs cleaning up.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def end_with_json() -> None:
-    """From now on the process that Ctrl-C ends also writes the error that ``--json`` promises.
+    """Make Ctrl-C also write the JSON object of ``--json`` before it ends the process.
 
-    Before the arguments are parsed there is the message alone.
+    Until this is called there is only the message.
     """
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, _end_with_json)
 
 
 def raise_again() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt again."""
+    """Make Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) in (_end, _end_with_json):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""Options of the commands, each stated once, and how their text is read."""
+"""Options of the commands, each declared once, and parsers of their values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _option(
     default: str | bool = False,
     complete: Complete | None = None,
 ) -> Any:
-    """An option in a panel; ``default``: what is shown as such, False for nothing."""
+    """Declare an option of a panel; ``default``: default shown in the help, False for none."""
     return typer.Option(
         *flags,
         metavar=metavar,
@@ -50,7 +50,7 @@ def _option(
 def _choice(
     panel: str, names: Sequence[str], help: str, *flags: str, default: str | bool = False
 ) -> Any:
-    """An option that takes one of some names; the command checks the name."""
+    """Declare an option with a choice of names; the command checks the name."""
     metavar, complete = f"[{'|'.join(names)}]", one_of(names)
     return _option(panel, metavar, help, *flags, default=default, complete=complete)
 
@@ -80,7 +80,7 @@ Inspected = Annotated[
         completion.models,
     ),
 ]
-Pattern = Annotated[str | None, _argument("[FILTER]", "Part of the name.")]
+Pattern = Annotated[str | None, _argument("[FILTER]", "Text that the names contain.")]
 CachedName = Annotated[str, _argument("NAME", "An entry's name or its start, or 'all'.")]
 
 # ---- model
@@ -96,7 +96,7 @@ ImgSize = Annotated[
 ]
 InChans = Annotated[int | None, _option(MODEL, "N", "Channels of the input, at least 1.")]
 GlobalPool = Annotated[
-    str | None, _choice(MODEL, ("token", "avg", "map"), "How tokens are pooled.")
+    str | None, _choice(MODEL, ("token", "avg", "map"), "Pooling of the tokens.")
 ]
 Mean = Annotated[
     str | None,
@@ -134,7 +134,7 @@ Device = Annotated[
     _option(
         MODEL,
         "DEVICE",
-        "Where it runs: cpu, cuda, cuda:1, ...",
+        "Device: cpu, cuda, cuda:1, ...",
         default=True,
         complete=one_of(("cpu", "cuda")),
     ),
@@ -144,7 +144,7 @@ Engine = Annotated[
     _choice(
         MODEL,
         ("torch", "openvino", "onnxruntime", "auto"),
-        "Runtime of the checkpoint; auto: what dfq.load takes here.",
+        "Runtime of the checkpoint; auto: as dfq.load chooses.",
         "--runtime",
         default=True,
     ),
@@ -163,7 +163,7 @@ Backend = Annotated[
 
 InversionMethod = Annotated[
     str | None,
-    _choice(INVERSION, tuple(METHODS), "How images are made.", "--method", default="pri"),
+    _choice(INVERSION, tuple(METHODS), "Inversion method.", "--method", default="pri"),
 ]
 Calibration = Annotated[
     str | None,
@@ -247,14 +247,14 @@ Depth = Annotated[int | None, _option(DISTILLATION, "N", "Blocks of the student.
 Width = Annotated[int | None, _option(DISTILLATION, "N", "Embedding width of the student.")]
 Heads = Annotated[int | None, _option(DISTILLATION, "N", "Attention heads of the student.")]
 Steps = Annotated[
-    int | None, _option(DISTILLATION, "N", "Steps of training, at least 1.", default="2000")
+    int | None, _option(DISTILLATION, "N", "Training steps, at least 1.", default="2000")
 ]
 Start = Annotated[
     str | None,
     _choice(
         DISTILLATION,
         ("auto", "teacher", "random"),
-        "Weights that the student begins with; auto: the teacher's if they fit.",
+        "Initialization of the student; auto: the teacher's weights if they fit.",
         default="auto",
     ),
 ]
@@ -272,7 +272,7 @@ Bits = Annotated[
 ]
 Attention = Annotated[
     str | None,
-    _choice(QUANTIZATION, ("float", "int8"), "Products of attention.", default="float"),
+    _choice(QUANTIZATION, ("float", "int8"), "Arithmetic of attention.", default="float"),
 ]
 
 # ---- evaluation
@@ -296,7 +296,7 @@ NoEvaluate = Annotated[
     _option(
         EVALUATION,
         None,
-        "Leave the comparison with the float model out; not with --eval.",
+        "Skip the comparison with the float model; not with --eval.",
         "--no-evaluate",
     ),
 ]
@@ -305,13 +305,13 @@ MinAgreement = Annotated[
     _option(
         EVALUATION,
         "SHARE",
-        "Fail (exit 1) if the 95 % interval of agreement begins below, 0 to 1.",
+        "Fail (exit 1) if agreement's 95 % interval begins below this, 0 to 1.",
     ),
 ]
 MinAccuracy = Annotated[
     float | None,
     _option(
-        EVALUATION, "SHARE", "Fail (exit 1) if the 95 % interval of top-1 begins below, 0 to 1."
+        EVALUATION, "SHARE", "Fail (exit 1) if top-1's 95 % interval begins below this, 0 to 1."
     ),
 ]
 Batch = Annotated[str, _option(EVALUATION, "N,...", "Batch sizes, each at least 1.", default=True)]
@@ -343,9 +343,7 @@ SaveSpeeds = Annotated[
     bool,
     _option(OUTPUT, None, "Record the fastest runtime; dfq.load then takes it.", "--save"),
 ]
-Cold = Annotated[
-    bool, _option(EVALUATION, None, "Also measure processes that have loaded nothing.", "--cold")
-]
+Cold = Annotated[bool, _option(EVALUATION, None, "Also measure cold starts.", "--cold")]
 
 # ---- output
 
@@ -366,7 +364,7 @@ ExportOut = Annotated[
     _option(
         OUTPUT,
         "FILE",
-        "The file: .onnx, .xml (a .bin comes with it) or .pt2.",
+        "File to write: .onnx, .xml (with a .bin beside it) or .pt2.",
         "--out",
         default="./CHECKPOINT with the suffix",
     ),
@@ -403,37 +401,39 @@ Json = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="Print JSON alone: an object, or an array of a list.",
+        help="Print JSON only: an object, or an array for lists.",
         rich_help_panel=OUTPUT,
         is_eager=True,
         callback=parsed_json,
     ),
 ]
-Quiet = Annotated[bool, _option(OUTPUT, None, "Show neither progress nor table.", "--quiet", "-q")]
+Quiet = Annotated[bool, _option(OUTPUT, None, "Show no progress and no table.", "--quiet", "-q")]
 
 
 def floats(text: str | None, flag: str, example: str = "0.5,0.5,0.5") -> list[float] | None:
-    """Numbers with commas between them; raises :class:`SettingError` for other text."""
+    """Parse comma-separated numbers; raises :class:`SettingError` for other text."""
     if text is None:
         return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise SettingError(
-            f"{flag} is {text!r}; give numbers with commas, such as {example}."
+            f"{flag} is {text!r}; give numbers separated by commas, such as {example}."
         ) from None
 
 
 def counts(text: str, flag: str, example: str) -> list[int]:
-    """Whole numbers with commas between them; raises :class:`SettingError` for other text."""
+    """Parse comma-separated whole numbers; raises :class:`SettingError` for other text."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise SettingError(f"{flag} is {text!r}; give whole numbers, such as {example}.") from None
+        raise SettingError(
+            f"{flag} is {text!r}; give whole numbers separated by commas, such as {example}."
+        ) from None
 
 
 def sides(text: str | None) -> int | list[int] | None:
-    """An image size: one side, or height and width."""
+    """Parse an image size: one side, or height and width."""
     if text is None:
         return None
     sides = counts(text, "--img-size", "224 or 192,256")

@@ -1,4 +1,4 @@
-"""Commands whose help shows options in panels, always in the same order."""
+"""Help with options in panels, in the same order for every command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, full, or short of characters."""
+"""Standard streams that may be closed, full, or unable to encode some characters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dfq.errors import OutputError
 
 
 def settle() -> None:
-    """Make the standard streams of a command line's process safe to print to.
+    """Make the standard streams of this process safe to print to.
 
     Closed descriptors become the null device, so that no file gets their number and what native
     code prints; ``sys.stdout`` stays None then.  What cannot be written to stderr is dropped, as a
@@ -46,7 +46,7 @@ def _guarded(stream: TextIO, *, strict: bool) -> TextIO:
 
 
 class _Guarded(io.RawIOBase):
-    """A stream's file, whose failures are raised once if ``strict``, and dropped otherwise."""
+    """File of a stream; failures are raised once if ``strict``, else ignored."""
 
     def __init__(self, stream: TextIO, strict: bool) -> None:
         buffer: Any = stream.buffer

@@ -1,4 +1,4 @@
-"""What people see: results on stdout, progress and notes on stderr."""
+"""Output: results on stdout, progress and notes on stderr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def check_output(*, json: bool, quiet: bool) -> None:
-    """Refuse a closed stdout before any work, unless nothing is to be printed.
+    """Check that stdout is open, before any work, unless nothing will be printed.
 
     Raises:
         OutputError: standard output is closed.
@@ -31,14 +31,14 @@ def check_output(*, json: bool, quiet: bool) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on stdout; raises :class:`OutputError` if it cannot be written."""
+    """Print a JSON value on stdout; raises :class:`OutputError` if it cannot be written."""
     stdout = _stdout()
     stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
     stdout.flush()
 
 
 def print_text(text: Any, **options: Any) -> None:
-    """Text or a table on stdout; raises :class:`OutputError` if it cannot be written."""
+    """Print text or a table on stdout; raises :class:`OutputError` if it cannot be written."""
     stdout = _stdout()
     out_console.print(text, **options)
     stdout.flush()
@@ -47,8 +47,8 @@ def print_text(text: Any, **options: Any) -> None:
 def _stdout() -> TextIO:
     if sys.stdout is None:
         raise OutputError(
-            "Standard output is closed, and the result is printed there; redirect it to a file "
-            "or to the null device, or use --quiet."
+            "Standard output is closed, so the result cannot be printed; redirect it to a file or "
+            "to the null device, or use --quiet."
         )
     return sys.stdout
 
@@ -56,7 +56,7 @@ def _stdout() -> TextIO:
 def shown(quiet: bool) -> Progress:
     """Return the progress of a command, on stderr.
 
-    Long work begins with it, so that Ctrl-C is no longer one of a program that loads.
+    Called when long work begins; from then on Ctrl-C raises KeyboardInterrupt.
     """
     raise_again()
     return Silent() if quiet else Bars(err_console)

@@ -1,4 +1,4 @@
-"""Train the demo ViT on Fashion-MNIST: ``python -m dfq.demo.train --data DIR --out DIR``.
+"""Training of the demo ViT on Fashion-MNIST: ``python -m dfq.demo.train --data DIR --out DIR``.
 
 A small convolutional network is trained first and the ViT learns from its soft
 predictions as well as from the labels (distillation as in DeiT, arXiv 2012.12877,
@@ -39,7 +39,7 @@ from dfq.demo import CLASSES, MEAN, MODEL_ARGS, STD
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the ViT's training, with a learning-rate decay of its own."""
+    """Phase of the ViT's training, with its own learning-rate decay."""
 
     epochs: int
     patch_size: int
@@ -62,14 +62,14 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def load_split(data: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images uint8 ``[N, 1, 28, 28]`` and labels int64 ``[N]`` of ``train`` or ``t10k``."""
+    """Read images uint8 ``[N, 1, 28, 28]`` and labels int64 ``[N]`` of ``train`` or ``t10k``."""
     images = read_idx(data / f"{split}-images-idx3-ubyte.gz").copy()
     labels = read_idx(data / f"{split}-labels-idx1-ubyte.gz").astype(np.int64)
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels)
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 pixels to the network's input."""
+    """Convert uint8 pixels to the network's input."""
     return (images.float() / 255 - MEAN[0]) / STD[0]
 
 
@@ -91,7 +91,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def batches(
     images: Tensor, labels: Tensor, batch: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of augmented, normalized batches; the last partial one is dropped."""
+    """Yield an epoch of augmented, normalized batches; an incomplete last one is dropped."""
     order = torch.randperm(len(images), generator=generator)
     for start in range(0, len(images) - batch + 1, batch):
         index = order[start : start + batch]
@@ -99,7 +99,7 @@ def batches(
 
 
 def make_teacher() -> nn.Sequential:
-    """A VGG-like network of 0.7 M parameters for 28x28 gray images."""
+    """Create a VGG-like network of 0.7 M parameters for 28x28 gray images."""
 
     def stage(inputs: int, outputs: int) -> list[nn.Module]:
         return [
@@ -125,7 +125,7 @@ def make_teacher() -> nn.Sequential:
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Top-1 in float32, a share from 0 to 1."""
+    """Return the top-1 accuracy in float32, from 0 to 1."""
     model.eval()
     with torch.inference_mode():
         hits = [
@@ -146,7 +146,7 @@ def fit(
     seed: int,
     batch: int = 128,
 ) -> None:
-    """Muon for the blocks' matrices, AdamW for the rest; prints a line an epoch."""
+    """Train with Muon for the blocks' matrices and AdamW for the rest; print a line per epoch."""
     generator = torch.Generator().manual_seed(seed)
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")]
     matrices = {id(p) for p in hidden}
@@ -186,7 +186,7 @@ def fit(
 
 
 def _decay(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then half a cosine to 1 %."""
+    """Return the learning-rate factor: linear warm-up, then half a cosine to 1 %."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) + 1e-2
@@ -194,7 +194,7 @@ def _decay(step: int, steps: int, warmup: int) -> float:
 
 @torch.no_grad()
 def initialize(model: Any) -> None:
-    """Make attention layers look like trained ones (arXiv 2305.09828, section 3).
+    """Initialize attention layers like trained ones (arXiv 2305.09828, section 3).
 
     Queries times keys start near the identity, values times projection near its negative,
     and position embeddings as sinusoids.
@@ -218,7 +218,7 @@ def initialize(model: Any) -> None:
 
 
 def distillation_loss(teacher: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Half label cross-entropy, half cross-entropy with the teacher's predictions."""
+    """Return the loss: half cross-entropy with labels, half with the teacher's predictions."""
 
     def loss(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

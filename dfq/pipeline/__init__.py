@@ -1,1 +1,1 @@
-"""The public functions and what joins inversion, data and quantization."""
+"""Public functions, and the pipeline of inversion, data and quantization behind them."""

@@ -1,4 +1,4 @@
-"""The images that a verb works on: its calibration set, and others that set does not hold."""
+"""Calibration sets, and held-out images to measure agreement on."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from dfq.results.values import CalibrationSource, Metric
 from dfq.vit.load import LoadedModel
 
 HELD_OUT_SEED = 1_000_003
-"""Added to the seed of the images on which agreement is measured without data."""
+"""Offset of the seed of held-out inverted images."""
 
 OUTSIDE_IMAGES, OUTSIDE_FIRST = 32, 1_000_000
-"""How many images of fractal noise agreement is measured on, and the index of the first, which is
-beyond all that calibration takes."""
+"""Number of images of fractal noise to measure agreement on, and the index of the first, above
+those of the augmentation."""
 
 OUTSIDE_BATCH = 8
 
@@ -45,8 +45,8 @@ OUTSIDE_BATCH = 8
 class CalibrationSet:
     """Images to calibrate on.
 
-    ``source``: what results and checkpoints say of them.  ``inversion``: settings that they were
-    inverted with; None of other images, or if a dataset does not say.
+    ``source``: description for results and checkpoints.  ``inversion``: inversion settings of the
+    images; None for other images, or if a dataset has none.
     """
 
     images: SparseImageDataset | DenseImages
@@ -63,10 +63,10 @@ def calibration_set(
     progress: Progress,
     images: int | None = None,
 ) -> CalibrationSet:
-    """Make or open the images that a verb works on.
+    """Invert or open the images to calibrate or train on.
 
     Raises:
-        SettingError: the caller asked for so many ``images`` and named a dataset of others.
+        SettingError: the dataset at ``path`` has another number of images than ``images``.
     """
     settings = recipe.inversion
     if path is None:
@@ -98,7 +98,7 @@ def calibration_set(
 def augmented(
     source: SparseImageDataset | DenseImages, settings: AugmentationSettings
 ) -> SparseImageDataset | DenseImages | AugmentedImages:
-    """Inverted images with what makes them cover real ones; other images as they are."""
+    """Return inverted images with their augmentation; other images unchanged."""
     noise = [name for name, method in METHODS.items() if not method.optimizes]
     if isinstance(source, SparseImageDataset) and source.method not in noise:
         return AugmentedImages(source, settings)
@@ -126,13 +126,13 @@ def held_out_settings(
     metric: Metric = "top1",
     min_agreement: float | None = None,
 ) -> InversionSettings:
-    """As the calibration set's, but of another seed and never noise.
+    """Return the calibration set's settings with another seed, and PRI instead of noise.
 
-    They make the images of one unit of work; as many as calibration's where fewer cannot
+    They give the images of one unit of work, or as many as the calibration set has if fewer cannot
     decide ``min_agreement``.
 
     Raises:
-        SettingError: those cannot decide it either.
+        SettingError: as many cannot decide it either.
     """
     method = settings.method if METHODS[settings.method].optimizes else InversionSettings().method
     chosen = fit(dataclasses.replace(settings, method=method), patches)
@@ -160,7 +160,7 @@ def compare_held_out(
     cache: str | Path | None,
     progress: Progress,
 ) -> Comparison:
-    """Compare on the images of :func:`held_out_settings`, which calibration did not see."""
+    """Compare the models on images of :func:`held_out_settings`, unseen by calibration."""
     dataset, _ = make_dataset(
         loaded,
         settings,
@@ -175,10 +175,10 @@ def compare_held_out(
 
 
 def compare_outside(loaded: LoadedModel, quantized: QuantizedViT, progress: Progress) -> Comparison:
-    """Compare on images that were made without the model: fractal noise from black to white.
+    """Compare the models on images made without the model: fractal noise from black to white.
 
-    Inverted images are those that the model is surest of, and calibration has seen their like;
-    these tell whether the quantized model follows the float one elsewhere too.
+    The model is most confident on inverted images, and calibration saw similar ones; fractal noise
+    shows whether the quantized model agrees with the float one on other images too.
     """
     arch = loaded.vit.arch
     starts = range(OUTSIDE_FIRST, OUTSIDE_FIRST + OUTSIDE_IMAGES, OUTSIDE_BATCH)

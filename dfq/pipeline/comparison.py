@@ -19,26 +19,26 @@ from dfq.vit import Architecture, Preprocessing, ViT
 from dfq.vit.logits import class_logits
 
 EVALUATION_BATCH = 50
-"""Images that both models see at once."""
+"""Batch size of evaluation."""
 
 CONSTANT = 1e-6
-"""Spread of outputs over images, relative to their size, that is rounding alone."""
+"""Largest relative spread of outputs over images that counts as rounding."""
 
 
 def metric_of(arch: Architecture) -> Metric:
-    """How agreement with such a model is measured."""
+    """Return the metric of agreement for an architecture."""
     if arch.num_classes == 1:
         return "threshold"
     return "top1" if arch.num_classes else "cosine"
 
 
 Number = float
-"""The name ``float`` is taken by a field of :class:`Comparison`."""
+"""Alias, as :class:`Comparison` has a field ``float``."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares from 0 to 1 over labeled images."""
+    """Top-1 and top-5 accuracy, from 0 to 1."""
 
     top1: float
     top5: float
@@ -46,7 +46,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A quantized model beside the float model on the same images.
+    """Comparison of a quantized model with the float model on the same images.
 
     ``agreement`` as :data:`Metric` says, ``agreeing`` the images that it counts (None of a
     mean) and ``interval`` its 95 % interval.  ``kl`` is the mean Kullback-Leibler divergence of
@@ -92,7 +92,7 @@ def compare(
     *,
     metric: Metric = "top1",
 ) -> Comparison:
-    """Run both models over batches, each a function from model to outputs and its labels.
+    """Run both models over batches, each a function from a model to its outputs, with labels.
 
     ``advance`` is called with the number of images after every batch.
     """
@@ -134,8 +134,8 @@ def compare(
 
 
 def split_at(logits: Tensor) -> float | None:
-    """A threshold midway between the two of the logits ``[N]`` about their median that differ;
-    None if all are the same."""
+    """Return a threshold midway between the two different logits of ``[N]`` next to their median;
+    None if all are equal."""
     ordered = logits.double().sort().values
     steps = (ordered[1:] > ordered[:-1]).nonzero()[:, 0] + 1
     if not len(steps):
@@ -154,7 +154,7 @@ class _Agreement:
 
 @dataclass
 class _Hits:
-    """Labeled images that are classified right, at first and among the first five."""
+    """Counts of labeled images with a correct top-1 and top-5 prediction."""
 
     images: int = 0
     first: int = 0
@@ -174,7 +174,7 @@ class _Hits:
 
 @dataclass
 class _Pairs:
-    """Outputs of two models on the same images, summed up batch by batch."""
+    """Statistics of two models' outputs on the same images, accumulated batch by batch."""
 
     metric: Metric
     images: int = 0
@@ -209,14 +209,14 @@ class _Pairs:
 
     @property
     def _spread(self) -> float:
-        """Squared distances of the float outputs from their mean, summed over the images."""
+        """Return the squared distances of the float outputs from their mean, summed over images."""
         if self.total is None or not self.finite:
             return 0.0
         return max(0.0, self.squares - float(self.total.square().sum()) / self.finite)
 
     @property
     def constant(self) -> bool:
-        """Whether the float outputs of several images are all the same but for rounding."""
+        """Whether the float outputs of several images are equal up to rounding."""
         return self.finite > 1 and self._spread <= CONSTANT**2 * self.squares
 
     @property
@@ -226,7 +226,7 @@ class _Pairs:
         return math.sqrt(self.squared_error / self._spread)
 
     def agreement(self, labeled: bool) -> _Agreement:
-        """None where the float outputs do not differ between images."""
+        """Return the agreement; None if the float outputs do not differ between images."""
         if self.constant:
             return _Agreement()
         scores = torch.cat(self.scores)
@@ -257,8 +257,8 @@ def _finite(outputs: Tensor) -> Tensor:
 
 
 def _places(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the label's, int64 ``[B]``; of equal logits the lowest class
-    comes first, as ``argmax`` has it."""
+    """Return the rank of each label's logit from 0, int64 ``[B]``; among equal logits the lowest
+    class is first, as with ``argmax``."""
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1]) < labels[:, None]
     return ((logits > own) | ((logits == own) & earlier)).sum(-1)
@@ -280,17 +280,16 @@ def _divergence(ours: Tensor, theirs: Tensor) -> float:
 def dense_batches(
     batches: Iterable[tuple[Tensor, Tensor | None]], device: torch.device
 ) -> Iterable[tuple[Outputs, Tensor | None]]:
-    """Whole images and their labels, for :func:`compare`."""
+    """Yield whole images and their labels for :func:`compare`."""
     for images, labels in batches:
-        moved = images.to(device)
-        yield methodcaller("__call__", moved), labels
+        yield methodcaller("__call__", images.to(device)), labels
 
 
 def sparse_batches(
     batches: Iterable[SparseImages], vit: ViT, preprocessing: Preprocessing
 ) -> Iterable[tuple[Outputs, Tensor | None]]:
-    """Sparse images without labels, for :func:`compare`."""
+    """Yield sparse images without labels for :func:`compare`."""
     for batch in batches:
-        moved = batch.to(vit.prefix.device)
-        x = pixels_to_input(moved.patches, preprocessing, vit.arch.grid)
-        yield methodcaller("forward_sparse", x, moved.positions), None
+        batch = batch.to(vit.prefix.device)
+        x = pixels_to_input(batch.patches, preprocessing, vit.arch.grid)
+        yield methodcaller("forward_sparse", x, batch.positions), None

@@ -48,10 +48,10 @@ from dfq.vit.options import LoadOptions
 from dfq.vit.saved import REPORT, check_output, is_saved, save_model
 
 READ = 64
-"""Images that are read at once."""
+"""Batch size of reading images."""
 
 IMAGES = 512
-"""Images that are made unless the caller or a recipe says otherwise."""
+"""Default number of images."""
 
 
 @checked
@@ -82,22 +82,22 @@ def distill(
 ) -> DistillResult:
     """Train a student ViT on images inverted from a teacher.
 
-    Both see the same patches at the same places; the student learns the teacher's
-    prediction (arXiv 2509.23235, section 4.3).  The images are made before and stay the same.
-    The student begins with blocks of the teacher's where they fit, else with random weights.
+    Both see the same patches at the same positions; the student learns the teacher's
+    prediction (arXiv 2509.23235, section 4.3).  The images are inverted before the training.
+    The student is initialized with blocks of the teacher if they fit, else randomly.
 
     Args:
         teacher, weights, num_classes, img_size, in_chans, global_pool, mean, std, input_range: see
             :func:`dfq.load_model`.
         student: timm's name of the student; the teacher's own model by default.
-        depth, width, heads: blocks, embedding width and attention heads, where they differ
-            from the named model's.
+        depth, width, heads: blocks, embedding width and attention heads; by default the named
+            model's.
         data: ``pri``, ``smi``, ``dmi``, ``noise``, or the path of a sparse-image dataset, an
             image folder or an ``.npz``; ``pri`` by default.
-        images: how many to make, or to take of a folder; 512 by default.
+        images: number of images to invert, or to take of a folder; 512 by default.
         iterations, stages, threads: of the inversion; see :func:`dfq.invert`.
-        steps: of training.
-        start: ``teacher``, ``random``, or ``auto``: whose weights the student begins with.
+        steps: number of training steps.
+        start: initialization of the student: ``teacher``, ``random``, or ``auto``.
         out: directory of the student; ``./TEACHER-student`` by default.
         eval: images on which teacher and student are compared and, with labels, their accuracies
             measured; see :func:`dfq.evaluate`.
@@ -117,7 +117,7 @@ def distill(
     check_alone("distill", "data")
     if class_map is not None and eval is None:
         raise SettingError(
-            f"{option('class_map')} numbers the class folders of {option('eval')}: give it too."
+            f"{option('class_map')} numbers the class folders of {option('eval')}; give both."
         )
     extra = settings or {}
     if set(extra) - {"inversion", "distillation"}:
@@ -220,7 +220,7 @@ def distill(
 
 
 def _check_place(place: Path, teacher: str | nn.Module | LoadedModel, progress: Progress) -> None:
-    """Refuse a directory that is not free for a student, and say if one will be replaced."""
+    """Check that a student can be written to a directory; note if one will be replaced."""
     check_output(place)
     check_writable(place.parent)
     if not is_saved(place):

@@ -1,4 +1,4 @@
-"""``dfq.evaluate``: a checkpoint on the user's images."""
+"""``dfq.evaluate``: accuracy and agreement of a checkpoint on the user's images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dfq.vit.options import LoadOptions, WeightsOptions, pool_of
 from dfq.vit.saved import is_saved
 
 
-def _name_it() -> str:
+def _float_model_advice() -> str:
     return (
         "Name the model that the checkpoint was made from "
         f"({option('float_model', metavar='MODEL')}, {option('weights', metavar='FILE')})."
@@ -64,7 +64,7 @@ def evaluate(
     progress: Progress | bool | None = None,
     **options: Unpack[WeightsOptions],
 ) -> EvaluateResult:
-    """Measure a checkpoint on images, beside the float model where one is named.
+    """Measure a checkpoint on images, compared with the float model if one is named.
 
     Accuracy needs labels, agreement the float model.
 
@@ -73,7 +73,7 @@ def evaluate(
         data: an image folder with one folder a class or with image files alone, an ``.npz``
             with ``x`` (and ``y``), or ``"demo"``.
         float_model, weights, img_size, in_chans, global_pool: the float model, as for
-            :func:`dfq.load_model`; what is left out is the checkpoint's.
+            :func:`dfq.load_model`; the checkpoint's values by default.
         backend: integer kernels of PyTorch, ``onednn``, ``float`` or ``reference``.
         runtime: what executes the checkpoint, as for :func:`dfq.load`.
         min_agreement, min_accuracy: bounds from 0 to 1, of the lower ends of 95 % intervals.
@@ -93,7 +93,7 @@ def evaluate(
     for name, value in options.items():
         if value is not None and float_model is None:
             raise SettingError(
-                f"{option(name)} is of the float model: name it too, by "
+                f"{option(name)} describes the float model; name it too, by "
                 f"{option('float_model', metavar='MODEL')}."
             )
     progress = resolve_progress(progress)
@@ -157,7 +157,7 @@ def _load_float(
     float_model: str | nn.Module | LoadedModel,
     options: WeightsOptions,
 ) -> LoadedModel:
-    """Load the float model with the checkpoint's shape, where it is open, and preprocessing."""
+    """Load the float model; a model given by name gets the checkpoint's shape and preprocessing."""
     if isinstance(float_model, LoadedModel):
         return load_model(float_model, **options)
     arch, own = model.arch, model.preprocessing
@@ -185,11 +185,11 @@ def _load_float(
                 "The float model takes another number of channels than the checkpoint, which "
                 f"takes {arch.in_channels}."
             )
-        raise SettingError(f"{facts} {_name_it()}") from error
+        raise SettingError(f"{facts} {_float_model_advice()}") from error
 
 
 def _check_same(loaded: LoadedModel, model: QuantizedViT | EngineModel) -> None:
-    """Raise :class:`SettingError` if a float model takes other images than the checkpoint."""
+    """Raise :class:`SettingError` unless the float model takes the checkpoint's images."""
     preprocessing = {name: getattr(model.preprocessing, name) for name in NORMALIZATION}
     pairs = (
         ("architecture", dataclasses.asdict(model.arch), loaded.vit.arch),
@@ -204,7 +204,8 @@ def _check_same(loaded: LoadedModel, model: QuantizedViT | EngineModel) -> None:
         if differing:
             raise SettingError(
                 f"The float model {loaded.name!r} has another {what} than the checkpoint: "
-                f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. {_name_it()}"
+                f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. "
+                f"{_float_model_advice()}"
             )
 
 
@@ -214,7 +215,7 @@ def open_evaluation(
     preprocessing: Preprocessing,
     class_map: str | Path | None = None,
 ) -> ImageSource:
-    """The images to measure on, with labels where there are some and the model has a classifier.
+    """Open the images to measure on, with labels if there are any and the model has a classifier.
 
     Raises:
         SettingError: ``class_map`` is given for a model without a classifier.
@@ -235,7 +236,7 @@ def check_measurable(
 ) -> None:
     """Raise :class:`SettingError` if the images cannot decide a bound.
 
-    ``data`` is the parameter that gives them.
+    ``data``: name of the parameter with the images.
     """
     if min_accuracy is not None and metric == "cosine":
         raise SettingError(f"{option('min_accuracy')} needs a classifier; the model has none.")
@@ -249,7 +250,7 @@ def check_measurable(
 
 
 def agreement_on(comparison: Comparison, data: str) -> AgreementOn:
-    """What a comparison says of agreement on the images called ``data``."""
+    """Convert a comparison to the agreement on images called ``data``."""
     return AgreementOn(
         data=data,
         images=comparison.images,
@@ -265,7 +266,7 @@ def agreement_on(comparison: Comparison, data: str) -> AgreementOn:
 
 
 def accuracy_pair(comparison: Comparison, name: Literal["top1", "top5"]) -> FloatQuantized | None:
-    """An accuracy of both models; None where the images have no labels."""
+    """Return an accuracy of both models; None if the images have no labels."""
     if comparison.quantized is None:
         return None
     reference = None if comparison.float is None else getattr(comparison.float, name)

@@ -1,4 +1,4 @@
-"""What a model is made of, whether dfq takes it, and how large its checkpoints would be."""
+"""Description of a model: architecture, support by dfq, and size of its checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BITS = (8, 4)
 
 
 def inspect_model(name: str, weights: str | Path | None, **options: Any) -> dict[str, Any]:
-    """Facts about a model by name, as JSON types.
+    """Describe a model by name, as JSON types.
 
     Raises:
         UnknownModelError, WeightsError, SettingError: see :func:`dfq.load_model`.
@@ -66,7 +66,7 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _checkpoint_bytes(arch: Architecture, preprocessing: Preprocessing, bits: int) -> int:
-    """Size of the tensors of a checkpoint with default settings, in bytes."""
+    """Return the size of the tensors of a checkpoint with default settings, in bytes."""
     with torch.device("meta"):
         model = QuantizedViT(arch, QuantizationSettings(bits=bits), preprocessing)
     tensors = model.state_dict().values()

@@ -1,4 +1,4 @@
-"""``dfq.invert``: a model into a sparse-image dataset."""
+"""``dfq.invert``: inversion of a model into a sparse-image dataset."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def invert(
         model, weights, num_classes, img_size, in_chans, global_pool, mean, std, input_range: see
             :func:`dfq.load_model`.
         method: ``pri``, ``smi``, ``dmi`` or ``noise``.
-        images: how many to make.
-        iterations: of a trajectory.
+        images: number of images.
+        iterations: number of iterations of a trajectory.
         stages: ``pri``: images a trajectory yields; by default 4, or fewer where there are fewer
             patches or iterations.
-        out: a directory for the dataset; without it the cache keeps it.
+        out: directory of the dataset; by default it is kept in the cache.
         seed: of noise, targets and jitter.
         threads: of the optimization; torch's by default.
         precision: ``auto``, ``float32``, ``bfloat16``, ``int8`` or ``int7``.

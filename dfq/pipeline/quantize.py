@@ -1,4 +1,4 @@
-"""``dfq.quantize``: from a float model to a checkpoint, with images on disk between."""
+"""``dfq.quantize``: from a float model by way of images on disk to a checkpoint."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _check_measuring(
     for name, value in asked.items():
         if value is not None and not evaluate:
             raise SettingError(
-                f"{option(name)} is to be measured, which {option('evaluate', False)} leaves out. "
+                f"{option(name)} needs a measurement, which {option('evaluate', False)} turns off. "
                 "Give one of them."
             )
     check_shares(min_agreement=min_agreement, min_accuracy=min_accuracy)
@@ -172,7 +172,7 @@ def _check_measuring(
         )
     if class_map is not None and eval is None:
         raise SettingError(
-            f"{option('class_map')} numbers the class folders of {option('eval')}: give it too."
+            f"{option('class_map')} numbers the class folders of {option('eval')}; give both."
         )
 
 
@@ -184,8 +184,8 @@ def _workload(data: ImageSource | InversionSettings | None) -> InversionSettings
 def _slow(
     recipe: Recipe, device: torch.device, made: bool, evaluate: bool, eval: str | Path | None
 ) -> list[str]:
-    """Return what will be slow: inversion, of images to calibrate on (``made``) or to measure on,
-    and the quantized model when it is measured."""
+    """Return warnings about slow inversion, of images to calibrate on (``made``) or to measure
+    on, and about slow measurement of the quantized model."""
     inverts = (made and recipe.inversion.method != "noise") or (evaluate and eval is None)
     floats = slow_floats(device, inversion=recipe.inversion.precision) if inverts else []
     largest = onednn.MAX_WEIGHT_WITHOUT_VNNI if recipe.quantization.reduce_range else 127
@@ -195,7 +195,7 @@ def _slow(
 def _place(out: str | Path | None, name: str, scheme: Scheme, progress: Progress) -> Path:
     """Return the directory of the checkpoint, after checks that it can be written.
 
-    What will be replaced there is noted.
+    A checkpoint that will be replaced is noted.
     """
     place = default_place(name, scheme) if out is None else Path(out)
     checkpoints.check_output(place)

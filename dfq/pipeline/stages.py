@@ -106,7 +106,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Plan:
-    """What all stages share.
+    """Context of all stages.
 
     ``model``: the float model on ``device``, frozen.  ``recipe``: all settings.  ``cache``:
     directory of inverted datasets, by default the user's.  ``clock``: time of the stages so far.
@@ -121,7 +121,7 @@ class Plan:
 
     @property
     def scheme(self) -> Scheme:
-        """Types and rounding of every layer."""
+        """Quantization scheme of every layer."""
         return Scheme(self.recipe.quantization)
 
 
@@ -141,7 +141,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of a quantized model beside the float one; None where not measured.
+    """Measurements of a quantized model compared with the float one; None if not measured.
 
     The fields are those of :class:`dfq.QuantizeResult`.
     """
@@ -157,10 +157,11 @@ class Measured:
 def choose_recipe(
     recipe: str | Path | Recipe | None, settings: dict[str, dict[str, Any]] | None
 ) -> Recipe:
-    """Return a recipe with the tables of ``settings`` over it.
+    """Return a recipe, overridden by the tables of ``settings``.
 
     Raises:
-        RecipeError, SettingError: as their names say.
+        RecipeError: the recipe is missing or malformed.
+        SettingError: a setting is unknown or out of range.
     """
     tables = settings or {}
     for section in tables:
@@ -186,7 +187,7 @@ def prepare(
     progress: Progress | None = None,
     **options: Unpack[LoadOptions],
 ) -> Plan:
-    """Load the model, and resolve the settings for it.
+    """Load the model and resolve the settings for it.
 
     Args:
         model: as for :func:`dfq.load_model`, which takes ``options``; it is not modified.
@@ -217,7 +218,7 @@ def prepare(
 def make_calibration_set(
     plan: Plan, source: str | Path | None = None, *, images: int | None = None
 ) -> CalibrationSet:
-    """Invert the model into the images to calibrate on, find them in the cache, or open others.
+    """Invert the calibration images, find them in the cache, or open given images.
 
     Args:
         source: path of a sparse-image dataset (of :func:`dfq.invert` or
@@ -309,7 +310,7 @@ def diagnose(plan: Plan, quantized: Quantized, images: CalibrationSet) -> Quanti
 def save(
     plan: Plan, quantized: Quantized, images: CalibrationSet, out: str | Path | None = None
 ) -> QuantizeResult:
-    """Write the checkpoint and its ``report.json``; nothing has been measured yet.
+    """Write the checkpoint and its ``report.json``, before any measurement.
 
     The recipe in it has the inversion settings of the images.
 
@@ -356,7 +357,7 @@ def save(
 
 
 def default_place(name: str, scheme: Scheme) -> Path:
-    """Return the directory of a checkpoint that the caller did not name."""
+    """Return the default directory of a checkpoint."""
     return Path(f"{safe_name(name)}-{scheme.name}")
 
 
@@ -369,7 +370,7 @@ def make_evaluation_set(
     min_agreement: float | None = None,
     min_accuracy: float | None = None,
 ) -> ImageSource | InversionSettings:
-    """Open the images to measure on, or settle how they will be inverted.
+    """Open the images to measure on, or choose the settings to invert them.
 
     Args:
         data: images as for :func:`dfq.evaluate`; by default :func:`measure` inverts images of

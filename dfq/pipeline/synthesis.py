@@ -1,4 +1,4 @@
-"""From inversion settings to the dataset on disk, made, resumed or found."""
+"""Datasets of inverted images for given settings: made, resumed or found in the cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from dfq.vit.architecture import to_json as describe
 from dfq.vit.load import LoadedModel
 
 IDLE = 3600.0
-"""Seconds after which an unfinished dataset counts as given up."""
+"""Seconds without writes after which an unfinished dataset counts as abandoned."""
 
 _ALWAYS = frozenset(
     {
@@ -45,8 +45,8 @@ _ALWAYS = frozenset(
         "precision",
     }
 )
-"""Settings that datasets had from the first.  Others are recorded only where they are not the
-default, so that a dataset made before them is still found."""
+"""Settings that are always recorded.  Others are recorded only if they differ from the default, so
+that datasets made before they existed are still found."""
 
 
 def make_dataset(
@@ -59,10 +59,10 @@ def make_dataset(
     progress: Progress,
     purpose: str = "",
 ) -> tuple[SparseImageDataset, bool]:
-    """Open the dataset of these settings, making what is missing of it.
+    """Open the dataset of these settings; missing images are inverted.
 
-    Returns the dataset and whether it was whole before.  ``purpose`` says to people what the
-    images are for.
+    Returns the dataset and whether it was complete before.  ``purpose``: word for progress
+    messages, such as the kind of images.
 
     Raises:
         SettingError: ``classes`` names one that the model does not have.
@@ -88,17 +88,17 @@ def make_dataset(
     workers.wait()
     facts, resolved = _resume(path, facts, resolved, in_cache=False)
     writer = DatasetWriter(path, facts)
-    own = workers.share(units)
-    mine = [unit for unit in own if not writer.has(unit.index, unit.shards)]
-    if len(mine) < len(own):
-        progress.note(f"Resuming: {len(own) - len(mine)} of {len(own)} units are done")
+    assigned = workers.share(units)
+    missing = [unit for unit in assigned if not writer.has(unit.index, unit.shards)]
+    if len(missing) < len(assigned):
+        progress.note(f"Resuming: {len(assigned) - len(missing)} of {len(assigned)} units are done")
     workers.wait()
-    if mine:
+    if missing:
         engine = Engine(loaded.vit, loaded.preprocessing, resolved, device)
-        steps = len(mine) * engine.events[-1].iteration
+        steps = len(missing) * engine.events[-1].iteration
         name = f"Inverting {resolved.images} {purpose}images ({resolved.method})"
         with progress.task(name, max(1, steps)) as advance:
-            for unit in mine:
+            for unit in missing:
                 writer.write(unit.index, engine.run(unit, advance))
     workers.wait()
     if workers.first:
@@ -110,7 +110,7 @@ def make_dataset(
 def _dataset_settings(
     loaded: LoadedModel, settings: InversionSettings, device: torch.device
 ) -> dict[str, Any]:
-    """Content of ``settings.json``."""
+    """Return the content of ``settings.json``."""
     relevant = to_dict(settings)
     threads = relevant.pop("threads")
     default = to_dict(InversionSettings())
@@ -126,7 +126,7 @@ def _dataset_settings(
 def dataset_facts(
     loaded: LoadedModel, inversion: dict[str, Any], threads: int, machine: str
 ) -> dict[str, Any]:
-    """Content of ``settings.json`` of images that were made for a model as ``inversion`` says."""
+    """Return the content of ``settings.json`` for images of a model with ``inversion`` settings."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -151,7 +151,7 @@ def dataset_facts(
 
 
 def machine_of(device: torch.device) -> str:
-    """What decides how a device rounds, for people: its kind, and which of that."""
+    """Describe the device's kernels, which determine rounding: device type and capability."""
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
@@ -171,7 +171,7 @@ def _cached_path(
 
 
 def _finished(path: Path, facts: dict[str, Any]) -> SparseImageDataset | None:
-    """The whole dataset at ``path``, if it is the one that ``facts`` describe."""
+    """Open the dataset at ``path`` if it is complete and matches ``facts``; else return None."""
     if not (path / MANIFEST).is_file():
         return None
     dataset = SparseImageDataset(path)
@@ -181,9 +181,9 @@ def _finished(path: Path, facts: dict[str, Any]) -> SparseImageDataset | None:
 def _resume(
     path: Path, facts: dict[str, Any], settings: InversionSettings, *, in_cache: bool
 ) -> tuple[dict[str, Any], InversionSettings]:
-    """Take over the recorded threads of an unfinished run, so that its bytes are the same.
+    """Adopt the recorded number of threads of an unfinished run, so that its bytes are the same.
 
-    In the cache, an unfinished run of another machine or other versions is begun anew.
+    In the cache, an unfinished run of another machine or other versions is restarted.
 
     Raises:
         DatasetError: that run may still be going on.
@@ -204,7 +204,7 @@ def _resume(
 
 
 def _remove_idle(path: Path) -> None:
-    """Remove an unfinished dataset that nobody has written to for :data:`IDLE` seconds."""
+    """Remove an unfinished dataset without writes for :data:`IDLE` seconds."""
     idle = time.time() - max(p.stat().st_mtime for p in (path, *path.iterdir()))
     if idle < IDLE:
         raise DatasetError(

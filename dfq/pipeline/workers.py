@@ -1,4 +1,4 @@
-"""Several processes that share the units of work of one dataset, started by ``torchrun``."""
+"""Worker processes started by ``torchrun`` that share the units of work of a dataset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dfq.errors import SettingError, WorkerError
 T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(days=7)
-"""How long a worker waits for the others; ``torchrun`` stops all when one dies."""
+"""Longest wait for other workers; ``torchrun`` stops all when one dies."""
 
 
 def launched_together() -> bool:
@@ -30,21 +30,20 @@ def launched_together() -> bool:
 def check_alone(verb: str, data: str) -> None:
     """Raise :class:`SettingError` if ``torchrun`` started several processes.
 
-    ``data`` is the parameter by which ``verb`` takes a dataset that they made.
+    ``data``: parameter by which ``verb`` takes a finished dataset.
     """
     if launched_together():
         raise SettingError(
-            f"{verb} runs in one process. Let torchrun share out `dfq invert MODEL --out DIR`, "
-            f"then {verb} with {option(data, 'DIR')}."
+            f"{verb} runs in one process. Run `dfq invert MODEL --out DIR` under torchrun, then "
+            f"{verb} with {option(data, 'DIR')}."
         )
 
 
 class Workers:
-    """The processes of a run: one alone, or all that ``torchrun`` started.
+    """Processes of a run: a single one, or all that ``torchrun`` started.
 
-    They exchange nothing but the news that a stage is over; units of work depend on the
-    settings alone, so it does not matter who makes which.  A process group that the caller
-    made for purposes of its own is left alone.
+    They only wait for each other between stages: units of work depend on the settings alone, so
+    any process may run any of them.  A process group of the caller is not used.
     """
 
     _joined: ClassVar[bool] = False
@@ -58,15 +57,15 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """Whether this process prepares and finishes what only one may."""
+        """Whether this process has rank 0, which begins and finishes the dataset."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of the work."""
+        """Return this process's part of the items."""
         return items[self.rank :: self.size]
 
     def wait(self) -> None:
-        """Go on when all processes have come here.
+        """Wait for all processes.
 
         Raises:
             WorkerError: one of them has died.
@@ -76,6 +75,6 @@ class Workers:
                 dist.barrier()
             except RuntimeError as error:
                 raise WorkerError(
-                    "Another worker has stopped, so this one stops too. What is finished is "
-                    "kept: run the same command again and only the rest is made."
+                    "Another worker has stopped, so this one stops too. Finished units are "
+                    "kept: run the same command again to make the rest."
                 ) from error

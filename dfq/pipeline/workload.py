@@ -1,7 +1,6 @@
-"""Stages of a verb, and how much work inversion, whose speed is measured first, has in each.
+"""Stages of a verb for the estimate of the remaining time, with the work of inversion in each.
 
-Other work is left out of the time of the whole: a step of calibration is no measure of one of
-evaluation.
+Other work is not estimated: its speed does not follow from that of inversion.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from dfq.job import Stage
 from dfq.recipe import InversionSettings, Recipe
 
 BACKWARD = 2
-"""Forward passes that a backward pass takes."""
+"""Cost of a backward pass in forward passes."""
 
 
 def inverting(settings: InversionSettings, patches: int) -> Stage:
-    """Return the stage of inversion by a model of so many patches."""
+    """Return the stage of inversion, for a model with ``patches`` patches."""
     trajectories = sum(unit.trajectories for unit in plan_units(settings, patches))
     live, before, work = patches, 0, 0.0
     for event in events(settings, patches):

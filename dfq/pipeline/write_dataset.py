@@ -1,4 +1,4 @@
-"""Images from elsewhere as a sparse-image dataset, to calibrate on like inverted ones."""
+"""``dfq.write_dataset``: images from other sources as a sparse-image dataset."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def write_dataset(
 ) -> SparseImageDataset:
     """Write images that dfq did not invert as a sparse-image dataset of a model.
 
-    Calibration treats them as inverted images: what ``smooth`` and ``fractal`` of
-    :class:`dfq.QuantizationSettings` say is put beside them.
+    Calibration treats them as inverted images and augments them by ``smooth`` and ``fractal`` of
+    :class:`dfq.QuantizationSettings`.
 
     Args:
         out: the dataset's directory; it must not hold a dataset yet.
-        units: units of work as :meth:`dfq.SparseImageDataset.units` gives them: images of the
-            model's grid, in each unit all images of its trajectories.
-        model: the model that they are for, as :func:`dfq.load_model` gives it.
-        origin: a word for where they come from, recorded as their method.
-        settings: JSON values that are recorded beside it.
+        units: units of work as in :meth:`dfq.SparseImageDataset.units`: images on the model's
+            grid; each unit has all images of its trajectories.
+        model: model of the images, from :func:`dfq.load_model`.
+        origin: word for their source, recorded as their method.
+        settings: further JSON values to record.
 
     Raises:
         DataError: there are no images, or they do not fit the model.
-        OutputError: the place cannot be written or holds something else.
+        OutputError: the directory cannot be written, or holds something else.
         SettingError: ``origin`` is no word of lower-case letters, digits and hyphens, or the
             name of one of dfq's methods; or ``settings`` are no JSON.
     """
@@ -104,7 +104,7 @@ def _write(
 
 
 def _as_the_caller(units: Iterable[Any]) -> Iterator[list[Any]]:
-    """Units as the caller makes them: in the caller's state of the process."""
+    """Yield the caller's units, made with the caller's global settings."""
     end = object()
     with callers_state():
         rest = iter(units)
@@ -118,7 +118,7 @@ def _as_the_caller(units: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _check_types(unit: list[Any]) -> None:
-    """Raise DataError for what is no sparse images, or holds no whole numbers."""
+    """Raise DataError unless a unit holds sparse images with whole numbers."""
     for batch in unit:
         if not isinstance(batch, SparseImages):
             raise DataError(
@@ -134,7 +134,7 @@ def _check_types(unit: list[Any]) -> None:
 
 
 def _check(unit: list[SparseImages], grid: Grid, seen: set[int]) -> None:
-    """Raise DataError unless a reader will take the unit; adds its trajectories to ``seen``."""
+    """Raise DataError unless the unit can be read again; adds its trajectories to ``seen``."""
     pairs: list[tuple[int, int]] = []
     for batch in unit:
         if batch.patches.dtype != torch.uint8 or not batch.patches.numel():

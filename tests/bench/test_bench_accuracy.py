@@ -31,7 +31,7 @@ class Notes:
 
 @pytest.fixture
 def others(tmp_path: Path) -> Path:
-    """Images of the size of ``labeled_npz``'s, none of them the same."""
+    """Images of the same size as ``labeled_npz``, but different."""
     path = tmp_path / "others.npz"
     x = np.random.default_rng(1).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
     np.savez(path, x=x, y=np.arange(8, dtype=np.uint8) % 5)

@@ -1,4 +1,4 @@
-"""What is recorded along trajectories, and features of images."""
+"""Recording of trajectories, and features of images."""
 
 from __future__ import annotations
 

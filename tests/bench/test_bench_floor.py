@@ -1,4 +1,4 @@
-"""Counting operations, and the floor of an iteration."""
+"""Counted operations, and the lower bound of an iteration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dfq.vit import ViT
 
 
 def counted(vit: ViT, live: int, batch: int, forward: Any) -> int:
-    """What PyTorch counts for a forward and the gradient of the patches."""
+    """Operations that PyTorch counts for a forward pass and the gradient of the patches."""
     vit.requires_grad_(False)
     patches = torch.randn(batch, live, vit.arch.grid.patch_values, requires_grad=True)
     positions = torch.arange(live).expand(batch, -1)

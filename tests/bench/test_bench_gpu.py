@@ -1,4 +1,4 @@
-"""``gpu-check``, rehearsed on a CPU."""
+"""``gpu-check`` on a CPU."""
 
 from __future__ import annotations
 

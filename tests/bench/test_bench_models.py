@@ -1,4 +1,4 @@
-"""What inversion costs on many models."""
+"""Cost of inversion on many models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quality over effort, and the knee."""
+"""Accuracy over iterations, and the knee."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of weights of the full range and of a reduced one are told apart, in all experiments."""
+"""Rows with and without ``reduce_range`` are separate in all experiments."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def options(entry: Entry, weights: Path, data: Path, **changes: Any) -> Any:
 
 
 def as_version_1(path: Path) -> None:
-    """The results as they were kept before ranges were."""
+    """Rewrite results as format version 1, without ``reduce_range``."""
     content = json.loads(path.read_text())
     for entry in content["rows"]:
         del entry["key"]["reduce_range"]

@@ -1,4 +1,4 @@
-"""Variants that isolate re-birth: equal effort, what they do, and their table."""
+"""Variants of the ablation of re-birth: equal patch updates, settings, table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of the same function with channels of very different size."""
+"""Rescaled channels: the same function with very different ranges."""
 
 from __future__ import annotations
 

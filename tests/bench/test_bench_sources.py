@@ -1,4 +1,4 @@
-"""Calibration sources: what they are, that they go the same way, and their tables."""
+"""Calibration sources: their images, rows and tables."""
 
 from __future__ import annotations
 

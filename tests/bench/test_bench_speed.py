@@ -1,4 +1,4 @@
-"""Timing of inversion, and what is extrapolated from it."""
+"""Time of inversion, and its extrapolation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEED = registry.entry("inversion-speed")
 
 
 class Heard:
-    """Keeps what is noted."""
+    """Notes that keeps its lines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Likeness of pictures, rankings and activations, and the experiment of these."""
+"""Similarity of images, rankings and activations, and its experiment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dfq.benchmark``: every runtime that is here is measured, every other is named."""
+"""``dfq.benchmark``: installed runtimes are measured, others are listed as absent."""
 
 from __future__ import annotations
 

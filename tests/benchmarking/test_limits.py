@@ -1,4 +1,4 @@
-"""Benchmarks keep to their limits, and what was measured before they stop."""
+"""Time limits of benchmarks, and results of interrupted ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def install(
 
 
 def at_batch(batch: int, act: Callable[[], Any]) -> Predict:
-    """A runtime that acts at one batch size, and does nothing at others."""
+    """Runtime that calls ``act`` at one batch size and does nothing at others."""
     return lambda images: act() if len(images) == batch else None
 
 

@@ -1,4 +1,4 @@
-"""Shell completion, as a shell asks for it: words in variables of the environment."""
+"""Shell completion through environment variables, as shells request it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(*args: str, **variables: str) -> str:
 
 
 def completed(words: str) -> list[str]:
-    """What bash is offered for the last word."""
+    """Return bash's completions of the last word."""
     place = len(words.split(" ")) - 1
     return run(COMP_WORDS=words, COMP_CWORD=str(place), _DFQ_COMPLETE="complete_bash").split()
 

@@ -67,7 +67,7 @@ def test_the_version_is_printed(cli: Cli) -> None:
 
 
 def process(args: list[str], cache: Path) -> subprocess.Popen[str]:
-    """``python -m dfq`` that can be interrupted, even where this process cannot."""
+    """Start ``python -m dfq`` so that SIGINT interrupts it, even if this process ignores SIGINT."""
     code = (
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "runpy.run_module('dfq', run_name='__main__')"

@@ -87,7 +87,7 @@ def test_a_cache_that_is_a_file_is_no_empty_cache(cli: Cli, tmp_path: Path) -> N
 
 @dataclass(frozen=True)
 class Places:
-    """What the arguments of a wrong command may name."""
+    """Files for the arguments of wrong commands."""
 
     cli: Cli
     tmp: Path

@@ -21,7 +21,7 @@ DIFFERENT = {
     "--threads": "of inversion, or of every runtime that is measured",
     "--weights": "a model's file, or the type of an exported file's weights",
 }
-"""Options that mean something else in another command, and what."""
+"""Options whose help differs between commands."""
 
 METAVAR = re.compile(r"[A-Z][A-Z,|.]*|\[[a-z0-9|]+\]")
 

@@ -1,4 +1,4 @@
-"""What the command line may replace, and what it leaves alone."""
+"""Outputs that the command line replaces, and those that it does not."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_an_interrupt_exits_with_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dfq, "evaluate", interrupt, raising=False)
     ended = cli.invert()
     assert ended.code == 130
-    assert "run it again to go on" in ended.stderr
+    assert "run the command again to resume" in ended.stderr
     ended = cli("evaluate", "x", "--data", "y", "--json")
     assert ended.code == 130
     assert ended.json["error"] == {"type": "KeyboardInterrupt", "message": "Interrupted."}

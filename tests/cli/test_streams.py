@@ -1,4 +1,4 @@
-"""Every verb beside standard streams that are closed, full, broken or ASCII."""
+"""Every verb with standard streams that are closed, full, broken or ASCII."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAST = ["--iterations", "2", "--images", "2", "--stages", "1", "--threads", "1"]
 
 
 class Device(io.RawIOBase):
-    """What a standard stream leads to: memory, or if ``full`` a disk without room."""
+    """File of a standard stream: memory, or a full disk."""
 
     def __init__(self, *, full: bool = False) -> None:
         self.full, self.content = full, b""
@@ -41,7 +41,7 @@ class Device(io.RawIOBase):
 
 
 def broken_pipe() -> io.FileIO:
-    """A pipe that nobody reads."""
+    """Pipe without a reader."""
     read, write = os.pipe()
     os.close(read)
     return io.FileIO(write, "w")
@@ -62,7 +62,7 @@ class Ended:
 
 
 class Place:
-    """Runs verbs in this process, their files in a directory of any name."""
+    """Runner of verbs in this process, with files in a directory of any name."""
 
     def __init__(
         self, root: Path, weights: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -75,7 +75,7 @@ class Place:
         return ["test_vit", "--weights", str(self.weights), "--img-size", "32"]
 
     def run(self, words: list[str], out: Raw, err: Raw, encoding: str = "utf-8") -> Ended:
-        """As ``dfq`` does it; a stream that is None is closed."""
+        """Run a verb as ``dfq`` does; a stream that is None is closed."""
         with self.monkeypatch.context() as patch:
             given = [text(raw, encoding) for raw in (out, err)]
             patch.setattr(sys, "stdout", given[0])
@@ -269,7 +269,7 @@ def shell(command: str) -> tuple[str, str]:
     return ended.stdout, ended.stderr
 
 
-REFUSED = "error: Standard output is closed, and the result is printed there; "
+REFUSED = "error: Standard output is closed, so the result cannot be printed; "
 
 
 @pytest.mark.skipif(os.name != "posix", reason="redirections are the shell's")

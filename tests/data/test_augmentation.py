@@ -1,4 +1,4 @@
-"""What calibration sees beside the inverted images."""
+"""Augmentation of inverted images for calibration."""
 
 from __future__ import annotations
 

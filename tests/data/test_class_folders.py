@@ -28,7 +28,7 @@ from dfq.errors import DataError
 
 
 def made(root: Path, names: Sequence[str]) -> Path:
-    """A folder with a folder for each name, an image file in each."""
+    """Create a folder with a class folder for each name, each with an image."""
     for name in random.Random(0).sample(names, len(names)):
         (root / name).mkdir(parents=True)
         (root / name / "x.png").touch()

@@ -1,4 +1,4 @@
-"""Finished sparse-image datasets, as they are read."""
+"""Reading of sparse-image datasets."""
 
 from __future__ import annotations
 

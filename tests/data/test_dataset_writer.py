@@ -1,4 +1,4 @@
-"""Sparse-image datasets as they are written, resumed and keyed."""
+"""Writing, resuming and cache keys of sparse-image datasets."""
 
 from __future__ import annotations
 

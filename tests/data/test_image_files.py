@@ -33,7 +33,7 @@ def save(path: Path, seed: int = 0) -> Path:
 
 
 def spoil(path: Path) -> None:
-    """A file with the name of an image that no program can read as one."""
+    """Write an unreadable file with the name of an image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"no image")
 
@@ -64,7 +64,7 @@ HIDDEN = [
     "System Volume Information/0.png",
     "lost+found/0.png",
 ]
-"""What systems and programs leave in folders."""
+"""Hidden files and folders of operating systems and programs."""
 
 OTHERS = ["Thumbs.db", "desktop.ini", "ehthumbs.db", "notes.txt", "0.png.txt", "png", "labels.csv"]
 """Files that are no images by their names."""

@@ -1,4 +1,4 @@
-"""Files of every depth and color mode become the right 8 bits, or are refused."""
+"""Conversion of image files of every depth and color mode to 8 bits."""
 
 from __future__ import annotations
 

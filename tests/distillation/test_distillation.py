@@ -312,7 +312,7 @@ def test_quantizing_with_a_recipe_for_distillation_keeps_none_of_it(tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student as it was written."""
+    """Directory of a written student."""
     root = tmp_path_factory.mktemp("student")
     given = {"inversion": INVERSION, "distillation": TRAINING}
     dfq.distill(

@@ -1,4 +1,4 @@
-"""Who leaves a trajectory when, and how work is cut into units."""
+"""Schedules of methods, and units of work."""
 
 from __future__ import annotations
 

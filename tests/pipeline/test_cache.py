@@ -51,7 +51,7 @@ def names(cache: Path) -> list[str]:
 
 
 def problem_of(path: Path) -> str | None:
-    """What listing says about the only dataset of a cache."""
+    """Return the problem of the only dataset in a cache."""
     (entry,) = list_cache(path.parents[1])
     return entry.problem
 

@@ -30,7 +30,7 @@ from dfq.vit.load import LoadedModel
 
 
 class Fixed:
-    """Stands for a model: its logits are given, batch by batch."""
+    """Model with given logits, batch by batch."""
 
     def __init__(self, *batches: list[list[float]]) -> None:
         self.batches = [torch.tensor(b, dtype=torch.float32) for b in batches]

@@ -36,7 +36,7 @@ def quantize(model: nn.Module, out: Path, **changes: Any) -> dfq.QuantizeResult:
 
 @torch.no_grad()
 def logits(model: VisionTransformer) -> Tensor:
-    """The float model's own, of the images as arrays."""
+    """Logits of the float model for the images as arrays."""
     p = load_model(model).preprocessing
     mean, std = (torch.tensor(v)[:, None, None] for v in (p.mean, p.std))
     return model((torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255 - mean) / std)
@@ -44,7 +44,7 @@ def logits(model: VisionTransformer) -> Tensor:
 
 @pytest.fixture(scope="module")
 def model() -> VisionTransformer:
-    """Whose data config asks for no crop, so that files give the pixels of arrays."""
+    """Model whose data config has no crop, so that files give the pixels of arrays."""
     model: Any = make_vit()
     model.pretrained_cfg = {"crop_pct": 1.0, "input_size": (3, 16, 16)}
     return model
@@ -231,7 +231,7 @@ def test_a_class_map_is_of_data_and_of_a_classifier(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def binary() -> VisionTransformer:
-    """One logit, above 0 for about half of the images."""
+    """Model with one logit that is above 0 for about half of the images."""
     model: Any = make_vit(num_classes=1)
     model.pretrained_cfg = {"crop_pct": 1.0, "input_size": (3, 16, 16)}
     with torch.no_grad():
@@ -344,7 +344,7 @@ OTHER_MODELS = [
     "--min-agreement 0.1",
     "--backend cublas",
 ]
-"""What ``evaluate`` refuses of a checkpoint of ``test_vit`` at 32 pixels."""
+"""Float models that ``evaluate`` refuses for a checkpoint of ``test_vit`` at 32 pixels."""
 
 
 @pytest.mark.parametrize("words", OTHER_MODELS)

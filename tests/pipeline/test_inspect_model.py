@@ -1,4 +1,4 @@
-"""``dfq.inspect`` of models: what they are made of, without weights."""
+"""``dfq.inspect`` of models, without their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verbs take a ``LoadedModel`` in the place of a name, and do not change it."""
+"""Verbs with a ``LoadedModel`` as the model, which they do not change."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def prepare(model: Any, **quantization: Any) -> Plan:
 
 
 def run(plan: Plan, out: Path, source: Path | None = None) -> QuantizeResult:
-    """All stages but measuring."""
+    """Run all stages except the measurement."""
     images = stages.make_calibration_set(plan, source)
     quantized = stages.round_weights(plan, stages.calibrate(plan, images))
     quantized = stages.reconstruct(plan, quantized, images)

@@ -1,4 +1,4 @@
-"""Classes and precision that a dataset is made of, from settings to the files."""
+"""Inversion into datasets: classes, precision, resuming, cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes that make one dataset."""
+"""Worker processes that share a dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images from elsewhere as a dataset, and what of settings a dataset records."""
+"""``dfq.write_dataset``, and the settings that datasets record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signal-to-quantization-noise ratios of layers."""
+"""SQNR of layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges by channel, folded into layer norms and the layers after them."""
+"""Cross-layer equalization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges from a histogram of flat memory."""
+"""Histogram observer."""
 
 from __future__ import annotations
 

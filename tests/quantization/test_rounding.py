@@ -1,4 +1,4 @@
-"""How float weights become integers."""
+"""Rounding of weights."""
 
 from __future__ import annotations
 

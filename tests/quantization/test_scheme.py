@@ -1,4 +1,4 @@
-"""What a scheme says of each layer, and that models of any scheme run, are saved and loaded."""
+"""Schemes by layer; models of any scheme run, are saved and loaded."""
 
 from __future__ import annotations
 

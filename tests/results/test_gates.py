@@ -47,7 +47,7 @@ FAST: dict[str, Any] = {"iterations": 2, "stages": 2, "threads": 1}
 
 
 def agreement(count: int, total: int, data: str = "val", **changes: Any) -> AgreementOn:
-    """What is measured where ``count`` of ``total`` images agree."""
+    """Return the agreement of ``count`` of ``total`` images."""
     fields: dict[str, Any] = {
         "data": data,
         "images": total,

@@ -1,4 +1,4 @@
-"""Results as people see them: tables, ``repr`` and HTML."""
+"""Tables, ``repr`` and HTML of results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integers of 2 to 7 bits in bytes."""
+"""Packing of 2- to 7-bit integers."""
 
 from __future__ import annotations
 
