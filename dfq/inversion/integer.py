@@ -67,11 +67,14 @@ def pack(weight: Tensor, largest: int) -> Packed:
     return onednn.pack_weight(integers), scale, torch.zeros(len(scale), dtype=torch.int32)
 
 
-def multiply(x: Tensor, weight: Packed) -> tuple[Tensor, Tensor]:
-    """Return the product divided by each row's scale, and the scales ``[..., 1]``."""
+def multiply(x: Tensor, weight: Packed, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the product divided by each row's scale, and the scales ``[..., 1]``.
+
+    With ``overwrite`` a float32 ``x`` is used as scratch memory.
+    """
     largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
     largest = largest.float().clamp_min_(TINY)
-    rows = (x * (127 / largest)).add_(ROUNDING)
+    rows = torch.mul(x, 127 / largest, out=x if overwrite else None).add_(ROUNDING)
     unsigned = rows.view(torch.int32).to(torch.int8).view(torch.uint8)
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         *(unsigned, 1.0, 128, *weight, None, 1.0, 0, x.dtype, "none", [], "")

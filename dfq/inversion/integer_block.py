@@ -138,25 +138,29 @@ class _Block(torch.autograd.Function):
         attn, mlp, (gradient,) = ctx.block.attn, ctx.block.mlp, gradients
         rows, outer = _transposed(mlp.fc2, gradient)
         rows = aten.gelu_backward(rows, hidden, approximate=GELUS[mlp.activation])
-        rows, scale = _transposed(mlp.fc1, rows)
+        rows, scale = _transposed(mlp.fc1, rows, overwrite=True)
         rows = _norm_backward(rows, middle, mean2, rstd2)
         gradient = torch.addcmul(gradient, rows, scale.mul_(outer), out=rows)
         mixed, scale = _transposed(attn.proj, gradient)
         rows = _attend_backward(mixed.mul_(scale), q, k, v, shares)
-        rows, scale = _transposed(attn.qkv, rows)
+        rows, scale = _transposed(attn.qkv, rows, overwrite=True)
         rows = _norm_backward(rows, x, mean1, rstd1)
         return torch.addcmul(gradient, rows, scale, out=rows), None, None
 
 
 def _apply(product: nn.Module, x: Tensor) -> Tensor:
+    """Return the output of a layer, whose input is overwritten."""
     layer = cast(IntegerProduct, product)
-    y, scale = multiply(x, layer.forward_weight)
+    y, scale = multiply(x, layer.forward_weight, overwrite=True)
     return torch.addcmul(layer.bias, y, scale, out=y)
 
 
-def _transposed(product: nn.Module, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _transposed(
+    product: nn.Module, gradient: Tensor, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the product with the transposed weight, and the scales of its rows."""
-    return multiply(gradient, cast(IntegerProduct, product).backward_weight)
+    layer = cast(IntegerProduct, product)
+    return multiply(gradient, layer.backward_weight, overwrite=overwrite)
 
 
 def _norm(module: nn.Module) -> tuple[tuple[int, ...], None, None, float]:

@@ -197,10 +197,13 @@ def test_a_block_as_one_function_is_as_near_as_its_products_alone(
         assert relative(found, floats) < 1.25 * relative(alone, floats) < 0.08
 
 
-def multiply_floats(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def multiply_floats(x: Tensor, weight: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """As ``multiply``, without rounding."""
     scale = 1 + x.abs().amax(-1, keepdim=True)
-    return x / scale @ weight.T, scale
+    y = x / scale @ weight.T
+    if overwrite:
+        x.fill_(torch.nan)
+    return y, scale
 
 
 @pytest.mark.parametrize("family", FAMILIES)
