@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ MARGIN = 1.05
 
 SECONDS = 3.0
 """Time limit of each runtime's measurement."""
+
+FASTEST = 1e12
+"""Images per second above all that are measured."""
 
 FORMAT = "dfq-choice"
 
@@ -69,13 +73,14 @@ class Choices:
             return {}
         try:
             content = read_json(self._path)
-            record = {int(batch): speeds for batch, speeds in content["measured"].items()}
+            measured = content["measured"]
             good = content["format"] == FORMAT and all(
-                batch > 0 and _is_speeds(speeds) for batch, speeds in record.items()
+                _is_batch(batch) and _is_speeds(speeds) for batch, speeds in measured.items()
             )
+            record = {int(batch): speeds for batch, speeds in measured.items()} if good else {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
-        return record if good else {}
+        return record
 
     def save(self, batch: int, speeds: Mapping[str, float]) -> None:
         """Record images per second of PyTorch (``torch``) and the engines that were measured.
@@ -99,12 +104,17 @@ class Choices:
         return fastest(record[min(record, key=lambda n: abs(math.log(n / batch)))])
 
 
+def _is_batch(text: str) -> bool:
+    """Whether a text is a batch size as :meth:`Choices.save` writes it."""
+    return re.fullmatch("[1-9][0-9]{0,9}", text) is not None
+
+
 def _is_speeds(speeds: Any) -> bool:
     return (
         isinstance(speeds, dict)
         and set(speeds) <= {TORCH, *ENGINES}
         and TORCH in speeds
-        and all(isinstance(v, int | float) and v > 0 for v in speeds.values())
+        and all(type(v) in (int, float) and 0 < v < FASTEST for v in speeds.values())
     )
 
 
