@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ from dfq.data.settings import (
     SETTINGS,
     check_header,
     grid_from_json,
-    inversion_from_json,
+    inversion_of,
+    label_bound,
     read_object,
     read_settings,
 )
 from dfq.errors import DamagedError, DatasetError, OutputError
 from dfq.files import TEMPORARY, explain, make_directory, write_bytes, write_json
 from dfq.ownership import DirectoryFormat, followed, remove_abandoned
-from dfq.recipe import METHODS, InversionSettings
 from dfq.sparse import Grid, SparseImages, join
 
 SHARD_NAME = re.compile(r"shard-([0-9]{5,})-([0-9]{1,7})\.safetensors")
@@ -261,13 +261,16 @@ class SparseImageDataset:
             self.grid = grid_from_json(self.settings["grid"])
             if not self.shards:
                 raise ValueError("no shards")
-            if len({s.name for s in self.shards}) != len(self.shards):
-                raise ValueError("a shard twice")
+            units = [(_unit(s), s.patches) for s in self.shards]
+            if any(b <= a for a, b in pairwise(units)):
+                raise ValueError("shards that are not in order, or one of them twice")
             images = manifest["images"]
             if type(images) is not int or sum(s.images for s in self.shards) != images:
                 raise ValueError("images")
         except (KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{str(self.path)!r}: a malformed field ({error}).") from error
+        self.inversion = inversion_of(self.settings, self.path)
+        """Inversion settings of the images; None for images from other sources."""
 
     def __len__(self) -> int:
         return sum(shard.images for shard in self.shards)
@@ -276,13 +279,6 @@ class SparseImageDataset:
     def method(self) -> str:
         """Name of the method that made the images."""
         return str(self.settings.get("inversion", {}).get("method", "unknown"))
-
-    @property
-    def inversion(self) -> InversionSettings | None:
-        """Inversion settings of the images; None for images from other sources."""
-        if self.method not in METHODS:
-            return None
-        return inversion_from_json(self.settings["inversion"], self.settings.get("threads"))
 
     @property
     def fingerprint(self) -> str:
@@ -315,36 +311,61 @@ class SparseImageDataset:
         images = decode_shard(content, self.grid, str(path))
         if images.patches.shape[:2] != (shard.images, shard.patches):
             raise DamagedError(f"{str(path)!r} does not hold what {MANIFEST} says.")
+        bound, largest = label_bound(self.settings), int(images.labels.max())
+        if bound is not None and largest >= bound:
+            raise DamagedError(
+                f"{str(path)!r} has a label of {largest}; the model has the classes 0 to "
+                f"{bound - 1}."
+            )
         return images
 
-    def verify(self) -> None:
-        """Read and check every shard.
+    def _shards(self) -> Iterator[tuple[Shard, SparseImages]]:
+        """Read every shard in order; no image may occur twice.
 
         Raises:
-            DamagedError: a shard is damaged, or two images have the same trajectory and stage.
+            DamagedError: a shard is damaged, two images have the same trajectory and stage, or
+                those of a shard are not in order.
         """
         seen = set[tuple[int, int]]()
         for shard in self.shards:
             images = self.read(shard)
-            pairs = set(zip(images.trajectory.tolist(), images.stage.tolist(), strict=True))
-            if len(pairs) < len(images) or pairs & seen:
+            pairs = list(zip(images.trajectory.tolist(), images.stage.tolist(), strict=True))
+            if not seen.isdisjoint(pairs) or len(set(pairs)) < len(pairs):
                 raise DamagedError(
                     f"{str(self.path / shard.name)!r} repeats a pair of trajectory and stage."
                 )
-            seen |= pairs
+            if pairs != sorted(pairs):
+                raise DamagedError(
+                    f"{str(self.path / shard.name)!r} has images that are not in order."
+                )
+            seen.update(pairs)
+            yield shard, images
+
+    def verify(self) -> None:
+        """Read and check every shard, as iterating does.
+
+        Raises:
+            DamagedError: a shard is damaged, two images have the same trajectory and stage, or
+                those of a shard are not in order.
+        """
+        for _ in self._shards():
+            pass
 
     def units(self) -> Iterator[list[SparseImages]]:
         """Yield the images of each unit of work; a trajectory lies within one unit."""
-        for _, shards in groupby(self.shards, key=lambda shard: shard.name.split("-")[1]):
-            yield [self.read(shard) for shard in shards]
+        for _, shards in groupby(self._shards(), key=lambda pair: _unit(pair[0])):
+            yield [images for _, images in shards]
 
     def batches(self, size: int) -> Iterator[SparseImages]:
         """Yield batches of at most ``size`` images with equal numbers of patches, in stored
         order."""
-        for shard in self.shards:
-            images = self.read(shard)
+        for _, images in self._shards():
             for start in range(0, len(images), size):
                 yield images[start : start + size]
+
+
+def _unit(shard: Shard) -> int:
+    return int(shard.name.split("-")[1])
 
 
 def _shard(entry: Any) -> Shard:
@@ -353,6 +374,7 @@ def _shard(entry: Any) -> Shard:
         isinstance(shard.name, str)
         and SHARD_NAME.fullmatch(shard.name) is not None
         and all(type(v) is int and 0 < v < 1 << 31 for v in (shard.images, shard.patches))
+        and shard.name == shard_name(_unit(shard), shard.patches)
     )
     if not valid:
         raise ValueError(f"shard {entry!r:.120}")

@@ -174,7 +174,8 @@ def open_images(
     labeled: bool | None,
     class_map: str | Path | None = None,
 ) -> ImageSource:
-    """Open an image folder, an ``.npz`` file, or ``"demo"`` (the demo's test images).
+    """Open an image folder, an ``.npz`` file, or ``"demo"``: the demo's test images, unless there
+    is a folder of that name.
 
     Labels are the class folders, numbered by :func:`dfq.data.image_files.number_classes` or by the
     file ``class_map``; in an ``.npz`` file, ``y``.
@@ -193,13 +194,13 @@ def open_images(
             "none for it. Leave the data out: dfq inverts images of as many channels."
         )
     path = Path(data)
-    is_folder = str(data) != "demo" and path.is_dir()
+    is_folder, is_demo = path.is_dir(), str(data) == "demo"
     if class_map is not None and not is_folder:
         raise DataError(
             f"A class map numbers class folders; {str(data)!r} is no folder. Leave "
             f"{option('class_map')} out."
         )
-    if str(data) == "demo":
+    if is_demo and not is_folder:
         if arch.num_classes != len(demo.CLASSES) or arch.in_channels != 1:
             raise DataError(
                 f"The demo's test images have {len(demo.CLASSES)} classes and 1 channel; the "

@@ -13,13 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dfq.errors import DatasetError, SettingError
-from dfq.files import (
-    read_json,
-)
+from dfq.errors import CheckpointError, DatasetError, SettingError
+from dfq.files import read_json
 from dfq.recipe import METHODS, InversionSettings
 from dfq.sparse import Grid
-from dfq.vit.architecture import LARGEST, Preprocessing
+from dfq.vit.architecture import LARGEST, Architecture, Preprocessing, from_json
 from dfq.vit.preprocessing import preprocessing_problem
 
 FORMAT = "dfq-sparse-images"
@@ -57,20 +55,32 @@ def read_settings(path: Path) -> dict[str, Any]:
     check_header(settings, file)
     for field, valid in _FIELDS.items():
         if field in settings and not valid(settings[field]):
-            raise DatasetError(
-                f"{str(file)!r}: {field} is {settings[field]!r:.80}, which docs/dataset-format.md "
-                "does not allow. The dataset is damaged; make it again."
-            )
+            raise _not_allowed(file, field, settings[field])
     return settings
+
+
+def _not_allowed(file: Path, field: str, value: Any, why: str = "") -> DatasetError:
+    return DatasetError(
+        f"{str(file)!r}: {field} is {value!r:.80}, which docs/dataset-format.md does not allow"
+        f"{why}. The dataset is damaged; make it again."
+    )
 
 
 def _is_model(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and _is_word(value.get("name", "?"))
-        and isinstance(value.get("architecture", {}), dict)
+        and ("architecture" not in value or _is_architecture(value["architecture"]))
         and re.fullmatch("[0-9a-f]{64}", str(value.get("fingerprint", "0" * 64))) is not None
     )
+
+
+def _is_architecture(value: Any) -> bool:
+    try:
+        from_json(Architecture, value)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _is_preprocessing(value: Any) -> bool:
@@ -85,36 +95,47 @@ def _is_preprocessing(value: Any) -> bool:
     ):
         return False
     mean, std, span = (tuple(map(float, numbers)) for numbers in given)
-    if len(span) != 2 or not (mean and std):
-        return len(span) == 2 and span[0] < span[1]
+    if len(span) != 2 or len(mean) != len(std):
+        return False
+    if not mean:
+        return not {"mean", "std"} & set(value) and span[0] < span[1]
     prepared = Preprocessing(mean, std, input_range=(span[0], span[1]))
-    return len(mean) == len(std) and preprocessing_problem(prepared) is None
+    return preprocessing_problem(prepared) is None
 
 
 def _is_inversion(value: Any) -> bool:
-    """Whether the method's name is valid, and the settings of dfq's own methods are too."""
-    if not isinstance(value, dict) or ORIGIN.fullmatch(str(value.get("method", "a"))) is None:
-        return False
-    if value.get("method") not in METHODS:
-        return True
-    try:
-        inversion_from_json(value)
-    except SettingError:
-        return False
-    return True
+    """Whether it is an object with the name of a method."""
+    return isinstance(value, dict) and ORIGIN.fullmatch(str(value.get("method", "a"))) is not None
 
 
-def inversion_from_json(value: dict[str, Any], threads: int | None = None) -> InversionSettings:
-    """Convert inversion settings from ``settings.json``; missing ones get their defaults.
+def inversion_of(settings: dict[str, Any], path: Path) -> InversionSettings | None:
+    """Return the inversion settings of a dataset, ``path``; None if dfq did not invert its images.
+
+    Settings that are not recorded get their defaults.
 
     Raises:
-        SettingError: a value is not allowed.
+        DatasetError: a value is not allowed.
     """
+    recorded = settings.get("inversion", {})
+    if recorded.get("method") not in METHODS:
+        return None
     known = {f.name for f in dataclasses.fields(InversionSettings)}
     given: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known
+        k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items() if k in known
     }
-    return InversionSettings(**{"threads": threads, **given})
+    try:
+        return InversionSettings(**{"threads": settings.get("threads"), **given})
+    except SettingError as error:
+        raise _not_allowed(path / SETTINGS, "inversion", recorded, f" ({error})") from error
+
+
+def label_bound(settings: dict[str, Any]) -> int | None:
+    """Return the number that the labels of a dataset are below, None where it says nothing."""
+    objective = settings.get("objective")
+    if objective == "binary":
+        return 2
+    classes = settings.get("model", {}).get("architecture", {}).get("num_classes")
+    return classes if objective == "class" else None
 
 
 def _is_word(value: Any) -> bool:
@@ -133,6 +154,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "algorithm_version": _is_count,
     "model": _is_model,
     "preprocessing": _is_preprocessing,
+    "units": lambda value: value == "input range",
     "objective": lambda value: value in ("class", "binary", "direction"),
     "inversion": _is_inversion,
     "threads": _is_count,

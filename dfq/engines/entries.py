@@ -38,6 +38,9 @@ BFLOAT16_BOUND = 2.0
 
 PROBE_IMAGES = 8
 
+LARGEST_WEIGHT = 128
+"""Largest magnitude of 8-bit integers."""
+
 SHORT = 32
 """Hexadecimal digits of a digest in names of directories."""
 
@@ -56,8 +59,8 @@ class EngineModelFiles:
     engine: Engine
     cache: Path | None
 
-    def open(self, threads: int) -> Predict:
-        """Open the model with a number of threads.
+    def open(self, threads: int) -> tuple[Predict, ModelFacts]:
+        """Open the model with a number of threads; return it with its facts.
 
         Raises:
             ExtraError: the engine is not installed.
@@ -69,7 +72,7 @@ class EngineModelFiles:
         reason = self.engine.unsupported_reason(facts)
         if reason is not None:
             raise SettingError(f"runtime {self.engine.name!r} is not exact here: {reason}")
-        return self.engine.open(directory, threads, facts)
+        return self.engine.open(directory, threads, facts), facts
 
     def prepare(self) -> tuple[Path, ModelFacts]:
         """Return the directory of the files, and the model's facts; write it if it is
@@ -187,7 +190,18 @@ def _read(directory: Path, engine: Engine) -> ModelFacts | None:
     """Return the facts of an entry, None unless all of its files are whole."""
     entry = read_entry(directory)
     try:
-        facts = ModelFacts(**entry["facts"])
-    except (KeyError, TypeError):
+        facts = _facts(entry["facts"])
+    except (KeyError, TypeError, ValueError):
         return None
     return facts if is_whole(directory, entry, engine.files) else None
+
+
+def _facts(recorded: Any) -> ModelFacts:
+    """Check the facts of an entry; raise ValueError or TypeError if they are none of a model."""
+    facts = ModelFacts(**recorded)
+    if type(facts.max_weight) is not int or not 1 <= facts.max_weight <= LARGEST_WEIGHT:
+        raise ValueError(f"max_weight is {facts.max_weight!r:.80}")
+    for value in (facts.integer_attention, facts.bfloat16):
+        if type(value) is not bool:
+            raise ValueError(f"{value!r:.80} is neither true nor false")
+    return facts

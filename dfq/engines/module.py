@@ -95,7 +95,7 @@ class EngineModel(nn.Module):
 
     def max_weight(self) -> int:
         """Largest magnitude of the integers that linear layers multiply."""
-        return self._session.files.prepare()[1].max_weight
+        return self._session.facts.max_weight
 
     def compile(self, *_: Any, **__: Any) -> None:
         """Raise :class:`SettingError`: PyTorch does not run the model."""
@@ -145,12 +145,16 @@ class EngineModel(nn.Module):
 
 
 class Session:
-    """An engine's open model, opened again when the number of threads changes."""
+    """An engine's open model, opened again when the number of threads changes.
+
+    ``facts``: the model's, as they were when its files were last verified.
+    """
 
     def __init__(self, files: EngineModelFiles, threads: int) -> None:
         self.files = files
         self._lock = threading.Lock()
-        self._open = (threads, files.open(threads))
+        predict, self.facts = files.open(threads)
+        self._open = (threads, predict)
 
     def run(self, images: Any, threads: int) -> Any:
         """Return logits float32 ``[N, classes]`` of images ``[N, C, H, W]``, N >= 1."""
@@ -159,7 +163,8 @@ class Session:
     def _with(self, threads: int) -> Predict:
         with self._lock:
             if self._open[0] != threads:
-                self._open = (threads, self.files.open(threads))
+                predict, self.facts = self.files.open(threads)
+                self._open = (threads, predict)
             return self._open[1]
 
     def __deepcopy__(self, _: Any) -> Session:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ MARGIN = 1.05
 
 SECONDS = 3.0
 """Time limit of each runtime's measurement."""
+
+FASTEST = 1e12
+"""Images per second above all that are measured."""
 
 FORMAT = "dfq-choice"
 
@@ -101,13 +105,18 @@ def read_record(path: Path) -> Record:
     """Return the speeds in a file of a record, empty if there is none or it is damaged."""
     try:
         content = read_json(path)
-        record = {int(batch): speeds for batch, speeds in content["measured"].items()}
+        measured = content["measured"]
         good = content["format"] == FORMAT and all(
-            batch > 0 and _is_speeds(speeds) for batch, speeds in record.items()
+            _is_batch(batch) and _is_speeds(speeds) for batch, speeds in measured.items()
         )
+        return {int(batch): speeds for batch, speeds in measured.items()} if good else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return record if good else {}
+
+
+def _is_batch(text: str) -> bool:
+    """Whether a text is a batch size as :meth:`Choices.save` writes it."""
+    return re.fullmatch("[1-9][0-9]{0,9}", text) is not None
 
 
 def _is_speeds(speeds: Any) -> bool:
@@ -115,7 +124,7 @@ def _is_speeds(speeds: Any) -> bool:
         isinstance(speeds, dict)
         and set(speeds) <= {TORCH, *ENGINES}
         and TORCH in speeds
-        and all(isinstance(v, int | float) and v > 0 for v in speeds.values())
+        and all(type(v) in (int, float) and 0 < v < FASTEST for v in speeds.values())
     )
 
 

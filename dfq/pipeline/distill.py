@@ -20,6 +20,7 @@ from dfq.distillation.student import create, student_arguments
 from dfq.distillation.training import Images, train
 from dfq.errors import OutputError, SettingError, UnsupportedModelError
 from dfq.files import check_writable, safe_name, write_json
+from dfq.inversion.objective import check_classes
 from dfq.inversion.schedule import fit_stages
 from dfq.pipeline.calibration_set import augmented, calibration_set
 from dfq.pipeline.comparison import EVALUATION_BATCH, Comparison, compare, dense_batches, metric_of
@@ -159,6 +160,7 @@ def distill(
         raise UnsupportedModelError(
             f"{name!r} has no classifier; distillation needs the teacher's predictions."
         )
+    check_classes(arch, chosen.inversion.classes)
     if not is_set("stages", stages, inversion, recipe):
         fitting = fit_stages(chosen.inversion, arch.grid.patches)
         chosen = dataclasses.replace(chosen, inversion=fitting)

@@ -27,6 +27,7 @@ from dfq.environment import versions
 from dfq.errors import DatasetError, SettingError, nearest
 from dfq.files import make_directory, safe_name
 from dfq.inversion import plan_units
+from dfq.inversion.objective import check_classes
 from dfq.inversion.schedule import fit_stages
 from dfq.pipeline.calibration_set import (
     CalibrationSet,
@@ -207,6 +208,7 @@ def prepare(
         loaded = load_model(model, **options).frozen(target)
         note_all(progress, loaded.notes)
         Scheme(chosen.quantization).check_layers(loaded.vit.arch)
+        check_classes(loaded.vit.arch, chosen.inversion.classes)
         if not is_set("stages", None, (settings or {}).get("inversion"), recipe):
             fitting = fit_stages(chosen.inversion, loaded.vit.arch.grid.patches)
             chosen = dataclasses.replace(chosen, inversion=fitting)

@@ -18,7 +18,7 @@ from dfq.data.dataset import (
     decode_shard,
     encode_shard,
 )
-from dfq.data.settings import ORIGIN, SETTINGS
+from dfq.data.settings import ORIGIN, SETTINGS, label_bound
 from dfq.errors import DamagedError, DataError, OutputError, SettingError
 from dfq.ownership import check_replaceable, replaced_directory
 from dfq.pipeline.synthesis import dataset_facts, machine_of
@@ -92,6 +92,7 @@ def _write(
     for unit in _as_the_caller(units):
         _check_types(unit)
         _check(unit, grid, seen)
+        _check_labels(unit, facts)
         writer = writer or DatasetWriter(path, facts)
         writer.write(len(sizes), unit)
         counts: Counter[int] = Counter()
@@ -131,6 +132,15 @@ def _check_types(unit: list[Any]) -> None:
                 raise DataError(f"{name} is {values!r:.80}; it must be a tensor of whole numbers.")
             if values.numel() and not -LARGEST <= int(values.min()) <= int(values.max()) <= LARGEST:
                 raise DataError(f"{name} has values beyond {LARGEST}, which 32 bits do not hold.")
+
+
+def _check_labels(unit: list[SparseImages], facts: dict[str, Any]) -> None:
+    bound = label_bound(facts)
+    largest = max(int(batch.labels.max()) for batch in unit)
+    if bound is not None and largest >= bound:
+        raise DataError(
+            f"labels has {largest}; the model's classes are 0 to {bound - 1}, and -1 is for none."
+        )
 
 
 def _check(unit: list[SparseImages], grid: Grid, seen: set[int]) -> None:

@@ -124,7 +124,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     else:
         content = _read_file(path)
     content = _unwrap(content)
-    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+    if not _holds_tensors(content):
         keys = f" (it has {sorted(map(str, content))[:6]})" if isinstance(content, dict) else ""
         raise WeightsError(f"{str(path)!r} holds no model weights{keys}; expected a state dict.")
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
@@ -188,25 +188,34 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return state
 
 
-def _unwrap(content: Any) -> Any:
-    """Return the state dict within a training checkpoint."""
-    while isinstance(content, dict):
-        inner = next(
-            (content[e] for e in STATE_DICT_KEYS if isinstance(content.get(e), dict)), None
-        )
-        if inner is None:
-            return _flatten(content)
-        content = inner
-    return content
+def _unwrap(content: Any, outer: tuple[int, ...] = ()) -> Any:
+    """Return the state dict within a training checkpoint: the first that holds tensors.
+
+    ``outer``: identities of the dicts around ``content``, which a cyclic checkpoint also holds.
+    """
+    if not isinstance(content, dict):
+        return content
+    outer = (*outer, id(content))
+    for key in STATE_DICT_KEYS:
+        inner = content.get(key)
+        if isinstance(inner, dict) and id(inner) not in outer:
+            found = _unwrap(inner, outer)
+            if _holds_tensors(found):
+                return found
+    return _flatten(content)
+
+
+def _holds_tensors(content: Any) -> bool:
+    return isinstance(content, dict) and any(isinstance(v, Tensor) for v in content.values())
 
 
 def _flatten(content: dict[Any, Any]) -> dict[Any, Any]:
     """Flatten a dict of dicts of tensors to names with dots."""
-    if any(isinstance(value, Tensor) for value in content.values()):
+    if _holds_tensors(content):
         return content
     inner = {k: v for k, v in content.items() if isinstance(v, dict)}
     flat = {f"{k}.{key}": value for k, v in inner.items() for key, value in v.items()}
-    return flat if any(isinstance(value, Tensor) for value in flat.values()) else content
+    return flat if _holds_tensors(flat) else content
 
 
 def _check_tensor(key: str, value: Tensor, path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from image_sources import ARCH
 from malformed_json import MALFORMED
 from safetensors.torch import save
 from sparse_datasets import (
@@ -31,10 +34,11 @@ from sparse_datasets import (
 )
 from trees import tree
 
-from dfq.data.dataset import SparseImageDataset, shard_name
+from dfq.data.dataset import SparseImageDataset, encode_shard, shard_name
 from dfq.data.settings import grid_from_json, grid_to_json
 from dfq.errors import DamagedError, DatasetError
 from dfq.sparse import Grid, SparseImages
+from dfq.vit.architecture import to_json
 
 
 def test_dataset_reads_back_bit_for_bit(small_dataset: Path) -> None:
@@ -163,8 +167,82 @@ def test_manifest_that_contradicts_a_shard_is_found(small_dataset: Path, field: 
         manifest["shards"][0][field] += 1
 
     change_json(small_dataset / "manifest.json", change)
-    with pytest.raises(DamagedError, match=re.escape(shard_name(0, 2))):
+    with pytest.raises(DatasetError, match=re.escape(shard_name(0, 2))):
         SparseImageDataset(small_dataset).verify()
+
+
+def put(dataset: Path, unit: int, images: SparseImages) -> None:
+    """Replace a shard, with its entry of the manifest, by one of these images as they are."""
+    content = encode_shard(images)
+    name = shard_name(unit, images.patches.shape[1])
+    (dataset / name).write_bytes(content)
+
+    def change(manifest: dict[str, Any]) -> None:
+        (entry,) = [s for s in manifest["shards"] if s["name"] == name]
+        manifest["images"] += len(images) - entry["images"]
+        entry.update(images=len(images), sha256=hashlib.sha256(content).hexdigest())
+
+    change_json(dataset / "manifest.json", change)
+
+
+ITERATIONS: dict[str, Callable[[SparseImageDataset], object]] = {
+    "verify": SparseImageDataset.verify,
+    "batches": lambda dataset: list(dataset.batches(64)),
+    "units": lambda dataset: list(dataset.units()),
+}
+
+
+@pytest.mark.parametrize("iterate", ITERATIONS.values(), ids=ITERATIONS)
+def test_images_occur_once_and_in_order(
+    small_dataset: Path, iterate: Callable[[SparseImageDataset], object]
+) -> None:
+    opened = SparseImageDataset(small_dataset)
+    first, second = opened.read(opened.shards[2]), opened.read(opened.shards[0])
+    for images, message in (
+        (dataclasses.replace(first, trajectory=first.trajectory * 0), "00001-2.*repeats a pair"),
+        (second[torch.tensor([0, 0])], "00001-2.*repeats a pair"),
+        (dataclasses.replace(second, trajectory=torch.tensor([9, 8])), "00001-2.*not in order"),
+    ):
+        put(small_dataset, 1, images)
+        with pytest.raises(DamagedError, match=message):
+            iterate(SparseImageDataset(small_dataset))
+
+
+@pytest.mark.parametrize(
+    ("objective", "classes", "bound"),
+    [("class", 10, 10), ("binary", 1, 2), ("direction", 0, None), (None, 10, None)],
+)
+def test_labels_are_classes_of_the_model(
+    small_dataset: Path, objective: str | None, classes: int, bound: int | None
+) -> None:
+    def change(settings: dict[str, Any]) -> None:
+        architecture = to_json(dataclasses.replace(ARCH, num_classes=classes))
+        settings["model"]["architecture"] = architecture
+        settings.update({} if objective is None else {"objective": objective})
+
+    change_json(small_dataset / "settings.json", change)
+    opened = SparseImageDataset(small_dataset)
+    images = opened.read(opened.shards[0]) if bound is None else unit_images(0)[0]
+    for label in (-1, (bound or 1_000_001) - 1):
+        put(small_dataset, 0, dataclasses.replace(images, labels=torch.full((2,), label)))
+        opened = SparseImageDataset(small_dataset)
+        assert opened.read(opened.shards[0]).labels.tolist() == [label] * 2
+    if bound is not None:
+        put(small_dataset, 0, dataclasses.replace(images, labels=torch.tensor([0, bound])))
+        with pytest.raises(DamagedError, match=f"a label of {bound}; .* 0 to {bound - 1}"):
+            list(SparseImageDataset(small_dataset).batches(64))
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2, 3), (0, 2, 1, 3), (2, 3, 0, 1)], ids=str)
+def test_shards_are_in_the_order_of_units_and_sizes(
+    small_dataset: Path, order: tuple[int, ...]
+) -> None:
+    def reorder(manifest: dict[str, Any]) -> None:
+        manifest["shards"] = [manifest["shards"][i] for i in order]
+
+    change_json(small_dataset / "manifest.json", reorder)
+    with pytest.raises(DatasetError, match="not in order"):
+        SparseImageDataset(small_dataset)
 
 
 def test_shard_with_a_good_checksum_is_still_checked(small_dataset: Path) -> None:
@@ -230,6 +308,9 @@ def test_other_formats_and_versions_are_refused(
         "shard-00000-2.safetensors\n",
         "shard-00000-2.safetensors/../settings.json",
         "shard-0000-2.safetensors",
+        "shard-000000-2.safetensors",
+        "shard-00000-02.safetensors",
+        "shard-00000-3.safetensors",
         "shard-00000-12345678.safetensors",
         "settings.json",
         "..",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from image_sources import ARCH
 from sparse_datasets import QUICK, SETTINGS, UNITS, change_json, make_images, same, unit_images
 from trees import tree
 
@@ -23,6 +24,7 @@ from dfq.errors import DamagedError, DatasetError, OutputError
 from dfq.files import host_name
 from dfq.inversion import Engine, plan_units
 from dfq.recipe import InversionSettings
+from dfq.vit.architecture import to_json
 from dfq.vit.load import LoadedModel
 
 
@@ -45,7 +47,19 @@ def test_cache_key_does_not_depend_on_how_the_images_were_computed(field: str) -
         ("model", {"name": "some\x1b[31m"}),
         ("model", {"fingerprint": "f"}),
         ("model", {"architecture": None}),
+        ("model", {"architecture": 5}),
+        ("model", {"architecture": {}}),
+        ("model", {"architecture": {**to_json(ARCH), "embed_dim": "8"}}),
+        ("model", {"architecture": {**to_json(ARCH), "parsecs": 1}}),
+        ("units", 5),
+        ("units", "parsecs"),
+        ("units", None),
         ("preprocessing", None),
+        ("preprocessing", {"mean": [], "std": [0.353]}),
+        ("preprocessing", {"mean": [], "std": []}),
+        ("preprocessing", {"mean": [0.5]}),
+        ("preprocessing", {"std": [0.5]}),
+        ("preprocessing", {"mean": [0.5], "std": [None]}),
         ("preprocessing", {"mean": ["a"]}),
         ("preprocessing", {"std": [True]}),
         ("objective", "classes"),
@@ -57,6 +71,7 @@ def test_cache_key_does_not_depend_on_how_the_images_were_computed(field: str) -
         ("inversion", {"method": "pri", "iterations": "many"}),
         ("inversion", {"method": "pri", "classes": [1.5]}),
         ("inversion", {"method": "dmi", "importance": "none"}),
+        ("inversion", {"method": "pri", "threads": 5000}),
         ("threads", 0),
         ("threads", True),
         ("machine", ["cpu"]),
@@ -71,6 +86,23 @@ def test_a_field_of_the_settings_is_as_the_format_says(
     change_json(small_dataset / "settings.json", lambda s: s.update({field: value}))
     with pytest.raises(DatasetError, match=rf"settings\.json': {field} is .*does not allow"):
         SparseImageDataset(small_dataset)
+
+
+def test_threads_beyond_those_of_a_recipe_are_a_damaged_dataset(small_dataset: Path) -> None:
+    change_json(small_dataset / "settings.json", lambda s: s.update(threads=5000))
+    with pytest.raises(DatasetError, match=r"inversion is .*threads.* is 5000.*damaged"):
+        SparseImageDataset(small_dataset)
+
+
+def test_architecture_and_units_of_a_model_are_taken(small_dataset: Path) -> None:
+    def change(settings: dict[str, Any]) -> None:
+        settings["model"]["architecture"] = to_json(ARCH)
+        settings["units"] = "input range"
+        settings["preprocessing"] = {"mean": [0.5], "std": [0.353]}
+
+    change_json(small_dataset / "settings.json", change)
+    opened = SparseImageDataset(small_dataset)
+    assert opened.inversion == InversionSettings(images=6, threads=1)
 
 
 @pytest.mark.parametrize("field", sorted(set(SETTINGS) - {"threads", "versions"}))

@@ -198,9 +198,18 @@ def test_the_demo_wins_over_a_file_of_that_name(
     slice_ = save_npz(tmp_path / "slice.npz", x=noise(3, 28, 28), y=np.arange(3))
     monkeypatch.setattr(demo, "TEST_SLICE", slice_)
     monkeypatch.chdir(tmp_path)
-    folder(tmp_path / "demo", ["a"])
+    (tmp_path / "demo").write_text("")
     source = opened("demo", dataclasses.replace(GRAY, num_classes=10))
     assert (source.name, len(source)) == ("demo", 3)
+
+
+@pytest.mark.parametrize("name", ["demo", "./demo", Path("demo")], ids=repr)
+def test_a_folder_of_that_name_wins_over_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "demo", ["a", "b"])
+    assert len(opened(name, dataclasses.replace(GRAY, num_classes=2))) == 4
 
 
 # ---- sizes

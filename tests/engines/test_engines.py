@@ -271,6 +271,50 @@ def test_a_damaged_entry_is_written_again(
 
 @pytest.mark.skipif(ENGINES[ONNX].version is None, reason="onnxruntime is not installed")
 class TestEntries:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            *({"max_weight": value} for value in ("x", -5, 0, 129, 64.0, True, None)),
+            {"integer_attention": 0},
+            {"bfloat16": "yes"},
+            {"parsecs": 1},
+        ],
+        ids=str,
+    )
+    def test_facts_of_another_type_are_a_damaged_entry(
+        self, changes: dict[str, Any], checkpoint: Path, tmp_path: Path
+    ) -> None:
+        right = load(checkpoint, ONNX, tmp_path).max_weight()
+        file = entry_of(tmp_path, ONNX) / entries.ENTRY
+        before = json.loads(file.read_text())
+        file.write_text(json.dumps({**before, "facts": {**before["facts"], **changes}}))
+        assert load(checkpoint, ONNX, tmp_path).max_weight() == right
+        assert json.loads(file.read_text()) == before
+
+    def test_largest_weight_is_known_without_reading_files_again(
+        self, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = load(checkpoint, ONNX, tmp_path)
+        monkeypatch.setattr(entries, "_sha256", None)
+        assert model.max_weight() == dfq.load(checkpoint, runtime="torch").max_weight()
+
+    @pytest.mark.parametrize("place", ["entry", "older"])
+    def test_files_of_the_user_in_the_cache_are_kept(
+        self, place: str, checkpoint: Path, tmp_path: Path
+    ) -> None:
+        load(checkpoint, ONNX, tmp_path)
+        entry = entry_of(tmp_path, ONNX)
+        (entry / entries.ENTRY).write_text("{")
+        directory = entry if place == "entry" else entry.with_name(f"{ONNX}-old")
+        directory.mkdir(exist_ok=True)
+        (directory / "notes.txt").write_text("precious")
+        if place == "older":
+            load(checkpoint, ONNX, tmp_path)
+        else:
+            with pytest.raises(OutputError, match=r"also holds 'notes\.txt'"):
+                load(checkpoint, ONNX, tmp_path)
+        assert (directory / "notes.txt").read_text() == "precious"
+
     def test_another_version_has_another_entry_and_replaces_the_older(
         self, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

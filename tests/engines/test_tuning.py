@@ -111,6 +111,13 @@ def test_a_record_is_of_one_machine_and_its_versions(
         '{"format": "dfq-choice", "measured": {"1": {"torch": 0}}}',
         '{"format": "dfq-choice", "measured": {"one": {"torch": 1}}}',
         '{"format": "dfq-choice", "measured": {"0": {"torch": 1}}}',
+        '{"format": "dfq-choice", "measured": {" 1 ": {"torch": 1}}}',
+        '{"format": "dfq-choice", "measured": {"1": {"torch": 1}, "01": {"torch": 2}}}',
+        '{"format": "dfq-choice", "measured": {"1": {"torch": true}}}',
+        '{"format": "dfq-choice", "measured": {"1": {"torch": "10"}}}',
+        '{"format": "dfq-choice", "measured": {"1": {"torch": 1%s}}}' % ("0" * 400),
+        '{"format": "dfq-choice", "measured": {"1%s": {"torch": 1}}}' % ("0" * 400),
+        '{"format": "dfq-choice", "measured": [1]}',
     ],
 )
 def test_a_damaged_record_is_none(content: str, checkpoint: Path, tmp_path: Path) -> None:

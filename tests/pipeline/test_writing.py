@@ -60,6 +60,7 @@ def test_a_model_is_calibrated_on_them(tmp_path: Path, loaded: LoadedModel, smoo
 
 def wrong(loaded: LoadedModel) -> dict[str, list[list[SparseImages]]]:
     good = images(loaded)
+    classes = loaded.vit.arch.num_classes
     twice = torch.zeros_like(good.positions)
     return {
         "nothing": [],
@@ -73,6 +74,7 @@ def wrong(loaded: LoadedModel) -> dict[str, list[list[SparseImages]]]:
         "a position twice": [[dataclasses.replace(good, positions=twice)]],
         "no pixels": [[dataclasses.replace(good, patches=good.patches.float())]],
         "an impossible label": [[dataclasses.replace(good, labels=good.labels - 1)]],
+        "a class too many": [[dataclasses.replace(good, labels=good.labels * 0 + classes)]],
     }
 
 
@@ -88,6 +90,7 @@ def wrong(loaded: LoadedModel) -> dict[str, list[list[SparseImages]]]:
         "a position twice",
         "no pixels",
         "an impossible label",
+        "a class too many",
     ],
 )
 def test_images_that_no_reader_takes_are_refused(
