@@ -1,4 +1,4 @@
-"""What the cache directory holds: datasets, and engines' files of checkpoints."""
+"""What the cache directory holds: datasets, engines' files of checkpoints, speeds of kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dfq.data.cache import list_datasets
 from dfq.engines.cached import list_engines
 from dfq.errors import DatasetError
 from dfq.files import explain
+from dfq.runtime.speeds import list_speeds
 
 
 @checked
@@ -46,7 +47,8 @@ def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry
         raise DatasetError(f"{what} in the cache with a name of {name!r}; there are: {known}.")
     for entry in chosen:
         try:
-            shutil.rmtree(entry.path)
+            place = Path(entry.path)
+            place.unlink() if place.is_file() else shutil.rmtree(place)
         except OSError as error:
             raise explain(error, Path(entry.path)) from error
     return chosen
@@ -54,4 +56,4 @@ def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry
 
 def _entries(cache: str | Path | None, verify: bool = False) -> list[CacheEntry]:
     root = cache_directory(cache)
-    return [*list_datasets(root, verify), *list_engines(root, verify)]
+    return [*list_datasets(root, verify), *list_engines(root, verify), *list_speeds(root)]
