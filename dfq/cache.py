@@ -27,12 +27,13 @@ def cache_directory(path: str | Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Dataset in the cache, or the files of engines for a checkpoint; ``kind`` is ``dataset`` or
-    ``engines``.
+    """Dataset in the cache, the files of engines for a checkpoint, or the speeds of a GPU's
+    kernels; ``kind`` is ``dataset``, ``engines`` or ``kernels``.
 
-    ``model``: name of the model.  ``method`` and ``images``: of a dataset, else None.
+    ``model``: name of the model, or of the GPU.  ``method`` and ``images``: of a dataset.
     ``checkpoint``: path that a checkpoint had when its files were written; ``contents``: the
-    engines that have files, and the batch sizes that speeds are recorded for.  ``problem``: why it
+    engines that have files and the batch sizes, or the shapes of layers, that speeds are recorded
+    for.  ``problem``: why it
     cannot be used, or None.
     """
 

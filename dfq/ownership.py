@@ -157,6 +157,20 @@ def move_files(new: Path, path: Path, format: FileFormat) -> None:
     replace_files(dict(members))
 
 
+def remove_file(path: Path, format: FileFormat) -> None:
+    """Remove a file of dfq's with those beside it; of links, the links.
+
+    Raises:
+        OutputError: the path holds something else, or cannot be removed.
+    """
+    check_file(path, format)
+    try:
+        for member in format.members(path):
+            member.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain(error, path) from error
+
+
 def replace_files(moves: dict[Path, Path]) -> None:
     """Move files to their destinations, all of them or none.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -57,8 +59,9 @@ def _devices(tensors: list[Tensor]) -> set[str]:
     return {x.device.type for x in tensors}
 
 
-def on_fake_gpu(model: QuantizedViT, patch: pytest.MonkeyPatch) -> Launched:
-    """Run a model on a GPU that multiplies bfloat16, after a first pass; what the second launches.
+def on_fake_gpu(model: QuantizedViT, kernels: Any, patch: pytest.MonkeyPatch) -> Launched:
+    """Run a model on a GPU that multiplies bfloat16 with the kernels of a backend, after a first
+    pass; what the second launches.
 
     Weights are packed beforehand, as their content decides how.
     """
@@ -67,7 +70,7 @@ def on_fake_gpu(model: QuantizedViT, patch: pytest.MonkeyPatch) -> Launched:
     float_gemm.linear_dtype.cache_clear()
     moved = copy.deepcopy(model)
     images = images_for(model, 2)
-    packed = {name: float_gemm.prepack(x._params()) for name, x in moved.linear_layers().items()}
+    packed = {name: kernels.prepack(x._params()) for name, x in moved.linear_layers().items()}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
         def fake(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -83,15 +86,20 @@ def on_fake_gpu(model: QuantizedViT, patch: pytest.MonkeyPatch) -> Launched:
             if isinstance(module, QuantizedAttention):
                 module._float_format = module._make_float_format(GPU)
         for name, layer in moved.linear_layers().items():
-            weight = packed[name]
-            assert isinstance(weight, float_gemm.PackedWeight)
-            parts = tuple(fake(part, torch.bfloat16) for part in weight.parts)
             layer.reset()
-            moved_weight = float_gemm.PackedWeight(parts, fake(weight.scale))
-            layer._prepacked = (float_gemm, layer._params(), moved_weight)
+            layer._prepacked = (kernels, layer._params(), _moved(packed[name], fake))
         x = torch.empty(images.shape, device=GPU)
         moved(x)
         with Launched() as launched:
             moved(x)
     float_gemm.linear_dtype.cache_clear()
     return launched
+
+
+def _moved(packed: Any, fake: Callable[..., Tensor]) -> Any:
+    """A packed weight as it is on the GPU, where operands in floating point are bfloat16."""
+    if isinstance(packed, float_gemm.PackedWeight):
+        parts = tuple(fake(part, torch.bfloat16) for part in packed.parts)
+        return float_gemm.PackedWeight(parts, fake(packed.scale))
+    values = {field.name: fake(getattr(packed, field.name)) for field in fields(packed)}
+    return replace(packed, **values)

@@ -33,7 +33,7 @@ def test_a_checkpoint_made_on_a_gpu_runs_everywhere(
     )
     on_gpu = dfq.load(result.checkpoint, device="cuda")
     on_cpu = dfq.load(result.checkpoint).set_backend("reference")
-    assert on_gpu.backend == "float"
+    assert set(on_gpu.backend.split(", ")) <= {"float", "int_mm"}
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     actual, expected = on_gpu(images.cuda()).cpu(), on_cpu(images)
     assert (actual - expected).norm() <= 0.02 * expected.norm()
@@ -75,6 +75,13 @@ def test_graphs_of_a_loaded_model_give_the_bits_of_eager_passes(
     assert model.graphs.failure is None
     assert {shape[0] for shape in model.graphs.shapes} == {1, 3, 8}
     assert eager.graphs.shapes == []
+
+
+def test_integer_products_of_a_gpu_are_those_of_floating_point(checkpoint: Path) -> None:
+    model = dfq.load(checkpoint, device="cuda", runtime="torch")
+    x = batch(3)
+    exact = model.set_backend("float")(x)
+    assert torch.equal(model.set_backend("int_mm")(x), exact)
 
 
 def test_results_of_replays_are_not_overwritten(checkpoint: Path) -> None:

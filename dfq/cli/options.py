@@ -153,7 +153,7 @@ Backend = Annotated[
     str | None,
     _choice(
         MODEL,
-        ("onednn", "float", "reference"),
+        ("onednn", "int_mm", "float", "reference"),
         "Kernels of the integer products.",
         default="fastest",
     ),

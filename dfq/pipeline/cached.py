@@ -1,4 +1,4 @@
-"""What the cache directory holds: datasets, and engines' files of checkpoints."""
+"""What the cache directory holds: datasets, engines' files of checkpoints, speeds of kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from dfq.cache import CacheEntry, cache_directory
 from dfq.data import cache as datasets
 from dfq.engines import cached as engines
 from dfq.errors import DatasetError
+from dfq.runtime import speeds
+
+_REMOVAL = {
+    "dataset": (datasets.check_removable, datasets.remove_dataset),
+    "engines": (engines.check_removable, engines.remove_engines),
+    "kernels": (speeds.check_removable, speeds.remove_speeds),
+}
+"""Check and removal of an entry by its kind."""
 
 
 @checked
@@ -45,14 +53,16 @@ def remove_cached(name: str, cache: str | Path | None = None) -> list[CacheEntry
         what = "No entry" if not chosen or not name else f"{len(chosen)} entries"
         raise DatasetError(f"{what} in the cache with a name of {name!r}; there are: {known}.")
     for entry in chosen:
-        check = (datasets if entry.kind == "dataset" else engines).check_removable
-        check(Path(entry.path))
+        _REMOVAL[entry.kind][0](Path(entry.path))
     for entry in chosen:
-        remove = datasets.remove_dataset if entry.kind == "dataset" else engines.remove_engines
-        remove(Path(entry.path))
+        _REMOVAL[entry.kind][1](Path(entry.path))
     return chosen
 
 
 def _entries(cache: str | Path | None, verify: bool = False) -> list[CacheEntry]:
     root = cache_directory(cache)
-    return [*datasets.list_datasets(root, verify), *engines.list_engines(root, verify)]
+    return [
+        *datasets.list_datasets(root, verify),
+        *engines.list_engines(root, verify),
+        *speeds.list_speeds(root),
+    ]

@@ -74,7 +74,8 @@ def evaluate(
             with ``x`` (and ``y``), or ``"demo"``.
         float_model, weights, img_size, in_chans, global_pool: the float model, as for
             :func:`dfq.load_model`; the checkpoint's values by default.
-        backend: integer kernels of PyTorch, ``onednn``, ``float`` or ``reference``.
+        backend: integer kernels of PyTorch, ``onednn``, ``int_mm``, ``float`` or
+            ``reference``.
         runtime: what executes the checkpoint, as for :func:`dfq.load`.
         min_agreement, min_accuracy: bounds from 0 to 1, of the lower ends of 95 % intervals.
         class_map: a file that numbers the class folders; see

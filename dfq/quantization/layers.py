@@ -141,7 +141,9 @@ class IntegerLinear(opaque.OpaqueModule):
 
     def requirements(self) -> KernelRequirements:
         """Return the operands for which a kernel must be exact."""
-        return KernelRequirements(self.max_weight(), self.scheme.input.bits)
+        return KernelRequirements(
+            self.max_weight(), self.scheme.input.bits, self.in_features, self.out_features
+        )
 
     def max_weight(self) -> int:
         """Return the largest magnitude of :meth:`integers`."""

@@ -283,8 +283,8 @@ class QuantizedViT(ViT):
         return max(layer.max_weight() for layer in self._linears())
 
     def set_backend(self, name: str | None) -> QuantizedViT:
-        """Select the backend: ``"onednn"``, ``"float"``, ``"reference"``, or None for the
-        first of them that is exact here.
+        """Select the backend: ``"onednn"``, ``"int_mm"``, ``"float"``, ``"reference"``, or None for
+        the first of them that is exact here and not slower than a later one.
 
         Raises:
             SettingError: no such backend, or it is not exact here.

@@ -38,6 +38,7 @@ def unsupported_reason(device: torch.device, needs: KernelRequirements) -> str |
     return None
 
 
+slow_reason = reference.slow_reason
 attention_dtype = elementwise.attention_dtype
 max_tile_scores = reference.max_tile_scores
 quantize = elementwise.quantize
@@ -94,9 +95,16 @@ def linear(
     sums = product(centered[..., :size], first)
     for i, part in enumerate(packed.parts[1:], 1):
         sums += product(centered[..., i * size : i * size + part.shape[1]], part)
+    return scale_sums(sums, packed.scale, params.bias, out, residual)
+
+
+def scale_sums(
+    sums: Tensor, scale: Tensor, bias: Tensor, out: OutputFormat, residual: Tensor | None
+) -> Tensor:
+    """As :func:`finish`, with a residual that is added last to float32 output."""
     if residual is not None:
-        return sums.mul_(packed.scale).add_(params.bias).add_(residual)
-    return finish(sums, packed.scale, params.bias, out)
+        return sums.mul_(scale).add_(bias).add_(residual)
+    return finish(sums, scale, bias, out)
 
 
 def finish(sums: Tensor, scale: Tensor, bias: Tensor, out: OutputFormat) -> Tensor:

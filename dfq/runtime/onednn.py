@@ -38,6 +38,7 @@ def linear_dtype(device: torch.device) -> torch.dtype:  # noqa: ARG001 (the inte
     return torch.int8
 
 
+slow_reason = reference.slow_reason
 attention_dtype = elementwise.attention_dtype
 max_tile_scores = reference.max_tile_scores
 quantize = elementwise.quantize

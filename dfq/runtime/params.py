@@ -48,8 +48,11 @@ class KernelRequirements:
     """Operand ranges for which a kernel must be exact.
 
     ``max_weight`` is the largest magnitude of the integer weights, 0 for attention; ``input_bits``
-    is the bit width of the other operand.
+    is the bit width of the other operand.  ``inputs`` and ``outputs`` of a layer decide which
+    kernel is faster; None of layers in general.
     """
 
     max_weight: int = 127
     input_bits: int = 8
+    inputs: int | None = None
+    outputs: int | None = None

@@ -27,6 +27,11 @@ def unsupported_reason(device: torch.device, needs: KernelRequirements) -> str |
     return None
 
 
+def slow_reason(device: torch.device, needs: KernelRequirements) -> str | None:  # noqa: ARG001 (the interface)
+    """Return None: the order of backends says which are faster."""
+    return None
+
+
 def linear_dtype(device: torch.device) -> torch.dtype:  # noqa: ARG001 (the interface)
     """Return float64, in which sums of integer products are exact."""
     return torch.float64

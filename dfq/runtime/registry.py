@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.errors import SettingError, nearest
-from dfq.runtime import float_gemm, onednn, reference
+from dfq.runtime import float_gemm, int_mm, onednn, reference
 from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
 from dfq.runtime.qtype import QParams
 
@@ -21,6 +21,10 @@ class Backend(Protocol):
 
     def unsupported_reason(self, device: torch.device, needs: KernelRequirements) -> str | None:
         """Return why the kernels are not exact on a device, or None if they are."""
+
+    def slow_reason(self, device: torch.device, needs: KernelRequirements) -> str | None:
+        """Return why a backend that comes later is faster on a device, or None: then this one is
+        selected where it is exact."""
 
     def linear_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype in which linear layers multiply integers on a device."""
@@ -69,7 +73,7 @@ class Backend(Protocol):
 
 ANY_WEIGHT = KernelRequirements()
 
-_backends: list[Backend] = [onednn, float_gemm, reference]
+_backends: list[Backend] = [onednn, int_mm, float_gemm, reference]
 
 
 def register(backend: Backend) -> None:
@@ -114,8 +118,13 @@ def refusals(
 def explain(
     device: torch.device | str = "cpu", needs: KernelRequirements = ANY_WEIGHT
 ) -> dict[str, str | None]:
-    """Return for each backend why it is not exact on a device, or None if it is."""
-    return {each.NAME: each.unsupported_reason(torch.device(device), needs) for each in _backends}
+    """Return for each backend why it is not exact on a device or slower than a later one, or None
+    if it is neither."""
+    return {each.NAME: _refusal(each, torch.device(device), needs) for each in _backends}
+
+
+def _refusal(backend: Backend, device: torch.device, needs: KernelRequirements) -> str | None:
+    return backend.unsupported_reason(device, needs) or backend.slow_reason(device, needs)
 
 
 def select(
@@ -123,14 +132,15 @@ def select(
     name: str | None = None,
     needs: KernelRequirements = ANY_WEIGHT,
 ) -> Backend:
-    """Return the named backend, or the first one that is exact on this device.
+    """Return the named backend, or the first one that is exact on this device and not slower than a
+    later one.
 
     Raises:
         SettingError: no backend has that name, or it is not exact here.
     """
     device = torch.device(device)
     if name is None:
-        return next(each for each in _backends if each.unsupported_reason(device, needs) is None)
+        return next(each for each in _backends if _refusal(each, device, needs) is None)
     chosen = get(name)
     reason = chosen.unsupported_reason(device, needs)
     if reason is not None:

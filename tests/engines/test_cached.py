@@ -128,6 +128,19 @@ def test_what_dfq_load_writes_is_listed(tmp_path: Path) -> None:
     assert entry.problem is None
 
 
+def test_speeds_of_kernels_are_listed_and_removed(tmp_path: Path) -> None:
+    path = tmp_path / "kernels" / f"{'0' * SHORT}.json"
+    path.parent.mkdir()
+    times = {"768x768": {"float": 2e-4, "int_mm": None}}
+    path.write_text(json.dumps({"format": "dfq-kernel-speeds", "card": "T4", "seconds": times}))
+    (entry,) = dfq.list_cache(tmp_path)
+    assert (entry.kind, entry.model, entry.contents) == ("kernels", "T4", ("speeds of 768x768",))
+    path.write_text("{")
+    assert "damaged" in str(dfq.list_cache(tmp_path)[0].problem)
+    dfq.remove_cached("000", tmp_path)
+    assert not path.exists()
+
+
 # ---- when files are verified
 
 

@@ -46,7 +46,7 @@ def test_kinds_of_layers_run_on_the_first_exact_backend(
         expected = full if "full range" in kind else reduced
         assert (each.backend, each.max_weight) == (expected, 127 if "full range" in kind else 64)
         assert each.operands == ("int8" if expected == "onednn" else "float32")
-        assert set(each.refused) == (set() if expected == "onednn" else {"onednn"})
+        assert set(each.refused) == (set() if expected == "onednn" else {"onednn", "int_mm"})
 
 
 def test_the_reason_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_inspect_says_it_of_a_checkpoint(full_range: Path, monkeypatch: pytest.M
     facts = dfq.inspect(full_range)
     assert facts["backend"] == "float"
     rows = {row["layers"]: row for row in facts["kernels"] if row["device"] == "cpu"}
-    assert rows["head"]["refused"].keys() == {"onednn"}
+    assert rows["head"]["refused"].keys() == {"onednn", "int_mm"}
     assert json.loads(json.dumps(facts["kernels"])) == facts["kernels"]
     shown = text(facts_table(facts))
     assert "blocks.*.attn.qkv (2), int8 weights up to 127: float in float32, not onednn" in shown

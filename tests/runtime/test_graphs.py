@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dfq
 from dfq.quantization.model import QuantizedViT
-from dfq.runtime import graphs
+from dfq.runtime import float_gemm, graphs, int_mm
 from dfq.runtime.graphs import CudaRecorder, GraphCache
 
 
@@ -321,13 +321,15 @@ def test_only_loaded_models_have_graphs_and_loading_can_leave_them_out(
 # ---- a forward pass on a GPU, of tensors without content
 
 
-@pytest.mark.parametrize("attention", ["float", "int8"])
+@pytest.mark.parametrize(
+    ("kernels", "attention"), [(float_gemm, "float"), (float_gemm, "int8"), (int_mm, "float")]
+)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_pass_on_a_gpu_neither_waits_for_it_nor_copies_from_the_host(
-    family: Family, attention: str, monkeypatch: pytest.MonkeyPatch
+    family: Family, kernels: Any, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Either makes a capture fail, and stops the host at each layer without one."""
-    launched = on_fake_gpu(quantized(family, bits=4, attention=attention), monkeypatch)
+    launched = on_fake_gpu(quantized(family, bits=4, attention=attention), kernels, monkeypatch)
     assert len(launched.operations) > 100
     assert launched.transfers() == []
 

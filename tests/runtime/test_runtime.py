@@ -18,7 +18,7 @@ from torch import Tensor
 from dfq import device, runtime
 from dfq.errors import SettingError
 from dfq.quantization.layers import IntegerLinear
-from dfq.runtime import elementwise, float_gemm, onednn, reference, registry
+from dfq.runtime import elementwise, float_gemm, int_mm, onednn, reference, registry
 from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
 from dfq.runtime.qtype import QParams, QType
 from dfq.runtime.weights import StoredWeight
@@ -33,7 +33,18 @@ needs_onednn = pytest.mark.skipif(
 
 every_backend = pytest.mark.parametrize(
     "kernels",
-    [pytest.param(onednn, id="onednn", marks=needs_onednn), pytest.param(float_gemm, id="float")],
+    [
+        pytest.param(onednn, id="onednn", marks=needs_onednn),
+        pytest.param(
+            int_mm,
+            id="int_mm",
+            marks=pytest.mark.skipif(
+                int_mm.unsupported_reason(CPU, KernelRequirements()) is not None,
+                reason="8-bit products are not exact here",
+            ),
+        ),
+        pytest.param(float_gemm, id="float"),
+    ],
 )
 """Every backend that is compared with the reference."""
 
@@ -124,7 +135,7 @@ def test_bfloat16_outputs_agree_within_one_rounding(
 @pytest.mark.parametrize("backend", sorted(runtime.backends()))
 @pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8), (2, 0, 8), (1, 8), (2, 3, 8)])
 def test_shapes_hold_also_for_empty_batches(backend: str, shape: tuple[int, ...]) -> None:
-    if (reason := runtime.explain(CPU, WITHOUT_VNNI)[backend]) is not None:
+    if (reason := runtime.get(backend).unsupported_reason(CPU, WITHOUT_VNNI)) is not None:
         pytest.skip(reason)
     _, params = make(reference, 1, 8, 5, 0, "random")
     kernels = runtime.get(backend)
