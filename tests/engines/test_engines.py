@@ -295,7 +295,7 @@ class TestEntries:
         self, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = load(checkpoint, ONNX, tmp_path)
-        monkeypatch.setattr(entries, "_sha256", None)
+        monkeypatch.setattr(entries, "sha256_once", None)
         assert model.max_weight() == dfq.load(checkpoint, runtime="torch").max_weight()
 
     @pytest.mark.parametrize("place", ["entry", "older"])
