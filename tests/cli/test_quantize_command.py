@@ -33,6 +33,8 @@ def test_flags_reach_the_result(cli: Cli, tmp_path: Path) -> None:
     found = cli.quantize(tmp_path / "out", *args, "--json").json
     assert (found["scheme"], found["attention"]) == ("w4a8", "int8")
     assert (found["calibration"]["method"], found["calibration"]["images"]) == ("smi", 3)
+    args = ["--activations", "symmetric", "--no-evaluate"]
+    assert cli.quantize(tmp_path / "other", *args, "--json").json["scheme"] == "w8a8-symmetric"
 
 
 def test_progress_goes_to_stderr(cli: Cli, tmp_path: Path) -> None:
