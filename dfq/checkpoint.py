@@ -23,7 +23,7 @@ from dfq.files import read_json, sha256, sha256_once, utf8_path, write_bytes, wr
 from dfq.ownership import DirectoryFormat, check_replaceable, replaced_directory
 from dfq.quantization.layers import IntegerLinear
 from dfq.quantization.model import QuantizedViT
-from dfq.recipe import Recipe, recipe_from_dict, to_dict, to_toml
+from dfq.recipe import QuantizationSettings, Recipe, recipe_from_dict, to_dict, to_toml
 from dfq.vit.architecture import (
     Architecture,
     Preprocessing,
@@ -33,8 +33,8 @@ from dfq.vit.architecture import (
 from dfq.vit.preprocessing import check_preprocessing
 
 FORMAT = "dfq-checkpoint"
-FORMAT_VERSION = 7
-READABLE = (5, 6, 7)
+FORMAT_VERSION = 8
+READABLE = (5, 6, 7, 8)
 CONFIG, MODEL, REPORT, RECIPE = "config.json", "model.safetensors", "report.json", "recipe.toml"
 DIRECTORY = DirectoryFormat(
     "a dfq checkpoint",
@@ -90,7 +90,7 @@ def save_checkpoint(
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     config = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": _needed_version(recipe.quantization),
         "model": name,
         "architecture": to_json(model.arch),
         "preprocessing": to_json(model.preprocessing),
@@ -105,6 +105,11 @@ def save_checkpoint(
         write_bytes(directory / RECIPE, to_toml(recipe).encode())
         write_json(directory / CONFIG, config)
     return len(content)
+
+
+def _needed_version(settings: QuantizationSettings) -> int:
+    """Return the oldest version of the format that knows everything in the settings."""
+    return FORMAT_VERSION if settings.activations == "symmetric" else 7
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -326,10 +331,11 @@ def _check_integers(model: QuantizedViT, state: dict[str, torch.Tensor], path: P
                 raise CheckpointError(
                     f"{str(path)!r}: '{name}.group_scale' holds a scale above {largest}."
                 )
-        zero_point, qmax = int(state[f"{name}.input_zero_point"]), layer.scheme.input.qmax
-        if not 0 <= zero_point <= qmax:
+        zero_point, inputs = int(state[f"{name}.input_zero_point"]), layer.scheme.input
+        largest = 0 if inputs.signed else inputs.qmax
+        if not 0 <= zero_point <= largest:
             raise CheckpointError(
-                f"{str(path)!r}: '{name}.input_zero_point' is {zero_point}, outside 0..{qmax}."
+                f"{str(path)!r}: '{name}.input_zero_point' is {zero_point}, outside 0..{largest}."
             )
 
 

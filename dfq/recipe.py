@@ -26,6 +26,7 @@ Start = Literal["auto", "teacher", "random"]
 Observer = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]
 Rounding = Literal["nearest", "gptq"]
 AttentionMode = Literal["float", "int8"]
+Activations = Literal["asymmetric", "symmetric"]
 
 
 Divisors = Annotated[tuple[Annotated[float, Field(ge=1.0, le=1024.0)], ...], Strict(False)]
@@ -196,6 +197,13 @@ class QuantizationSettings:
     )
     input_bits: int = Field(
         default=8, ge=4, le=8, description="bits of the inputs of layers; as with bits"
+    )
+    activations: Activations = Field(
+        default="asymmetric",
+        description=(
+            "inputs of layers; asymmetric: unsigned integers with a zero point; symmetric: signed "
+            "ones with zero point 0, as TensorRT requires"
+        ),
     )
     attention: AttentionMode = Field(
         default="float",
@@ -374,6 +382,10 @@ class Recipe:
 LAYERS = "layers"
 """Tables of a recipe with exceptions by layer: ``[layers."blocks.*.mlp.fc2"]``."""
 
+UNWRITTEN_DEFAULTS = {"activations"}
+"""Settings that are written only where they are not the default: a recipe without them has the
+bytes, and a checkpoint the format version, that it had before there were these settings."""
+
 SECTIONS: dict[str, type[Any]] = {
     "inversion": InversionSettings,
     "quantization": QuantizationSettings,
@@ -501,13 +513,16 @@ def merge_arguments(settings: dict[str, Any] | None, **arguments: Any) -> dict[s
 
 
 def to_dict(value: Any) -> dict[str, Any]:
-    """Convert settings to nested dicts of JSON types; fields that are None are left out.
+    """Convert settings to nested dicts of JSON types; fields that are None are left out, and
+    :data:`UNWRITTEN_DEFAULTS`.
 
     Exceptions by layer become an array, as their order matters.
     """
     result: dict[str, Any] = {}
     for f in dataclasses.fields(value):
         item = getattr(value, f.name)
+        if f.name in UNWRITTEN_DEFAULTS and item == describe(type(value))[f.name].default:
+            continue
         if dataclasses.is_dataclass(item):
             result[f.name] = to_dict(item)
         elif isinstance(item, dict):
@@ -528,7 +543,7 @@ def to_toml(recipe: Recipe) -> str:
         lines.append(f"[{section}]")
         for name, info in describe(kind).items():
             value = getattr(chosen, name)
-            if name == LAYERS:
+            if name == LAYERS or (name in UNWRITTEN_DEFAULTS and value == info.default):
                 continue
             if value is None:
                 lines.append(f"# {name} =  # {info.description}")

@@ -19,7 +19,7 @@ class DocumentedReader:
 
     def __init__(self, path: Path) -> None:
         config = json.loads((path / "config.json").read_text())
-        assert config["format_version"] in (5, 6, 7)
+        assert config["format_version"] in (5, 6, 7, 8)
         self.arch, self.recipe = config["architecture"], config["recipe"]["quantization"]
         if config["format_version"] == 5:
             self.recipe = {"reduce_range": False, **self.recipe}
@@ -52,9 +52,15 @@ class DocumentedReader:
         normed = (x - mean) / np.sqrt(variance + F32(self.arch["norm_eps"]))
         return normed * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
 
-    @staticmethod
-    def quantize(x: Array, s: Array, z: Array, bits: int) -> Array:
-        return np.clip(np.rint(x.astype(F32) / s) + z, 0, 2**bits - 1).astype(np.int64)
+    def lowest_input(self, name: str) -> int:
+        """The lowest integer of a layer's input."""
+        symmetric = self.recipe.get("activations", "asymmetric") == "symmetric"
+        return -(2 ** (self.scheme(name)[1] - 1)) if symmetric and name != "patch_embed" else 0
+
+    def quantize(self, name: str, x: Array, s: Array, z: Array) -> Array:
+        lowest, bits = self.lowest_input(name), self.scheme(name)[1]
+        integers = np.rint(x.astype(F32) / s) + z
+        return np.clip(integers, lowest, lowest + 2**bits - 1).astype(np.int64)
 
     @staticmethod
     def unpack(stored: Array, bits: int, inputs: int) -> Array:
@@ -78,7 +84,7 @@ class DocumentedReader:
 
     def linear(self, name: str, x: Array) -> Array:
         s, z = (self.tensors[f"{name}.input_{p}"] for p in ("scale", "zero_point"))
-        sums = (self.quantize(x, s, z, self.scheme(name)[1]) - z) @ self.weight(name, x.shape[-1]).T
+        sums = (self.quantize(name, x, s, z) - z) @ self.weight(name, x.shape[-1]).T
         scale = self.tensors[f"{name}.weight_scale"] * s
         return sums.astype(F32) * scale + self.tensors[f"{name}.bias"]
 

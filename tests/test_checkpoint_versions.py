@@ -1,4 +1,4 @@
-"""Checkpoints of formats 5 to 7 beside the reader written from docs/checkpoint-format.md."""
+"""Checkpoints of formats 5 to 8 beside the reader written from docs/checkpoint-format.md."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w4a8, fc2 8 bits": {"bits": 4, "layers": FC2},
     "mixed": {"bits": 4, "layers": MIXED},
     "w3a5, attention int8": {"bits": 3, "input_bits": 5, "attention": "int8"},
+    "w8a8, symmetric": {"activations": "symmetric"},
+    "w4a5, symmetric, attention int8": {
+        "bits": 4,
+        "input_bits": 5,
+        "attention": "int8",
+        "activations": "symmetric",
+    },
 }
 
 
@@ -90,7 +97,8 @@ def test_integers_of_every_scheme_are_in_the_specified_range(
         inputs = {"patch_embed": 48, "head": 33}.get(name, 132 if name.endswith("fc2") else 33)
         weight = reader.weight(name, inputs)
         assert -limit <= weight.min() < 0 < weight.max() < limit
-        assert 0 <= reader.tensors[f"{name}.input_zero_point"] < 2**input_bits
+        zero_point = reader.tensors[f"{name}.input_zero_point"]
+        assert zero_point == 0 if reader.lowest_input(name) else 0 <= zero_point < 2**input_bits
         scales = reader.tensors.get(f"{name}.group_scale")
         assert (scales is not None) == (group > 0)
         if scales is not None:
@@ -130,11 +138,29 @@ def test_older_versions_are_read_alike(
     assert np.abs(actual - expected).max() < 0.03 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("bits", "input_bits", "largest"), [(6, 6, 63), (3, 4, 15)])
-def test_a_zero_point_beyond_the_inputs_bits_is_refused(
-    tmp_path: Path, bits: int, input_bits: int, largest: int
+@pytest.mark.parametrize(
+    ("activations", "version"), [("asymmetric", 7), ("symmetric", 8)], ids=["7", "8"]
+)
+def test_files_say_the_oldest_version_that_knows_them(
+    tmp_path: Path, activations: str, version: int
 ) -> None:
-    path = made(tmp_path, bits=bits, input_bits=input_bits)
+    """A checkpoint with asymmetric activations has the bytes that it had in version 7."""
+    path = made(tmp_path, activations=activations)
+    config = json.loads((path / "config.json").read_text())
+    assert config["format_version"] == version
+    written = config["recipe"]["quantization"].get("activations")
+    assert written == {7: None, 8: "symmetric"}[version]
+    assert ("activations" in (path / "recipe.toml").read_text()) == (version == 8)
+
+
+@pytest.mark.parametrize(
+    ("bits", "input_bits", "activations", "largest"),
+    [(6, 6, "asymmetric", 63), (3, 4, "asymmetric", 15), (8, 8, "symmetric", 0)],
+)
+def test_a_zero_point_beyond_the_inputs_bits_is_refused(
+    tmp_path: Path, bits: int, input_bits: int, activations: str, largest: int
+) -> None:
+    path = made(tmp_path, bits=bits, input_bits=input_bits, activations=activations)
     state = dfq.load(path).state_dict()
     state["blocks.0.mlp.fc1.input_zero_point"].fill_(largest + 1)
     save_file(state, path / "model.safetensors")

@@ -272,7 +272,8 @@ def test_recipe_survives_json(recipe: Recipe) -> None:
 
 
 def test_toml_explains_every_field() -> None:
-    whole = to_toml(Recipe(distillation=DistillationSettings()))
+    chosen = QuantizationSettings(activations="symmetric")  # unwritten where it is the default
+    whole = to_toml(Recipe(quantization=chosen, distillation=DistillationSettings()))
     tables = dict(zip(SECTIONS, whole.split("\n\n"), strict=True))
     for section, kind in SECTIONS.items():
         head, *lines = tables[section].splitlines()
@@ -282,6 +283,20 @@ def test_toml_explains_every_field() -> None:
                 continue
             (line,) = (x for x in lines if re.match(rf"(# )?{name} =", x))
             assert line.endswith(f"  # {info.description}")
+
+
+@pytest.mark.parametrize("activations", ["asymmetric", "symmetric"])
+def test_a_setting_that_came_later_is_written_where_it_is_not_the_default(
+    tmp_path: Path, activations: Any
+) -> None:
+    """So recipes and checkpoints without it keep their bytes."""
+    recipe = Recipe(quantization=QuantizationSettings(activations=activations))
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    written = activations == "symmetric"
+    assert ("activations" in (tmp_path / "recipe.toml").read_text()) == written
+    assert ("activations" in to_dict(recipe)["quantization"]) == written
+    assert load_recipe(tmp_path / "recipe.toml") == recipe
+    assert recipe_from_dict(to_dict(recipe)) == recipe
 
 
 def test_fields_that_are_left_out_keep_their_defaults(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dfq.argument_names import flag_names
 from dfq.cli.errors import Group
 from dfq.cli.interrupts import raise_again
 from dfq.cli.options import (
+    Activations,
     Attention,
     Backend,
     Batch,
@@ -144,6 +145,7 @@ def quantize(
     iterations: Iterations = None,
     stages: Stages = None,
     attention: Attention = None,
+    activations: Activations = None,
     out: CheckpointOut = None,
     no_evaluate: NoEvaluate = False,
     eval: Eval = None,
@@ -177,6 +179,7 @@ def quantize(
             iterations=iterations,
             stages=stages,
             attention=attention,
+            activations=activations,
             out=out,
             evaluate=not no_evaluate,
             eval=eval,

@@ -274,6 +274,15 @@ Attention = Annotated[
     str | None,
     _choice(QUANTIZATION, ("float", "int8"), "Arithmetic of attention.", default="float"),
 ]
+Activations = Annotated[
+    str | None,
+    _choice(
+        QUANTIZATION,
+        ("asymmetric", "symmetric"),
+        "Inputs of layers; symmetric: signed with zero point 0, as TensorRT requires.",
+        default="asymmetric",
+    ),
+]
 
 # ---- evaluation
 

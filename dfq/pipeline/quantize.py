@@ -53,6 +53,7 @@ def quantize(
     iterations: int | None = None,
     stages: int | None = None,
     attention: str | None = None,
+    activations: str | None = None,
     out: str | Path | None = None,
     evaluate: bool = True,
     eval: str | Path | None = None,
@@ -83,6 +84,8 @@ def quantize(
         iterations, stages, seed, threads, precision: of the inversion; see
             :func:`dfq.invert`.
         attention: ``float`` or ``int8``.
+        activations: ``asymmetric``, unsigned with a zero point, or ``symmetric``, signed with
+            zero point 0, as TensorRT requires.
         out: directory of the checkpoint; ``./MODEL-w4a8`` by default.  A dfq checkpoint
             there is replaced once the new one is complete.
         evaluate: compare with the float model; False saves the time, and leaves agreement and
@@ -119,7 +122,9 @@ def quantize(
             threads=threads,
             precision=precision,
         ),
-        "quantization": merge_arguments(tables.get("quantization"), bits=bits, attention=attention),
+        "quantization": merge_arguments(
+            tables.get("quantization"), bits=bits, attention=attention, activations=activations
+        ),
     }
     chosen = choose_recipe(recipe, settings)
     made = method is not None or calibration is None

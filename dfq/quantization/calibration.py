@@ -158,6 +158,9 @@ def _calibration_problem(calibration: Calibration, vit: ViT, scheme: Scheme) -> 
     for name in calibrated_activations(vit.arch, scheme):
         if name not in calibration.qparams:
             return f"has no range of {name!r}"
+        found, expected = calibration.qparams[name].qtype, scheme.activation_qtype(name)
+        if found != expected:
+            return f"has a range of {name!r} in {found}, where the settings say {expected}"
     for name in layers(vit.arch):
         observed, features = calibration.statistics.get(name), _linear(vit, name).in_features
         if observed is None:

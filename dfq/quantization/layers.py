@@ -103,6 +103,12 @@ class IntegerLinear(opaque.OpaqueModule):
         """Qparams of the input, as Python numbers: buffers cannot be read while tracing."""
         return self._input_qparams
 
+    @property
+    def kernel_qparams(self) -> QParams:
+        """Qparams of the uint8 input that kernels take: :attr:`input_qparams`, as unsigned
+        integers."""
+        return self._input_qparams.unsigned
+
     def _read_input_qparams(self) -> None:
         if not self.input_scale.is_meta:
             scale, zero_point = float(self.input_scale), int(self.input_zero_point)
@@ -152,7 +158,7 @@ class IntegerLinear(opaque.OpaqueModule):
         return self._largest
 
     def _params(self) -> LinearParams:
-        return LinearParams(self.stored, self.weight_scale, self.bias, self._input_qparams)
+        return LinearParams(self.stored, self.weight_scale, self.bias, self.kernel_qparams)
 
     @property
     def affine(self) -> tuple[Tensor, Tensor] | None:
@@ -170,7 +176,7 @@ class IntegerLinear(opaque.OpaqueModule):
     def quantize_input(self, x: Tensor) -> Tensor:
         """Quantize the float model's input ``[..., in]`` to uint8."""
         kernels = reference if opaque.tracing() else self.prepare()[0]
-        y: Tensor = kernels.quantize(x, self._input_qparams, self.affine)
+        y: Tensor = kernels.quantize(x, self.kernel_qparams, self.affine)
         return y
 
     def quantize_norm_output(self, norm: nn.Module, x: Tensor) -> Tensor:
@@ -185,7 +191,7 @@ class IntegerLinear(opaque.OpaqueModule):
 
     def fake_quantize_input(self, x: Tensor) -> Tensor:
         """Quantize and dequantize the input, float32 ``[..., in]``."""
-        qparams = self.input_qparams
+        qparams = self.kernel_qparams
         return (self.quantize_input(x).float() - qparams.zero_point) * qparams.scale
 
     def integer_forward(

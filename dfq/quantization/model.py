@@ -137,7 +137,7 @@ class QuantizedMlp(Mlp):
         fused = self.activation in ("gelu", "gelu_tanh") and isinstance(self.norm, nn.Identity)
         if self.gated or not fused:
             return self.fc2.quantize_input(self.activate(self.fc1.integer_forward(x)))
-        qparams = self.fc2.input_qparams
+        qparams = self.fc2.kernel_qparams
         gelu: Literal["none", "tanh"] = "tanh" if self.activation == "gelu_tanh" else "none"
         out = OutputFormat(torch.uint8, qparams.scale, qparams.zero_point, qparams.qtype.qmax, gelu)
         return self.fc1.integer_forward(x, out)

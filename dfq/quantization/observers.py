@@ -25,7 +25,8 @@ OBSERVERS: dict[str, type[UniformQuantizationObserverBase]] = {
 class RangeObserver:
     """Observer of one activation that calculates its qparams.
 
-    Unsigned types get affine qparams, signed types symmetric ones.  Memory is constant.
+    Unsigned types get affine qparams; signed types symmetric ones, whose largest integer stands
+    for the largest magnitude.  Memory is constant.
     """
 
     def __init__(self, kind: Observer, qtype: QType = UINT8) -> None:
@@ -34,7 +35,7 @@ class RangeObserver:
         self._observer = OBSERVERS.get(kind, MinMaxObserver)(
             dtype=torch.int8 if qtype.signed else torch.uint8,
             qscheme=torch.per_tensor_symmetric if qtype.signed else torch.per_tensor_affine,
-            quant_min=qtype.qmin,
+            quant_min=-qtype.qmax if qtype.signed else qtype.qmin,
             quant_max=qtype.qmax,
             eps=MIN_SCALE,
         )

@@ -58,9 +58,17 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """Name such as ``w4a8``, or ``w4a8-mixed`` if the recipe has exceptions by layer."""
+        """Name such as ``w4a8``; ``w4a8-mixed`` if the recipe has exceptions by layer,
+        ``w4a8-symmetric`` with symmetric activations."""
         settings = self.settings
-        return f"w{settings.bits}a{settings.input_bits}{'-mixed' if settings.layers else ''}"
+        mixed = "-mixed" if settings.layers else ""
+        symmetric = "-symmetric" if self.symmetric_activations else ""
+        return f"w{settings.bits}a{settings.input_bits}{mixed}{symmetric}"
+
+    @property
+    def symmetric_activations(self) -> bool:
+        """Whether inputs of layers but the patch embedding are signed, with zero point 0."""
+        return self.settings.activations == "symmetric"
 
     @property
     def integer_attention(self) -> bool:
@@ -86,6 +94,7 @@ class Scheme:
         bits = settings.bits or 8
         product_bits = PRODUCT_BITS[self.settings.reduce_range]
         largest = 1 << max(0, product_bits - bits)
+        inputs = QType(settings.input_bits or 8, signed=self.symmetric_activations)
         weight = QType(min(bits, product_bits), signed=True, symmetric=bits == 8)
         return LayerScheme(
             bits=bits,
@@ -93,7 +102,7 @@ class Scheme:
             group=(settings.group or 0) if largest > 1 else 0,
             largest_group_scale=largest,
             rounding=settings.rounding or "nearest",
-            input=UINT8 if layer == "patch_embed" else QType(settings.input_bits or 8),
+            input=UINT8 if layer == "patch_embed" else inputs,
             observer=settings.observer or "minmax",
         )
 

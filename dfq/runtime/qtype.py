@@ -54,6 +54,15 @@ class QParams:
         low, high = self.qtype.qmin, self.qtype.qmax
         return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
 
+    @property
+    def unsigned(self) -> QParams:
+        """Qparams of the same values as unsigned integers: those of a signed type of ``b`` bits,
+        -128..127 for 8, plus ``2 ** (b - 1)``."""
+        if not self.qtype.signed:
+            return self
+        assert not self.qtype.symmetric
+        return QParams(self.scale, self.zero_point - self.qtype.qmin, QType(self.qtype.bits))
+
 
 def qparams_from_range(low: float, high: float, qtype: QType = UINT8) -> QParams:
     """Qparams of a range of values: symmetric for signed types, affine for unsigned ones.

@@ -147,6 +147,11 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "seed": (quantize_with("--seed", "-1"), "--seed is -1", "from 0 to 2147483647"),
     "threads": (quantize_with("--threads", "0"), "--threads is 0", "from 1 to"),
     "attention": (quantize_with("--attention", "int4"), "--attention is 'int4'", "float, int8"),
+    "activations": (
+        quantize_with("--activations", "symetric"),
+        "--activations is 'symetric'",
+        "asymmetric, symmetric",
+    ),
     "calibration": (quantize_with("--calibration", "pry"), "'pry'", "pri, smi, dmi, noise"),
     "method": (invert_with("--method", "prr"), "--method is 'prr'", "pri, smi, dmi, noise"),
     "typo in a method": (invert_with("--method", "nois"), "'nois'", "Did you mean 'noise'"),

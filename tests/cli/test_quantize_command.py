@@ -33,6 +33,8 @@ def test_flags_reach_the_result(cli: Cli, tmp_path: Path) -> None:
     printed = cli.quantize(tmp_path / "out", *args, "--json").json
     assert (printed["scheme"], printed["attention"]) == ("w4a8", "int8")
     assert (printed["calibration"]["method"], printed["calibration"]["images"]) == ("smi", 3)
+    args = ["--activations", "symmetric", "--no-evaluate"]
+    assert cli.quantize(tmp_path / "other", *args, "--json").json["scheme"] == "w8a8-symmetric"
 
 
 def test_progress_goes_to_stderr(cli: Cli, tmp_path: Path) -> None:
