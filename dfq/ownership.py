@@ -121,8 +121,8 @@ def check_file(path: Path, format: FileFormat) -> None:
     if not own:
         names = " or ".join(repr(str(p)) for p in format.members(path))
         raise OutputError(
-            f"{names} is something other than {format.what} of this version of dfq. Nothing there "
-            f"was touched; choose another name, or remove it."
+            f"{names} is something other than {format.what}, or lacks its mark. Nothing there was "
+            "touched; choose another name, or remove it."
         )
 
 

@@ -321,7 +321,7 @@ def test_host_is_a_word(monkeypatch: pytest.MonkeyPatch, node: str, host: str) -
 @pytest.mark.parametrize("content", [b"", b"yours"])
 def test_file_of_the_user_is_not_replaced(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(OutputError, match=r"other than a text .*Nothing there was touched.*remove"):
+    with pytest.raises(OutputError, match=r"than a text, .*Nothing there was touched.*remove"):
         write_file(tmp_path / "a.txt", b"mine", TEXT)
     assert tree(tmp_path) == {"a.txt": content}
 

@@ -99,7 +99,7 @@ def _is_own(path: Path) -> bool:
     return head.startswith(SIGNATURE) and b"tEXt" + "\0".join(MARK).encode() in head
 
 
-FILE = FileFormat("a picture", _is_own)
+FILE = FileFormat("a picture that dfq wrote", _is_own)
 
 
 def _draw(image: SparseImages, source: SparseImageDataset) -> np.ndarray:

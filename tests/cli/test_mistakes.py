@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from command_line import FAST, MODEL, Cli
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dfq
@@ -64,13 +65,14 @@ def test_a_head_of_another_shape_is_shown(cli: Cli, tmp_path: Path) -> None:
     assert "'head.weight': [5, 1] in the file, [5, 64] in the model" in ended.stderr
 
 
-def test_a_preview_replaces_pictures_alone(cli: Cli, tmp_path: Path) -> None:
+def test_a_preview_replaces_its_own_pictures_alone(cli: Cli, tmp_path: Path) -> None:
     assert cli.invert("--out", tmp_path / "images").code == 0
-    (tmp_path / "mine.png").write_text("mine")
+    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
+    before = (tmp_path / "mine.png").read_bytes()
     ended = cli("inspect", tmp_path / "images", "--preview", tmp_path / "mine.png")
     assert ended.code == 2
-    assert "is no PNG file. It was not touched" in ended.stderr
-    assert (tmp_path / "mine.png").read_text() == "mine"
+    assert "is something other than a picture that dfq wrote" in ended.stderr
+    assert (tmp_path / "mine.png").read_bytes() == before
     for _ in range(2):
         assert cli("inspect", tmp_path / "images", "--preview", tmp_path / "a.png").code == 0
 
@@ -248,7 +250,7 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
                                 "data' is not a dfq checkpoint", "dfq quantize MODEL --out DIR"),
     "export over something else": (
         lambda p: ["export", p.checkpoint, "--format", "torch", "--out", p.file("model.pt2")],
-        "model.pt2' is something other", "choose another --out"),
+        "model.pt2' is something other", "choose another name"),
     "batch of words": (lambda p: ["benchmark", p.checkpoint, "--batch", "all"],
                        "--batch is 'all'", "whole numbers"),
     "batch of none": (lambda p: ["benchmark", p.checkpoint, "--batch", "0"],

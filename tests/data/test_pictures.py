@@ -187,7 +187,10 @@ def test_picture_of_the_user_is_not_replaced(dataset: Path, content: str) -> Non
     else:
         out.write_text("" if content == "empty" else "Software\0dfq")
     before = out.read_bytes()
-    with pytest.raises(OutputError, match=r"other than a picture .* choose another .*or remove"):
+    with pytest.raises(
+        OutputError,
+        match=r"dfq wrote, or lacks its mark.*choose another .*or remove",
+    ):
         preview(dataset, out)
     assert out.read_bytes() == before
 

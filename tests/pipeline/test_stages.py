@@ -205,3 +205,40 @@ def test_what_needs_measuring_contradicts_leaving_it_out(
     with pytest.raises(SettingError, match=f"{name} .*evaluate=False"):
         quantize(tiny, tmp_path / "out", evaluate=False, **{name: value})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", ["dataset", "noise"])
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_classes_that_the_model_lacks_are_found_before_any_work(
+    source: str, evaluate: bool, tmp_path: Path, tiny: VisionTransformer
+) -> None:
+    path = tmp_path / "dataset"
+    if source == "dataset":
+        dfq.invert(tiny, images=4, settings={"iterations": 1}, out=path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(SettingError, match="classes has 99"):
+        dfq.quantize(
+            tiny,
+            calibration=path if source == "dataset" else "noise",
+            settings={"inversion": {"classes": (99,)}},
+            evaluate=evaluate,
+            out=tmp_path / "out",
+            cache=tmp_path / "cache",
+        )
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_classes_of_students_images_are_checked_beside_data_too(
+    tmp_path: Path, tiny: VisionTransformer
+) -> None:
+    dfq.invert(tiny, images=4, settings={"iterations": 1}, out=tmp_path / "dataset")
+    with pytest.raises(SettingError, match="classes has 99"):
+        dfq.distill(
+            tiny,
+            student="vit_tiny_patch16_224",
+            data=tmp_path / "dataset",
+            steps=1,
+            settings={"inversion": {"classes": (99,)}},
+            out=tmp_path / "out",
+        )
+    assert not (tmp_path / "out").exists()
