@@ -53,11 +53,9 @@ from dfq.vit.options import (
 from dfq.vit.preprocessing import override_preprocessing
 from dfq.vit.saved import is_saved, read_saved
 from dfq.vit.structure import SUPPORTED, unwrapped
+from dfq.vit.timm_folder import PREFIX, check_config
 from dfq.vit.translate import translate
 from dfq.vit.weights import find_weights, read_weights
-
-LOCAL_PREFIX = "local-dir:"
-"""Prefix of the path of a folder saved by timm (``timm.models.save_for_hf``)."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ def _load(model: str | nn.Module, weights: str | Path | None, options: ModelOpti
     notes: tuple[str, ...] = ()
     if name == "demo":
         return _demo(weights, options)
-    if weights is None and name.startswith(LOCAL_PREFIX):
+    if weights is None and name.startswith(PREFIX):
         weights = _weights_of(name)
     if weights is not None:
         timm_model, notes = _from_file(name, Path(weights), options)
@@ -252,11 +250,10 @@ def _keywords(meta_model: nn.Module, name: str, options: ModelOptions) -> dict[s
 
 
 def _weights_of(name: str) -> Path:
-    folder = Path(name.removeprefix(LOCAL_PREFIX))
-    if name == LOCAL_PREFIX or not folder.is_dir():
+    folder = Path(name.removeprefix(PREFIX))
+    if name == PREFIX or not folder.is_dir():
         raise UnknownModelError(
-            f"{name!r} names no folder. Give the path of one that timm saved after "
-            f"{LOCAL_PREFIX!r}."
+            f"{name!r} names no folder. Give the path of one that timm saved after {PREFIX!r}."
         )
     return find_weights(folder)
 
@@ -264,7 +261,7 @@ def _weights_of(name: str) -> Path:
 def _timm_name(name: str, model: nn.Module, *, pretrained: bool) -> str:
     """Return timm's name of a model, with the tag of its pretrained weights."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    if name.startswith(LOCAL_PREFIX):
+    if name.startswith(PREFIX):
         return str(config.get("architecture", name))
     tag = config.get("tag", "") if pretrained else ""
     return f"{split_model_name_tag(name)[0]}.{tag}" if tag and ":" not in name else name
@@ -404,6 +401,10 @@ def _check_pretrained(name: str, options: ModelOptions) -> None:
 
 
 def _create_or_download(name: str, arch: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    if name.startswith(PREFIX):
+        check_config(name)
+        with explained(partial(_folder_error, name)):
+            return _create(arch, pretrained, **kwargs)
     try:
         with _fail_fast_offline():
             return _create(arch, pretrained, **kwargs)
@@ -415,20 +416,21 @@ def _create_or_download(name: str, arch: str, pretrained: bool, **kwargs: Any) -
             "models of Transformers are not taken. Look for the same model in `dfq models`."
         ) from error
     except (OSError, RuntimeError) as error:
-        if name.startswith(LOCAL_PREFIX):
-            raise UnknownModelError(f"{name!r} is no folder that timm saved: {error}.") from error
         if "Error(s) in loading state_dict" in str(error):
             raise _shape_error(name, error) from error
         if isinstance(error, RuntimeError) and "client" not in str(error):
             raise
         raise _download_error(name, error) from error
     except ValueError as error:
-        what = (
-            "folder that timm saved"
-            if name.startswith(LOCAL_PREFIX)
-            else "model of the Hugging Face hub"
-        )
-        raise UnknownModelError(f"{name!r} is not a {what}: {error}") from error
+        raise UnknownModelError(
+            f"{name!r} is not a model of the Hugging Face hub: {error}"
+        ) from error
+
+
+def _folder_error(name: str, error: Exception) -> UnknownModelError:
+    return UnknownModelError(
+        f"{name!r} is no folder that timm saved: timm cannot build its model ({first_line(error)})."
+    )
 
 
 def _shape_error(name: str, error: Exception) -> WeightsError:
@@ -465,7 +467,7 @@ def _check_known(name: str) -> None:
     if not timm.is_model(arch):
         if "architecture" in read_config(Path(name)):
             raise UnknownModelError(
-                f"{name!r} is a folder that timm saved. Name it {LOCAL_PREFIX}{name} to load it."
+                f"{name!r} is a folder that timm saved. Name it {PREFIX}{name} to load it."
             )
         known = [*ALIASES, "demo", *timm.list_models("*vit*"), *timm.list_models("*eit*")]
         raise UnknownModelError(

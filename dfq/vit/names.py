@@ -104,6 +104,20 @@ class RenamedState:
     notes: tuple[str, ...] = ()
 
 
+def _without_wrappers(state: State, path: Path) -> State:
+    """Remove the names that wrappers of modules add; raise if two tensors then have one name."""
+    names: dict[str, str] = {}
+    for key in state:
+        name = WRAPPERS.sub("", key)
+        if name in names:
+            raise WeightsError(
+                f"{path.name!r} has {names[name]!r} beside {key!r}, which are one parameter. Save "
+                "the state dict of one model."
+            )
+        names[name] = key
+    return {name: state[key] for name, key in names.items()}
+
+
 def extract_vit(state: State, path: Path, *, headless: bool = False) -> RenamedState:
     """Extract the ViT's tensors from a state dict and remove the prefix of their names.
 
@@ -113,7 +127,7 @@ def extract_vit(state: State, path: Path, *, headless: bool = False) -> RenamedS
         WeightsError: the names are of another format than timm's, or of several models, or a
             head lies outside the ViT.
     """
-    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    state = _without_wrappers(state, path)
     prefix = _prefix(state, path)
     inside = {
         key.removeprefix(prefix): value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections import OrderedDict
@@ -17,7 +16,7 @@ from torch import Tensor
 from dfq.argument_names import option
 from dfq.errors import WeightsError
 from dfq.failures import explained, first_line
-from dfq.files import utf8_path
+from dfq.files import read_json, utf8_path
 from dfq.vit.convert import check_finite
 from dfq.vit.formats import folder_error, names_in_zip, refuse_other_formats
 from dfq.vit.jax_weights import read_jax
@@ -30,6 +29,9 @@ MIN_FLOAT_BITS = 16
 
 SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.(safetensors|bin)$")
 """Ending of the name of one of several shards."""
+
+LONGEST_NAME = 255
+"""Longest name of a shard's file in characters."""
 
 NAMES = (
     "model.safetensors",
@@ -160,32 +162,44 @@ def _read_file(path: Path) -> Any:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Read the tensors of all files that an index of sharded weights names."""
+    """Read the tensors that an index of sharded weights names, each from the file that it says."""
+    names = _read_index(index)
+    shards = sorted(set(names.values()))
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        path = index.parent / shard
+        if not path.is_file():
+            raise WeightsError(
+                f"{shard!r}, one of the {len(shards)} files that {str(index)!r} names, is missing. "
+                "Put all of them beside it."
+            )
+        content = _read_file(path)
+        content = content if isinstance(content, dict) else {}
+        expected = [name for name, place in names.items() if place == shard]
+        absent = sorted(set(expected) - content.keys())
+        if absent:
+            raise WeightsError(
+                f"{shard!r} lacks {len(absent)} of the tensors that {str(index)!r} names in it, "
+                f"such as {absent[0]!r}. Check that the download is complete."
+            )
+        state |= {name: content[name] for name in expected}
+    return state
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the file of each tensor, by name."""
     try:
-        names = json.loads(index.read_bytes())["weight_map"]
-        shards = sorted(set(names.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = read_json(index)["weight_map"]
+        if not isinstance(names, dict):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"{str(index)!r} is a JSON file and no index of sharded weights. Give a weights file."
         ) from error
-    state: dict[str, Tensor] = {}
-    for name in shards:
-        if not isinstance(name, str) or Path(name).name != name:
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name or len(name) > LONGEST_NAME:
             raise WeightsError(f"{str(index)!r} names {name!r:.100}, which is no file beside it.")
-        if not (index.parent / name).is_file():
-            raise WeightsError(
-                f"{name!r}, one of the {len(shards)} files that {str(index)!r} names, is missing. "
-                "Put all of them beside it."
-            )
-        content = _read_file(index.parent / name)
-        state |= content if isinstance(content, dict) else {}
-    absent = sorted(names.keys() - state.keys())
-    if absent:
-        raise WeightsError(
-            f"The files of {str(index)!r} lack {len(absent)} tensors that it names, such as "
-            f"{absent[0]!r}. Check that the download is complete."
-        )
-    return state
+    return names
 
 
 def _unwrap(content: Any, outer: tuple[int, ...] = ()) -> Any:

@@ -164,8 +164,32 @@ def test_an_index_whose_files_lack_a_tensor_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}))
-    with pytest.raises(WeightsError, match="lack 1 tensors that it names, such as 'b'"):
+    with pytest.raises(WeightsError, match=r"'a\.safetensors' lacks 1 of the .*, such as 'b'"):
         read_weights(index)
+
+
+def test_a_tensor_is_read_from_the_file_that_the_index_says(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1), "extra": torch.ones(1)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.ones(1), "a": torch.zeros(1)}, tmp_path / "2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    state = read_weights(index)
+    assert (set(state), float(state["a"])) == ({"a", "b"}, 1.0)
+
+
+def test_an_index_of_an_odd_form_is_refused(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    for content in ("[" * 100_000, json.dumps({"weight_map": {"a": "y" * 300}})):
+        index.write_text(content)
+        with pytest.raises(WeightsError, match=r"no index of sharded weights|no file beside it"):
+            read_weights(index)
+
+
+def test_two_names_of_one_parameter_are_refused(timm_state: State, tmp_path: Path) -> None:
+    other = {"blocks._orig_mod.0.norm1.bias": timm_state["blocks.0.norm1.bias"] + 5}
+    torch.save(timm_state | other, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"_orig_mod.*are one parameter"):
+        load(tmp_path / "w.pth")
 
 
 def test_objects_beside_the_weights_are_never_made(tmp_path: Path) -> None:
