@@ -154,7 +154,7 @@ def test_ratios_are_against_the_official_rows_of_the_same_model() -> None:
 
 
 def test_what_is_no_checkout_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="no checkout of SMI"):
+    with pytest.raises(SettingError, match="is not a checkout of Egg-Hu/SMI"):
         code(tmp_path)
 
 

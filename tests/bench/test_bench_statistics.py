@@ -158,7 +158,7 @@ def test_identical_rankings_are_stable() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": "dmi"}, "give PRI's alone"),
+        ({"methods": "dmi"}, "give variants of PRI alone"),
         ({"sources": "noise+coverage"}, "leave .coverage out"),
         ({"iterations": 1}, "at least 2"),
     ],

@@ -121,10 +121,10 @@ def test_a_budget_of_time_is_spent_in_whole_units(
     ("changes", "message"),
     [
         ({"comparisons": "count,tiem"}, "Did you mean 'time'"),
-        ({"sources": "prj4"}, "No source is called 'prj4'"),
-        ({"sources": "real"}, "name the images with --real"),
-        ({"class_sources": "noise"}, "images are of no class"),
-        ({"one_class": 5}, "--one-class is 5; the model's are 0 to 4"),
+        ({"sources": "prj4"}, "Unknown source 'prj4'"),
+        ({"sources": "real"}, "give its images with --real"),
+        ({"class_sources": "noise"}, "images have no labels"),
+        ({"one_class": 5}, "--one-class is 5; the model has classes 0 to 4"),
         ({"budget": 0.0}, "--budget is 0.0"),
         ({"budget": float("inf")}, "--budget is inf"),
         ({"budget": 1e300}, "--budget is 1e.300"),
@@ -151,7 +151,7 @@ def test_real_images_are_taken_by_class(loaded: LoadedModel, labeled_npz: Path) 
     patches = real.sample(4, 0).patches
     images = patches.reshape(4, 4, 4, 3, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(4, 16, 16, 3)
     assert {x.contiguous().numpy().tobytes() for x in images} == wanted
-    with pytest.raises(DataError, match="of the classes asked for"):
+    with pytest.raises(DataError, match="has 4 of these classes"):
         real.sample(5, 0)
 
 

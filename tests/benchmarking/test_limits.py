@@ -128,7 +128,7 @@ def test_a_failure_of_another_tool_is_no_error(
 def test_an_interrupt_keeps_the_rows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "torch-bf16", at_batch(2, interrupt))
     with pytest.raises(KeyboardInterrupt) as raised:
-        dfq.benchmark(checkpoint, batch=[1, 2], seconds=0.01, runtimes=["dfq", "torch-bf16"])
+        dfq.benchmark(checkpoint, batch=[1, 2], seconds=0.2, runtimes=["dfq", "torch-bf16"])
     assert isinstance(raised.value, BenchmarkInterrupt)
     result = raised.value.result
     assert [(r.runtime, r.batch) for r in result.rows] == [("dfq", 1), ("torch-bf16", 1)]
