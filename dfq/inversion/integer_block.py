@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -18,9 +17,6 @@ from dfq.vit.modules import Block
 from dfq.vit.position_encoding import PositionEncoding
 
 aten = torch.ops.aten
-
-SCORES_AT_ONCE = 1 << 18
-"""Attention scores computed at once: 1 MiB, about what the L2 cache of a core holds."""
 
 GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 """Activations that an :class:`IntegerBlock` has, as PyTorch's ``approximate``."""
@@ -182,17 +178,11 @@ def _attend(qkv: Tensor, heads: int, bias: Tensor | None) -> tuple[Tensor, ...]:
     split = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = (part.flatten(0, 1) for part in split)
     q.mul_(q.shape[-1] ** -0.5)
+    scores = torch.bmm(q, k.transpose(1, 2))
     if bias is not None:
-        bias = bias.expand(batch, -1, -1, -1).flatten(0, 1)
-    shares = q.new_empty(len(q), tokens, tokens)
-    mixed = torch.empty_like(q)
-    for at in _chunks(shares):
-        scores = torch.bmm(q[at], k[at].transpose(1, 2))
-        if bias is not None:
-            scores.add_(bias[at])
-        torch.softmax(scores, -1, out=shares[at])
-        torch.bmm(shares[at], v[at], out=mixed[at])
-    merged = mixed.view(batch, heads, tokens, -1).transpose(1, 2).flatten(2)
+        scores.add_(bias.expand(batch, -1, -1, -1).flatten(0, 1))
+    shares = scores.softmax(-1)
+    merged = torch.bmm(shares, v).view(batch, heads, tokens, -1).transpose(1, 2).flatten(2)
     return merged, q, k, v, shares
 
 
@@ -202,19 +192,9 @@ def _attend_backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, shares: 
     dim = q.shape[-1]
     heads = width // dim
     split = gradient.view(batch, tokens, heads, dim).transpose(1, 2).flatten(0, 1)
-    dq, dk, dv = (torch.empty_like(part) for part in (q, k, v))
-    for at in _chunks(shares):
-        torch.bmm(shares[at].transpose(1, 2), split[at], out=dv[at])
-        scores = torch.bmm(split[at], v[at].transpose(1, 2))
-        scores = torch._softmax_backward_data(scores, shares[at], -1, scores.dtype)
-        torch.bmm(scores, k[at], out=dq[at])
-        torch.bmm(scores.transpose(1, 2), q[at], out=dk[at])
-    parts = [dq.mul_(dim**-0.5), dk, dv]
+    scores = torch.bmm(split, v.transpose(1, 2))
+    scores = torch._softmax_backward_data(scores, shares, -1, scores.dtype)
+    dq = torch.bmm(scores, k).mul_(dim**-0.5)
+    parts = [dq, torch.bmm(scores.transpose(1, 2), q), torch.bmm(shares.transpose(1, 2), split)]
     split = torch.stack([part.view(batch, heads, tokens, dim).transpose(1, 2) for part in parts], 2)
     return split.view(batch, tokens, 3 * width)
-
-
-def _chunks(shares: Tensor) -> Iterator[slice]:
-    """Split ``[B*H, T, T]`` into parts of :data:`SCORES_AT_ONCE`."""
-    step = max(1, SCORES_AT_ONCE // shares[0].numel())
-    return (slice(i, i + step) for i in range(0, len(shares), step))
