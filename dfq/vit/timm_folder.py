@@ -12,6 +12,9 @@ from dfq.vit.architecture import CropMode, Interpolation
 PREFIX = "local-dir:"
 """Prefix of the path of such a folder where a model's name is expected."""
 
+SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
+"""Arguments of timm's models that are at least 1."""
+
 
 def check_config(name: str) -> None:
     """Check ``config.json`` of a folder before timm builds a model from it.
@@ -50,8 +53,9 @@ def _problem(config: Any) -> str | None:
         if not isinstance(config.get(field, {}), dict):
             return f"{field} {config[field]!r:.60}; allowed: a JSON object"
     for field, value in config.get("model_args", {}).items():
-        if isinstance(value, int) and value < 0:
-            return f"the model argument {field} = {value!r:.60}; allowed: from 0"
+        least = int(field in SIZES)
+        if isinstance(value, int) and value < least:
+            return f"the model argument {field} = {value!r:.60}; allowed: from {least}"
     data = {**config, **config.get("pretrained_cfg", {})}
     for field in ("mean", "std"):
         if field in data and not _is_values(data[field], positive=field == "std"):
