@@ -134,8 +134,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def resolve_products(precision: str, device: torch.device) -> str:
     """Resolve the precision of inversion, whose products may be of integers.
 
-    ``auto`` is ``bfloat16`` where it is native, else ``int7`` where its products are exact, else
-    ``float32``; other names are kept.
+    ``auto`` is ``bfloat16`` where it is native, else ``float32``; other names are kept.
 
     Raises:
         DeviceError: integers are requested where their products are not exact.
@@ -147,9 +146,7 @@ def resolve_products(precision: str, device: torch.device) -> str:
             f"precision is {precision!r}, which takes an x86 processor with {needed}, "
             f"not {device.type!r} here. Use 'auto'."
         )
-    floats = resolve_precision(precision, device)
-    slow = precision == "auto" and floats == "float32"
-    return "int7" if slow and int8_is_exact(device, LARGEST_WEIGHT["int7"]) else floats
+    return resolve_precision(precision, device)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

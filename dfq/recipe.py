@@ -102,8 +102,8 @@ class InversionSettings:
     precision: Products = Field(
         default="auto",
         description=(
-            "precision of the forward and backward pass; auto: bfloat16 where native, else int7 "
-            "where it is exact, else float32; int8: linear layers on 8-bit integers, the rest in "
+            "precision of the forward and backward pass; auto: bfloat16 where native, else "
+            "float32; int8: linear layers on 8-bit integers, the rest in "
             "bfloat16 where native; int7: the same with 7-bit weights, the rest in float32"
         ),
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from dfq.device import int8_is_exact, multiplies_bfloat16, resolve_products
+from dfq.device import int8_is_exact, multiplies_bfloat16
 from dfq.runtime import onednn
 from dfq.runtime.params import KernelRequirements
 
 FLOAT32 = (
-    "This processor does not multiply bfloat16 natively: distillation runs in float32, and so does "
-    "inversion unless 8-bit products are exact here. That takes about 1.7 times as long; a GPU or "
-    "fewer iterations save time."
+    "This processor does not multiply bfloat16 natively: inversion and distillation run in float32, "
+    "which takes about 1.7 times as long. A GPU or fewer iterations save time, and with AVX2 so does "
+    "precision int7 in inversion."
 )
 EMULATED = (
     "This processor does not multiply bfloat16 natively: emulated it takes more than ten times as "
@@ -40,8 +40,6 @@ def slow_floats(
     """Return warnings about training and inversion in these precisions; none on a GPU."""
     if device.type != "cpu" or multiplies_bfloat16(device):
         return []
-    if inversion == "auto" and resolve_products("auto", device) != "float32":
-        inversion = None
     slow = {"auto": FLOAT32, "bfloat16": EMULATED}
     return [text for name, text in slow.items() if name in (training, inversion)]
 

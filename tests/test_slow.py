@@ -83,12 +83,11 @@ def test_floats() -> None:
     assert slow.slow_floats(GPU, training="auto", inversion="bfloat16") == []
 
 
-@pytest.mark.parametrize(("largest", "expected"), [(127, []), (64, []), (0, [FLOAT32])])
-def test_integers_of_inversion_replace_floats(
-    largest: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("largest", [127, 64, 0])
+def test_inversion_in_float32_is_slow(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     processor(monkeypatch, largest=largest, bfloat16=False)
-    assert slow.slow_floats(CPU, inversion="auto") == expected
+    assert slow.slow_floats(CPU, inversion="auto") == [FLOAT32]
+    assert slow.slow_floats(CPU, inversion="int7") == []
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def test_nothing_is_said_of_inversion_where_nothing_is_inverted(
 @pytest.mark.usefixtures("old")
 def test_weights_of_the_full_range_are_named(call: Callable[..., tuple[Any, Said]]) -> None:
     result, _ = call("quantize", settings={"quantization": {"reduce_range": False}})
-    assert result.warnings[:1] == [TOO_WIDE]
+    assert result.warnings[:2] == [FLOAT32, TOO_WIDE]
 
 
 @pytest.mark.usefixtures("old")

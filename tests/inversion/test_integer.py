@@ -273,8 +273,8 @@ def test_devices_without_8_bit_products_are_refused() -> None:
     [
         pytest.param(127, True, "bfloat16", id="VNNI and bfloat16"),
         pytest.param(64, True, "bfloat16", id="bfloat16 alone"),
-        pytest.param(127, False, "int7", id="VNNI alone"),
-        pytest.param(64, False, "int7", id="AVX2 alone"),
+        pytest.param(127, False, "float32", id="VNNI alone"),
+        pytest.param(64, False, "float32", id="AVX2 alone"),
         pytest.param(0, False, "float32", id="neither"),
     ],
 )

@@ -51,15 +51,11 @@ def test_chosen_classes_are_recorded_and_kept_apart(loaded: LoadedModel, tmp_pat
 @pytest.mark.skipif(
     not device.int8_is_exact(torch.device("cpu"), 63), reason="int7 is not exact here"
 )
-def test_integers_that_auto_chose_are_recorded_and_resumed(
-    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: False)
+def test_seven_bit_integers_are_recorded_and_resumed(loaded: LoadedModel, tmp_path: Path) -> None:
     floats, _ = made(loaded, tmp_path)
-    whole, _ = made(loaded, tmp_path, precision="auto", unit_size=1)
+    whole, _ = made(loaded, tmp_path, precision="int7", unit_size=1)
     assert whole.settings["inversion"]["precision"] == "int7"
     assert whole.path.name != floats.path.name
-    monkeypatch.undo()
     shards = {p: p.read_bytes() for p in whole.path.glob("*.safetensors")}
     assert len(shards) > 1
     (whole.path / MANIFEST).unlink()

@@ -379,7 +379,7 @@ def test_what_onednn_is_limited_to_decides_and_not_the_processor() -> None:
         text=True,
         check=True,
     )
-    assert ended.stdout.split() == ["False", "True", "float32", "int7"]
+    assert ended.stdout.split() == ["False", "True", "float32", "float32"]
 
 
 @needs_onednn
