@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 import zipfile
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dfq.errors import WeightsError
+from dfq.files import read_json
 
 HEADER_BYTES = 512
 """Bytes at the start of a file that are compared with signatures."""
@@ -157,7 +157,7 @@ def folder_error(path: Path) -> WeightsError:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read a model folder's ``config.json``; empty if it is missing or not a JSON object."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -164,7 +164,7 @@ def test_an_index_whose_files_lack_a_tensor_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}))
-    with pytest.raises(WeightsError, match="lack 1 tensors that it names, such as 'b'"):
+    with pytest.raises(WeightsError, match=r"lacks 1 tensors that .*, such as 'b'"):
         read_weights(index)
 
 
