@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,19 @@ def read_json(path: Path) -> Any:
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
-    content = path.read_text(encoding="utf-8")
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Parse JSON as :func:`read_json` does; ``pairs`` makes objects of names and values.
+
+    Raises:
+        ValueError: the text is not such JSON.
+    """
     try:
-        value = json.loads(content, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(
+            text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=pairs
+        )
         json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

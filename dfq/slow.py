@@ -9,9 +9,9 @@ from dfq.runtime import onednn
 from dfq.runtime.params import KernelRequirements
 
 FLOAT32 = (
-    "This processor does not multiply bfloat16 natively: inversion and distillation run in float32, "
-    "which takes about 1.7 times as long. A GPU or fewer iterations save time, and with AVX2 so does "
-    "precision int7 in inversion."
+    "This processor does not multiply bfloat16 natively: inversion and distillation run in "
+    "float32, which takes about 1.7 times as long. A GPU or fewer iterations save time, and with "
+    "AVX2 so does precision int7 in inversion."
 )
 EMULATED = (
     "This processor does not multiply bfloat16 natively: emulated it takes more than ten times as "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from dfq.argument_names import option
 from dfq.errors import DataError, nearest
+from dfq.files import parse_json
 
 EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -198,8 +198,8 @@ def _read_pairs(path: Path) -> list[tuple[str, int]]:
 
 def _json_pairs(text: str, path: Path) -> list[tuple[str, int]]:
     try:
-        pairs: Any = json.loads(text, object_pairs_hook=list)
-    except (ValueError, RecursionError) as error:
+        pairs: Any = parse_json(text, pairs=list)
+    except ValueError as error:
         raise DataError(f"Class map {str(path)!r} is not valid JSON: {error}.") from error
     if not (text.lstrip().startswith("{") and all(type(index) is int for _, index in pairs)):
         raise DataError(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import socket
 import textwrap
 import urllib.parse
@@ -251,7 +252,7 @@ def _keywords(meta_model: nn.Module, name: str, options: ModelOptions) -> dict[s
 
 def _weights_of(name: str) -> Path:
     folder = Path(name.removeprefix(PREFIX))
-    if name == PREFIX or not folder.is_dir():
+    if name == PREFIX or not os.path.isdir(folder):
         raise UnknownModelError(
             f"{name!r} names no folder. Give the path of one that timm saved after {PREFIX!r}."
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -13,8 +14,9 @@ from dfq.argument_names import option
 from dfq.errors import WeightsError
 
 State = dict[str, Tensor]
+Key = TypeVar("Key")
 
-WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Prefixes that wrappers of layers or models add to names."""
 
 COUNTERS = ("n_averaged", "num_updates")
@@ -104,18 +106,22 @@ class RenamedState:
     notes: tuple[str, ...] = ()
 
 
-def _without_wrappers(state: State, path: Path) -> State:
-    """Remove the names that wrappers of modules add; raise if two tensors then have one name."""
-    names: dict[str, str] = {}
+def rename(state: Mapping[Key, Tensor], new_name: Callable[[Key], str], path: Path) -> State:
+    """Return a state dict under other names.
+
+    Raises:
+        WeightsError: two entries would get one name.
+    """
+    before: dict[str, Key] = {}
     for key in state:
-        name = WRAPPERS.sub("", key)
-        if name in names:
+        name = new_name(key)
+        if name in before:
             raise WeightsError(
-                f"{path.name!r} has {names[name]!r} beside {key!r}, which are one parameter. Save "
-                "the state dict of one model."
+                f"{path.name!r} has two tensors for {name!r}: {before[name]!r:.100} and "
+                f"{key!r:.100}. Save the state dict of the one that is meant as a file."
             )
-        names[name] = key
-    return {name: state[key] for name, key in names.items()}
+        before[name] = key
+    return {name: state[key] for name, key in before.items()}
 
 
 def extract_vit(state: State, path: Path, *, headless: bool = False) -> RenamedState:
@@ -127,7 +133,7 @@ def extract_vit(state: State, path: Path, *, headless: bool = False) -> RenamedS
         WeightsError: the names are of another format than timm's, or of several models, or a
             head lies outside the ViT.
     """
-    state = _without_wrappers(state, path)
+    state = rename(state, lambda key: WRAPPERS.sub("", key), path)
     prefix = _prefix(state, path)
     inside = {
         key.removeprefix(prefix): value
@@ -171,6 +177,11 @@ def _with_projection(inside: State, state: State, tower: str, path: Path) -> Ren
         raise WeightsError(
             f"{path.name!r} has a projection of other layers than one linear one "
             f"({', '.join(sorted(names)[:4])}). Load it without: {option('num_classes', 0)}."
+        )
+    if "head.weight" in inside:
+        raise WeightsError(
+            f"{path.name!r} has two heads: {f'{tower}trunk.head.weight'!r} and "
+            f"{f'{tower}head.proj.weight'!r}. Load it without: {option('num_classes', 0)}."
         )
     weight = state[f"{tower}head.proj.weight"]
     bias = state.get(f"{tower}head.proj.bias", weight.new_zeros(len(weight)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from dfq.files import read_json, utf8_path
 from dfq.vit.convert import check_finite
 from dfq.vit.formats import folder_error, names_in_zip, refuse_other_formats
 from dfq.vit.jax_weights import read_jax
+from dfq.vit.names import rename
 
 STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")
 """Keys of the state dict within training checkpoints, in timm's order of preference."""
@@ -29,9 +32,6 @@ MIN_FLOAT_BITS = 16
 
 SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.(safetensors|bin)$")
 """Ending of the name of one of several shards."""
-
-LONGEST_NAME = 255
-"""Longest name of a shard's file in characters."""
 
 NAMES = (
     "model.safetensors",
@@ -121,25 +121,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         WeightsError: the file is missing, damaged, of another format, or holds no state dict.
     """
     _check_readable(path)
-    if path.suffix == ".json":
-        content: Any = _read_shards(path)
+    content: Any = _read_shards(path) if path.suffix == ".json" else _read_file(path)
+    for candidate in _dicts(content):
+        if weights := _weights(candidate, path):
+            break
     else:
-        content = _read_file(path)
-    content = _unwrap(content)
-    if not _holds_tensors(content):
         keys = f" (it has {sorted(map(str, content))[:6]})" if isinstance(content, dict) else ""
         raise WeightsError(f"{str(path)!r} holds no model weights{keys}; expected a state dict.")
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    for key, value in tensors.items():
+    for key, value in weights.items():
         _check_tensor(key, value, path)
-    check_finite(tensors)
-    return {key: value.detach() for key, value in tensors.items()}
+    check_finite(weights)
+    return {key: value.detach() for key, value in weights.items()}
 
 
 def _check_readable(path: Path) -> None:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise folder_error(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise WeightsError(f"Weights file {str(path)!r} does not exist or is not a file.")
     if path.stat().st_size == 0:
         raise WeightsError(f"Weights file {str(path)!r} is empty.")
@@ -162,74 +160,65 @@ def _read_file(path: Path) -> Any:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Read the tensors that an index of sharded weights names, each from the file that it says."""
-    names = _read_index(index)
-    shards = sorted(set(names.values()))
-    state: dict[str, Tensor] = {}
-    for shard in shards:
-        path = index.parent / shard
-        if not path.is_file():
-            raise WeightsError(
-                f"{shard!r}, one of the {len(shards)} files that {str(index)!r} names, is missing. "
-                "Put all of them beside it."
-            )
-        content = _read_file(path)
-        content = content if isinstance(content, dict) else {}
-        expected = [name for name, place in names.items() if place == shard]
-        absent = sorted(set(expected) - content.keys())
-        if absent:
-            raise WeightsError(
-                f"{shard!r} lacks {len(absent)} of the tensors that {str(index)!r} names in it, "
-                f"such as {absent[0]!r}. Check that the download is complete."
-            )
-        state |= {name: content[name] for name in expected}
-    return state
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """Return the file of each tensor, by name."""
+    """Read the tensors that an index of sharded weights names, each from the file it names."""
     try:
-        names = read_json(index)["weight_map"]
-        if not isinstance(names, dict):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = read_json(index)["weight_map"]
+        names: dict[Any, list[str]] = {}
+        for key, name in files.items():
+            names.setdefault(name, []).append(key)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{str(index)!r} is a JSON file and no index of sharded weights. Give a weights file."
         ) from error
-    for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name or len(name) > LONGEST_NAME:
+    state: dict[str, Tensor] = {}
+    for name in sorted(names, key=str):
+        if not isinstance(name, str) or Path(name).name != name:
             raise WeightsError(f"{str(index)!r} names {name!r:.100}, which is no file beside it.")
-    return names
+        if not os.path.isfile(index.parent / name):
+            raise WeightsError(
+                f"{name!r:.100}, one of the {len(names)} files that {str(index)!r} names, is "
+                "missing. Put all of them beside it."
+            )
+        content = _read_file(index.parent / name)
+        absent = [k for k in names[name] if not isinstance(content, dict) or k not in content]
+        if absent:
+            raise WeightsError(
+                f"{str(index.parent / name)!r} lacks {len(absent)} tensors that {index.name!r} "
+                f"says are in it, such as {min(absent)!r}. Check that the download is complete."
+            )
+        state |= {key: content[key] for key in names[name]}
+    return state
 
 
-def _unwrap(content: Any, outer: tuple[int, ...] = ()) -> Any:
-    """Return the state dict within a training checkpoint: the first that holds tensors.
-
-    ``outer``: identities of the dicts around ``content``, which a cyclic checkpoint also holds.
-    """
-    if not isinstance(content, dict):
-        return content
-    outer = (*outer, id(content))
-    for key in STATE_DICT_KEYS:
-        inner = content.get(key)
-        if isinstance(inner, dict) and id(inner) not in outer:
-            found = _unwrap(inner, outer)
-            if _holds_tensors(found):
-                return found
-    return _flatten(content)
+def _dicts(content: Any) -> Iterator[dict[Any, Any]]:
+    """Yield the dicts of a training checkpoint that may be state dicts, the preferred first."""
+    seen: set[int] = set()
+    waiting = [(content, False)]
+    while waiting:
+        item, inner_seen = waiting.pop()
+        if inner_seen:
+            yield item
+        elif isinstance(item, dict) and id(item) not in seen:
+            seen.add(id(item))
+            waiting.append((item, True))
+            waiting += [(item.get(key), False) for key in reversed(STATE_DICT_KEYS)]
 
 
-def _holds_tensors(content: Any) -> bool:
-    return isinstance(content, dict) and any(isinstance(v, Tensor) for v in content.values())
+def _weights(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a dict, or of the dicts in it under names with dots; none if all of
+    them are single numbers."""
+    flat: dict[tuple[Any, ...], Any] = {(k,): v for k, v in content.items()}
+    if not any(map(_is_weight, flat.values())):
+        inner = {k: v for k, v in content.items() if isinstance(v, dict)}
+        flat = {(k, key): value for k, v in inner.items() for key, value in v.items()}
+    if not any(map(_is_weight, flat.values())):
+        return {}
+    tensors = {keys: value for keys, value in flat.items() if isinstance(value, Tensor)}
+    return rename(tensors, lambda keys: ".".join(map(str, keys)), path)
 
 
-def _flatten(content: dict[Any, Any]) -> dict[Any, Any]:
-    """Flatten a dict of dicts of tensors to names with dots."""
-    if _holds_tensors(content):
-        return content
-    inner = {k: v for k, v in content.items() if isinstance(v, dict)}
-    flat = {f"{k}.{key}": value for k, v in inner.items() for key, value in v.items()}
-    return flat if _holds_tensors(flat) else content
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _check_tensor(key: str, value: Tensor, path: Path) -> None:
@@ -296,7 +285,7 @@ def find_weights(folder: Path) -> Path:
     """
     named = (folder / name for name in NAMES)
     other = (file for suffix in SUFFIXES for file in sorted(folder.glob(suffix)))
-    weights = next((file for file in (*named, *other) if file.is_file()), None)
+    weights = next((file for file in (*named, *other) if os.path.isfile(file)), None)
     if weights is None:
         raise WeightsError(
             f"The folder {str(folder)!r} has no file of weights ({', '.join(NAMES)}). Give one "

@@ -164,7 +164,7 @@ def test_an_index_whose_files_lack_a_tensor_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}))
-    with pytest.raises(WeightsError, match=r"'a\.safetensors' lacks 1 of the .*, such as 'b'"):
+    with pytest.raises(WeightsError, match=r"lacks 1 tensors that .*, such as 'b'"):
         read_weights(index)
 
 
@@ -181,14 +181,14 @@ def test_an_index_of_an_odd_form_is_refused(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     for content in ("[" * 100_000, json.dumps({"weight_map": {"a": "y" * 300}})):
         index.write_text(content)
-        with pytest.raises(WeightsError, match=r"no index of sharded weights|no file beside it"):
+        with pytest.raises(WeightsError, match=r"no index of sharded weights|is missing"):
             read_weights(index)
 
 
 def test_two_names_of_one_parameter_are_refused(timm_state: State, tmp_path: Path) -> None:
     other = {"blocks._orig_mod.0.norm1.bias": timm_state["blocks.0.norm1.bias"] + 5}
     torch.save(timm_state | other, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"_orig_mod.*are one parameter"):
+    with pytest.raises(WeightsError, match=r"two tensors for .*_orig_mod"):
         load(tmp_path / "w.pth")
 
 
