@@ -1,6 +1,6 @@
 """``dfq`` and ``python -m dfq``: the command line."""
 
-from dfq.cli.interrupts import end_at_once
+from dfq.cli.interrupts import end_at_once, ignore
 from dfq.cli.streams import settle
 
 
@@ -10,7 +10,10 @@ def main() -> None:
     end_at_once()
     from dfq.cli.app import app
 
-    app()
+    try:
+        app()
+    finally:
+        ignore()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich.table import Table
 import dfq
 from dfq.argument_names import flag_names
 from dfq.cli.errors import Group
-from dfq.cli.interrupts import raise_again
+from dfq.cli.interrupts import raise_once
 from dfq.cli.options import (
     Activations,
     Attention,
@@ -371,7 +371,7 @@ def export(
 ) -> None:
     """Write a checkpoint as ONNX, OpenVINO IR or a torch.export program."""
     export_checkpoint = dfq.export
-    raise_again()
+    raise_once()
     result = export_checkpoint(checkpoint, format=format, out=out, weights=weights)
     _show(result, json_, quiet, field_table)
 

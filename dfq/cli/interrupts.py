@@ -32,10 +32,21 @@ def end_with_json() -> None:
         signal.signal(signal.SIGINT, _end_with_json)
 
 
-def raise_again() -> None:
-    """Make Ctrl-C raise KeyboardInterrupt again."""
+def raise_once() -> None:
+    """Make Ctrl-C raise KeyboardInterrupt, and ignore another one while the command cleans up."""
     if signal.getsignal(signal.SIGINT) in (_end, _end_with_json):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _raise)
+
+
+def ignore() -> None:
+    """Ignore Ctrl-C from now on: the command has ended, and its exit code stands."""
+    if signal.getsignal(signal.SIGINT) in (_end, _end_with_json, _raise):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _raise(*_: Any) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _end(*_: Any) -> NoReturn:

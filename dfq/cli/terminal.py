@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from dfq.bars import Bars
-from dfq.cli.interrupts import raise_again
+from dfq.cli.interrupts import raise_once
 from dfq.errors import OutputError
 from dfq.progress import Progress, Silent
 
@@ -58,5 +58,5 @@ def shown(quiet: bool) -> Progress:
 
     Called when long work begins; from then on Ctrl-C raises KeyboardInterrupt.
     """
-    raise_again()
+    raise_once()
     return Silent() if quiet else Bars(err_console)

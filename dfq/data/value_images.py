@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from dfq.argument_names import option
@@ -35,13 +33,19 @@ def check_values(
             "[N, H, W, C]."
         )
     low, high = preprocessing.input_range
+    bad = int(np.count_nonzero(~np.isfinite(x)))
+    if bad:
+        raise DataError(
+            f"{name!r}: x has {bad} values that are NaN or infinite. Remove those images, or mend "
+            "what wrote them."
+        )
     lowest, highest = (float(v) for v in (x.min(), x.max())) if x.size else (low, high)
     half = (high - low) / 255 / 2
-    if not (math.isfinite(lowest + highest) and low - half <= lowest and highest <= high + half):
+    if not (low - half <= lowest and highest <= high + half):
         raise DataError(
             f"{name!r}: x has values from {lowest:g} to {highest:g}, but the model's input range "
-            f"is {low:g} to {high:g}. Give values before normalization, or the right "
-            f"{option('input_range')}."
+            f"is {low:g} to {high:g}. Give values before normalization; if the model's "
+            f"range is another, quantize it with {option('input_range')}."
         )
 
 

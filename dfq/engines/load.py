@@ -62,6 +62,9 @@ def load(
 ) -> QuantizedViT | EngineModel:
     """Load a checkpoint: an ordinary module that takes normalized images ``[B, C, H, W]``.
 
+    Values are rounded to the 256 levels of the input range and clamped to it, so that random
+    normal images give other logits than in the float model.
+
     Nothing is unpickled or downloaded.  Names, types and shapes of all tensors are
     compared with what the architecture asks for before any of them is read.
 

@@ -108,6 +108,8 @@ def quantize(
     check_alone("quantize", "calibration")
     bounds = {"min_agreement": min_agreement, "min_accuracy": min_accuracy}
     _check_measuring(evaluate, eval, class_map, **bounds)
+    if not _inverts(calibration, evaluate, eval):
+        _refuse_unused(iterations=iterations, stages=stages, precision=precision)
     method = calibration if isinstance(calibration, str) and calibration in METHODS else None
     tables = settings or {}
     settings = {
@@ -178,6 +180,21 @@ def _check_measuring(
     if class_map is not None and eval is None:
         raise SettingError(
             f"{option('class_map')} numbers the class folders of {option('eval')}; give both."
+        )
+
+
+def _inverts(calibration: str | Path | None, evaluate: bool, eval: str | Path | None) -> bool:
+    """Whether images are made, to calibrate on or to measure on."""
+    return calibration is None or str(calibration) in METHODS or (evaluate and eval is None)
+
+
+def _refuse_unused(**arguments: Any) -> None:
+    """Raise :class:`SettingError` if arguments of inversion are given where nothing is inverted."""
+    unused = [option(name) for name, value in arguments.items() if value is not None]
+    if unused:
+        raise SettingError(
+            f"{', '.join(unused)} would have no effect: {option('calibration')} names the images, "
+            "and none are inverted to measure on. Leave out one or the other."
         )
 
 

@@ -127,7 +127,7 @@ def doubts(*measured: AgreementOn | None) -> list[str]:
     warnings = [
         text for on in known for text in (*unmeasured(on), *_low_agreement(on), *_large_error(on))
     ]
-    intervals = [on.interval for on in known if on.interval is not None]
+    intervals = [on.interval for on in known if on.interval is not None and on.metric != "cosine"]
     if len(intervals) > 1 and max(i[0] for i in intervals) > min(i[1] for i in intervals):
         shares = " and ".join(f"{on.agreement:.4f} on {_images(on)}" for on in known)
         warnings.append(

@@ -242,3 +242,15 @@ def test_a_wrong_calibration_is_refused_before_the_output_is_made(
     with pytest.raises(DataError, match=r"'pry' is neither a method.*Did you mean 'pri'"):
         quantize(tiny, tmp_path / "out", calibration="pry")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["iterations", "stages", "precision"])
+def test_arguments_of_inversion_are_refused_where_nothing_is_inverted(
+    tiny: VisionTransformer, tmp_path: Path, name: str
+) -> None:
+    value: Any = "float32" if name == "precision" else 2
+    np.savez(tmp_path / "x.npz", x=np.zeros((2, 16, 16, 3), np.uint8))
+    given: dict[str, Any] = {"calibration": tmp_path / "x.npz", name: value}
+    with pytest.raises(SettingError, match=f"{name} would have no effect"):
+        dfq.quantize(tiny, **given, evaluate=False, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

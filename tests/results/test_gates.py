@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 from collections.abc import Callable
@@ -168,6 +169,16 @@ def test_what_agrees_gives_no_reason() -> None:
     assert doubts(None) == []
     assert doubts(agreement(16, 16, "inverted"), agreement(31, 32, "fractal noise")) == []
     assert doubts(agreement(1990, 2000)) == []
+
+
+def test_cosines_close_to_each_other_do_not_contradict() -> None:
+    inverted, noise = (
+        dataclasses.replace(
+            agreement(8, 8, data), metric="cosine", agreement=mean, interval=[mean, mean]
+        )
+        for data, mean in (("inverted", 0.9982), ("fractal noise", 0.9996))
+    )
+    assert doubts(inverted, noise) == []
 
 
 def test_intervals_that_do_not_meet_contradict_each_other() -> None:
