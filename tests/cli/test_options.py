@@ -23,7 +23,7 @@ DIFFERENT = {
 }
 """Options that mean something else in another command, and what."""
 
-METAVAR = re.compile(r"[A-Z][A-Z,|.]*|\[[a-z0-9|]+\]")
+METAVAR = re.compile(r"[A-Z][A-Z,|.]*|\[[a-z0-9|-]+\]")
 
 
 def options(name: str) -> list[Any]:
