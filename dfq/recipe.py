@@ -15,11 +15,10 @@ from dfq.arguments import checked
 from dfq.errors import RecipeError, SettingError, nearest
 from dfq.inversion.losses import LOSSES
 from dfq.inversion.schedules import METHODS
-from dfq.inversion.schedules.method import LeaveFirst
+from dfq.inversion.schedules.method import Importance, LeaveFirst
 from dfq.recipe_files import read_toml
 from dfq.validation import FROM_COMPONENT, OneOf, Shares, describe, settings, with_component_fields
 
-Importance = Literal["auto", "attention", "gradient", "activation", "random"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Products = Literal[Precision, "int8", "int7"]
 Start = Literal["auto", "teacher", "random"]

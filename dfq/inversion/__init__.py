@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dfq.inversion.engine import ALGORITHM_VERSION, Callback, Engine
-    from dfq.inversion.importance import importance_of, resolve_importance
+    from dfq.inversion.importance import importance_of, ranking_of, resolve_importance
     from dfq.inversion.objective import make_objective, objective_of, seeded
     from dfq.inversion.schedule import Unit, events, plan_units
     from dfq.inversion.schedules import Event
@@ -27,6 +27,7 @@ _MODULES = {
     "make_objective": "objective",
     "objective_of": "objective",
     "plan_units": "schedule",
+    "ranking_of": "importance",
     "resolve_importance": "importance",
     "seeded": "objective",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "make_objective",
     "objective_of",
     "plan_units",
+    "ranking_of",
     "resolve_importance",
     "seeded",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfq.device import LARGEST_WEIGHT, compute_dtype, thread_count
 from dfq.inversion.frozen import can_pack, pack_linears
-from dfq.inversion.importance import importance_of, resolve_importance
+from dfq.inversion.importance import importance_of, ranking_of
 from dfq.inversion.integer_block import multiply_integers
 from dfq.inversion.jitter import Move, draw
 from dfq.inversion.losses import ImageLoss, losses_of
@@ -80,7 +80,7 @@ class Engine:
         self.grid = vit.arch.grid
         if can_pack(self.device, self.dtype):
             pack_linears(self.vit, settings.unit_size * self.grid.patches)
-        self.importance = resolve_importance(settings.importance, vit.arch)
+        self.importance = ranking_of(settings, vit.arch)
         self.events = events(settings, self.grid.patches)
         mean = channel_values(self.units.level_mean, self.grid)
         std = channel_values(self.units.level_std, self.grid)
@@ -203,6 +203,7 @@ class Engine:
         live = state.positions.shape[1]
         if event.count == live:
             return torch.arange(live, device=self.device).expand_as(state.positions)
+        assert self.importance is not None, "events() refuses such a schedule"
         importance = importance_of(
             self.importance,
             self.vit,

@@ -8,10 +8,21 @@ import torch
 from torch import Tensor
 
 from dfq.inversion.objective import Objective
-from dfq.recipe import Importance
+from dfq.inversion.schedule import method_of
+from dfq.inversion.schedules.method import Importance
+from dfq.recipe import InversionSettings
 from dfq.vit import Architecture, ViT
 
 MEASURES: tuple[str, ...] = tuple(m for m in get_args(Importance) if m != "auto")
+
+
+def ranking_of(settings: InversionSettings, arch: Architecture) -> Importance | None:
+    """Return the measure by which the settings' method ranks the patches of a model.
+
+    None for a method that does not rank.
+    """
+    method = method_of(settings)
+    return resolve_importance(method.ranking(settings.importance), arch) if method.ranks else None
 
 
 def resolve_importance(importance: Importance, arch: Architecture) -> Importance:

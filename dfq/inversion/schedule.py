@@ -50,13 +50,14 @@ def events(settings: InversionSettings, patches: int) -> tuple[Event, ...]:
     Raises:
         SettingError: the method's fields do not fit so many patches or iterations.
     """
-    schedule = method_of(settings).events(settings.iterations, patches)
-    if problem := _problem(schedule, settings.iterations, patches):
+    method = method_of(settings)
+    schedule = method.events(settings.iterations, patches)
+    if problem := _problem(schedule, settings.iterations, patches, method.ranks):
         raise SettingError(f"The schedule of method {settings.method!r} is wrong: {problem}.")
     return schedule
 
 
-def _problem(schedule: tuple[Event, ...], iterations: int, patches: int) -> str | None:
+def _problem(schedule: tuple[Event, ...], iterations: int, patches: int, ranks: bool) -> str | None:
     """Return what is wrong with a schedule, None if it is valid."""
     times = [0, *(event.iteration for event in schedule)]
     if any(a > b for a, b in pairwise(times)) or times[-1] > iterations:
@@ -65,6 +66,11 @@ def _problem(schedule: tuple[Event, ...], iterations: int, patches: int) -> str 
     for event in schedule:
         if not 0 < event.count <= live:
             return f"{event.count} of {live} live patches leave at iteration {event.iteration}"
+        if event.count < live and not ranks:
+            return (
+                f"{event.count} of {live} live patches leave at iteration {event.iteration}, but "
+                "the method does not rank patches (ranks = False)"
+            )
         live -= 0 if event.stays else event.count
     return None if any(event.kept for event in schedule) else "it keeps no image"
 

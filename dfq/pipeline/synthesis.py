@@ -24,7 +24,7 @@ from dfq.device import resolve_products
 from dfq.environment import versions
 from dfq.errors import DatasetError
 from dfq.files import make_directory, safe_name
-from dfq.inversion import ALGORITHM_VERSION, Engine, objective_of, plan_units, resolve_importance
+from dfq.inversion import ALGORITHM_VERSION, Engine, objective_of, plan_units, ranking_of
 from dfq.inversion.objective import check_classes
 from dfq.inversion.schedule import unused_fields
 from dfq.inversion.units import units_of
@@ -72,7 +72,7 @@ def make_dataset(
         settings,
         precision=cast(Any, resolve_products(settings.precision, device)),
         threads=settings.threads or torch.get_num_threads(),
-        importance=resolve_importance(settings.importance, loaded.vit.arch),
+        importance=ranking_of(settings, loaded.vit.arch) or settings.importance,
     )
     units = plan_units(resolved, loaded.vit.arch.grid.patches)
     facts = _dataset_settings(loaded, resolved, device)

@@ -23,7 +23,7 @@ DIFFERENT = {
 }
 """Options whose help differs between commands."""
 
-METAVAR = re.compile(r"[A-Z][A-Z,|.]*|\[[a-z0-9_|]+\]")
+METAVAR = re.compile(r"[A-Z][A-Z,|.]*|\[[a-z0-9_|-]+\]")
 
 
 def options(name: str) -> list[Any]:

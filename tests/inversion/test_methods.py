@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,14 +19,15 @@ from pydantic import Field
 
 from dfq.data.settings import ORIGIN
 from dfq.errors import SettingError
-from dfq.inversion import Engine, events, plan_units
+from dfq.inversion import Engine, events, plan_units, ranking_of
+from dfq.inversion.importance import MEASURES
 from dfq.inversion.iteration import fused_weight
 from dfq.inversion.losses import LOSSES, ImageLoss, losses_of
 from dfq.inversion.losses.total_variation import TotalVariation
 from dfq.inversion.runners import DeviceRunner
 from dfq.inversion.schedule import fit, fit_stages, method_of, unused_fields
 from dfq.inversion.schedules import METHODS, Event, Method
-from dfq.inversion.schedules.method import OPTIMIZATION, RANKING
+from dfq.inversion.schedules.method import OPTIMIZATION, RANKING, Importance
 from dfq.inversion.schedules.pri import Pri
 from dfq.inversion.schedules.smi import Smi
 from dfq.pipeline.calibration_set import held_out_settings
@@ -231,7 +233,7 @@ def test_a_new_method_and_a_new_loss_are_a_file_each(tmp_path: Path) -> None:
     assert shards == ["shard-00000-147.safetensors", "shard-00000-49.safetensors"]
     listed = (tmp_path / "listed.toml").read_text()
     assert "ratio = 2.0  # geometric: of one image to the one before" in listed
-    assert "stages = 4  # pri, geometric: images a trajectory yields" in listed
+    assert re.search("stages = 4  # pri, .*geometric.*: images a trajectory yields", listed)
     assert "l2 = 0.0  # weight of each image's L2 norm" in listed
 
 
@@ -254,6 +256,41 @@ def test_a_schedule_that_cannot_be_run_is_refused(
         events(chosen(method="halving"), 16)
 
 
+def test_a_method_says_how_it_ranks(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "halving", Halving)
+    measures: list[Importance] = ["random", "attention"]
+    by_measure = [
+        run(Engine(loaded.vit, loaded.preprocessing, chosen(method="halving", importance=measure)))
+        for measure in measures
+    ]
+    monkeypatch.setattr(Halving, "ranking", lambda *_: "random")
+    own = [
+        run(Engine(loaded.vit, loaded.preprocessing, chosen(method="halving", importance=measure)))
+        for measure in measures
+    ]
+    positions = [torch.cat([batch.positions for batch in images], 1) for images in by_measure + own]
+    assert not torch.equal(positions[0], positions[1])
+    assert torch.equal(positions[0], positions[2])
+    assert torch.equal(positions[0], positions[3])
+
+
+@pytest.mark.parametrize("measure", [*MEASURES, "auto"])
+def test_a_method_that_does_not_rank_removes_all_patches_or_none(
+    measure: Importance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Halving, "ranks", False)
+    monkeypatch.setitem(METHODS, "halving", Halving)
+    with pytest.raises(SettingError, match=r"8 of 16 live patches .* does not rank patches"):
+        events(chosen(method="halving", importance=measure), 16)
+    assert events(chosen(method="halving", importance=measure), 1) == (Event(1, 1, kept=True),)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_with_ranks_alone_are_ranked(name: str, loaded: LoadedModel) -> None:
+    ranking = ranking_of(chosen(method=name), loaded.vit.arch)
+    assert ranking == ("attention" if METHODS[name].ranks else None)
+
+
 # the methods and losses that there are
 
 READ = {
@@ -262,7 +299,7 @@ READ = {
     "dmi": {"snapshots"},
     "noise": set[str](),
 }
-"""Fields of the settings that not all methods read, by method."""
+"""Fields of the settings that not all of these methods read, by method."""
 
 
 @pytest.mark.parametrize("method", READ)
@@ -270,18 +307,20 @@ def test_a_method_reads_its_own_fields(method: str) -> None:
     optimized = {"iterations", "lr", "beta1", "beta2", "jitter", "flip", "plateau", "tv"}
     every = {*set[str]().union(*READ.values()), *optimized}
     read = READ[method] | (set() if method == "noise" else optimized)
-    assert unused_fields(method) == every - read
+    assert unused_fields(method) & every == every - read
     assert set(describe(InversionSettings)) >= OPTIMIZATION | RANKING
 
 
 def test_settings_are_those_that_methods_and_losses_declare() -> None:
     infos = describe(InversionSettings)
-    for label, kind in [*METHODS.items(), *(("", loss) for loss in LOSSES.values())]:
+    for kind in [*METHODS.values(), *LOSSES.values()]:
         for name, own in describe(kind).items():
-            text = f"{label}: {own.description}" if label else own.description
+            owners = [label for label, each in METHODS.items() if name in each.field_names()]
+            text = f"{', '.join(owners)}: {own.description}" if owners else own.description
             assert infos[name] == dataclasses.replace(own, description=text)
         assert kind.from_settings(InversionSettings()) == kind()
-    assert infos["method"].allowed == "pri, smi, dmi, noise"
+    assert list(METHODS)[:4] == ["pri", "smi", "dmi", "noise"]
+    assert infos["method"].allowed == ", ".join(METHODS)
     assert all(ORIGIN.fullmatch(name) for name in METHODS)
 
 

@@ -18,6 +18,7 @@ from dfq.data.dataset import SparseImageDataset
 from dfq.data.settings import MANIFEST, SETTINGS
 from dfq.errors import DatasetError, SettingError
 from dfq.files import write_json
+from dfq.inversion.schedules import METHODS
 from dfq.pipeline.synthesis import make_dataset
 from dfq.progress import Silent
 from dfq.recipe import InversionSettings
@@ -34,6 +35,24 @@ def made(loaded: LoadedModel, cache: Path, **changes: Any) -> tuple[SparseImageD
 def test_all_classes_are_no_part_of_the_settings(loaded: LoadedModel, tmp_path: Path) -> None:
     dataset, _ = made(loaded, tmp_path)
     assert "classes" not in dataset.settings["inversion"]
+
+
+def test_what_ranked_the_patches_is_recorded_and_keeps_datasets_apart(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, _ = made(loaded, tmp_path, importance="random")
+    other, _ = made(loaded, tmp_path, importance="attention")
+    assert asked.path != other.path
+    monkeypatch.setattr(METHODS["pri"], "ranking", lambda *_: "random")
+    for importance in ("random", "attention", "auto"):
+        dataset, found = made(loaded, tmp_path, importance=importance)
+        assert found
+        assert dataset.path == asked.path
+        assert dataset.settings["inversion"]["importance"] == "random"
+    with monkeypatch.context() as patched:
+        patched.setattr(METHODS["pri"], "ranks", False)
+        with pytest.raises(SettingError, match="does not rank patches"):
+            made(loaded, tmp_path)
 
 
 def test_chosen_classes_are_recorded_and_kept_apart(loaded: LoadedModel, tmp_path: Path) -> None:

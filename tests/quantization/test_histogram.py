@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dfq.errors import SettingError
 from dfq.quantization.histogram import BINS, Histogram
-from dfq.quantization.observers import RangeObserver
+from dfq.quantization.observers import OURS, TORCH, RangeObserver
 from dfq.recipe import Observer
 from dfq.runtime.qtype import INT8, qparams_from_range
 
@@ -27,6 +30,14 @@ def error(values: torch.Tensor, observer: Observer) -> float:
     low, high = qparams.range
     rounded = (values / qparams.scale).round().mul(qparams.scale).clamp(low, high)
     return float((rounded - values).square().mean())
+
+
+def test_every_observer_is_known_and_no_other() -> None:
+    assert {*TORCH, *OURS} == {*get_args(Observer)}
+    assert not {*TORCH} & {*OURS}
+    unknown: Any = "entropy"
+    with pytest.raises(SettingError, match=r"observer is 'entropy'; allowed: minmax, .*, mse"):
+        RangeObserver(unknown)
 
 
 @pytest.mark.parametrize("observer", ["percentile", "mse"])

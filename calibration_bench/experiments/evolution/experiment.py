@@ -31,7 +31,7 @@ from calibration_bench.measure.watching import Recorder, draw_attention, kept_sh
 from dfq import InversionSettings, LoadedModel, SparseImages
 from dfq.errors import SettingError
 from dfq.files import safe_name
-from dfq.inversion import plan_units, resolve_importance
+from dfq.inversion import plan_units, ranking_of
 
 PICTURES = "pictures"
 
@@ -138,7 +138,7 @@ def _settings(key: Key) -> InversionSettings:
 def _trajectories(loaded: LoadedModel, means: ClassMeans, key: Key, bench: Bench) -> Row:
     """Run all trajectories of a method with a callback, and describe their images by stage."""
     settings, units, recorders = _settings(key), [], []
-    importance = resolve_importance(settings.importance, loaded.vit.arch)
+    importance = ranking_of(settings, loaded.vit.arch)
     by_attention = settings.method == "pri" and importance == "attention"
     for unit in plan_units(settings, loaded.vit.arch.grid.patches):
         recorders.append(Recorder(unit.trajectories))

@@ -8,12 +8,14 @@ from typing import ClassVar, Literal, Self
 from dfq.inversion.registry import Component
 
 LeaveFirst = Literal["most", "least"]
+Importance = Literal["auto", "attention", "gradient", "activation", "random"]
+"""Measures of the importance of patches; ``auto`` leaves the choice to the model's pooling."""
 
 OPTIMIZATION = frozenset({"iterations", "lr", "beta1", "beta2", "jitter", "flip", "plateau"})
 """Fields that all methods with ``optimizes`` read."""
 
 RANKING = frozenset({"importance"})
-"""Fields that all methods with ``ranks`` read."""
+"""Fields that methods with ``ranks`` read."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Method(Component):
     optimizes: ClassVar[bool] = True
     """Whether images are optimized; if not, fields of optimization and losses are not read."""
     ranks: ClassVar[bool] = True
-    """Whether patches are removed by importance."""
+    """Whether patches are removed by importance; if not, every event removes all that are left."""
 
     def events(self, iterations: int, patches: int) -> tuple[Event, ...]:
         """Return the events of a trajectory of ``iterations`` that starts with ``patches`` patches.
@@ -56,6 +58,13 @@ class Method(Component):
             SettingError: the fields do not fit so many iterations or patches.
         """
         raise NotImplementedError
+
+    def ranking(self, asked: Importance) -> Importance:
+        """Return the measure by which patches are ranked; by default the one of the settings.
+
+        What it returns is recorded with the images as ``importance``.
+        """
+        return asked
 
     def fitted(self, iterations: int, patches: int) -> Self:
         """Return a copy with at most as many images per trajectory as ``events`` can give."""
