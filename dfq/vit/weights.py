@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dfq.argument_names import option
 from dfq.errors import WeightsError
 from dfq.failures import explained, first_line
 from dfq.files import read_json, utf8_path
@@ -32,18 +31,6 @@ MIN_FLOAT_BITS = 16
 
 SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.(safetensors|bin)$")
 """Ending of the name of one of several shards."""
-
-NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.pth",
-    "model.pth",
-)
-"""Names of weights files in a model folder, in order of preference."""
-
-SUFFIXES = ("*.safetensors", "*.pth", "*.bin")
 
 
 class Placeholder:
@@ -275,20 +262,3 @@ def _read_torch(path: Path) -> Any:
 def _blocked(error: Exception) -> str:
     _, found, rest = str(error).partition("GLOBAL ")
     return f" ({rest.split()[0]:.100})" if found and rest.split() else ""
-
-
-def find_weights(folder: Path) -> Path:
-    """Return the weights file in a model folder, by timm's names and then by suffix.
-
-    Raises:
-        WeightsError: there is none.
-    """
-    named = (folder / name for name in NAMES)
-    other = (file for suffix in SUFFIXES for file in sorted(folder.glob(suffix)))
-    found = next((file for file in (*named, *other) if os.path.isfile(file)), None)
-    if found is None:
-        raise WeightsError(
-            f"The folder {str(folder)!r} has no file of weights ({', '.join(NAMES)}). Give one "
-            f"with {option('weights')}."
-        )
-    return found
