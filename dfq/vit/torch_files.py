@@ -98,9 +98,9 @@ def read_torch(path: Path) -> Any:
     """Read what a file holds; :data:`SUBSTITUTES` take the place of objects beside the weights.
 
     torch keeps the list of what its unpickler allows for the whole process.  It is extended only
-    while a file that holds such objects is read, by one thread at a time; what
-    another thread reads with ``torch.load`` in that time may hold a :class:`Placeholder` where it
-    would have been refused.
+    while a file that holds such objects is read, by one thread at a time.  What another thread
+    reads with ``torch.load`` in that time may hold a :class:`Placeholder` where it would have been
+    refused.
 
     Raises:
         WeightsError: the file is damaged, or holds other objects.
