@@ -43,6 +43,9 @@ DIRECTORY = DirectoryFormat(
     FORMAT,
 )
 
+MAX_DEPTH = 4096
+"""Largest number of blocks that is read."""
+
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 _SAFETENSORS_NAMES = {
@@ -123,13 +126,14 @@ def read_info(path: str | Path) -> CheckpointInfo:
     Raises:
         CheckpointError: the directory is no checkpoint, or a field is malformed.
     """
-    config = _read_config(Path(path))
+    return _info(_read_config(Path(path)), path)
+
+
+def _info(config: dict[str, Any], path: str | Path) -> CheckpointInfo:
     try:
         recipe = recipe_from_dict(config["recipe"], f"{CONFIG}: recipe")
     except KeyError as error:
         raise CheckpointError(f"{CONFIG} of {str(path)!r} lacks the field {error}.") from error
-    except CheckpointError:
-        raise
     except UsageError as error:
         raise CheckpointError(str(error)) from error
     arch = from_json(Architecture, config.get("architecture"))
@@ -148,7 +152,11 @@ def recorded_digest(path: str | Path) -> str:
     Raises:
         CheckpointError: the directory is no checkpoint, or the digest is malformed.
     """
-    digest = _read_config(Path(path)).get("sha256")
+    return _recorded(_read_config(Path(path)), path)
+
+
+def _recorded(config: dict[str, Any], path: str | Path) -> str:
+    digest = config.get("sha256")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise CheckpointError(f"{CONFIG} of {str(path)!r} lacks a field 'sha256' of 64 digits.")
     return digest
@@ -164,7 +172,8 @@ def verified_digest(path: str | Path) -> str:
             the recorded one.
     """
     path = Path(path)
-    info, expected = read_info(path), recorded_digest(path)
+    config = _read_config(path)
+    info, expected = _info(config, path), _recorded(config, path)
     try:
         _check_digest(path / MODEL, sha256_once(path / MODEL), info, expected)
     except FileNotFoundError as error:
@@ -175,24 +184,57 @@ def verified_digest(path: str | Path) -> str:
 
 
 def _check_arch(arch: Architecture, preprocessing: Preprocessing) -> None:
-    positive = (arch.in_channels, arch.embed_dim, arch.num_heads, arch.head_dim, arch.mlp_hidden)
-    heads = arch.pool_heads
-    bad_pool = heads < 1 or arch.embed_dim % max(1, heads) or arch.pool_hidden < 1
-    tokens = arch.pooled_tokens or 0
-    if (
-        min(positive) < 1
-        or arch.grid.patches < 1
-        or arch.depth < 1
-        or (arch.pool == "map" and bad_pool)
-        or arch.num_prefix_tokens < tokens
-        or (arch.rope and (arch.head_dim % 2 or arch.relative_bias))
-        or (arch.pool == "token" and not arch.class_token)
-        or (arch.relative_bias and arch.num_prefix_tokens != 1)
-    ):
-        raise CheckpointError("The architecture's sizes contradict each other or are 0.")
-    if arch.depth > 4096:
-        raise CheckpointError("The architecture is out of bounds.")
+    problem = _size_problem(arch) or _structure_problem(arch)
+    if problem is not None:
+        raise CheckpointError(f"{CONFIG}: architecture: {problem}.")
     check_preprocessing(preprocessing, arch.in_channels)
+
+
+def _size_problem(arch: Architecture) -> str | None:
+    """Return what is wrong with a size by itself; None if nothing is."""
+    names = ["in_channels", "embed_dim", "depth", "num_heads", "head_dim", "mlp_hidden"]
+    names += ["pool_heads", "pool_hidden"] if arch.pool == "map" else []
+    zero = next((name for name in names if getattr(arch, name) < 1), None)
+    if zero is not None:
+        return f"{zero} is {getattr(arch, zero)}; it must be at least 1"
+    if arch.depth > MAX_DEPTH:
+        return f"depth is {arch.depth}; it must be at most {MAX_DEPTH}"
+    return None
+
+
+def _structure_problem(arch: Architecture) -> str | None:
+    """Return which two fields contradict each other, and how; None if none do."""
+    prefix, pooled = arch.num_prefix_tokens, arch.pooled_tokens or 0
+    rules = (
+        (
+            arch.grid.patches < 1,
+            f"image_size is {list(arch.image_size)}, less than a patch_size of "
+            f"{list(arch.patch_size)}",
+        ),
+        (
+            arch.pool == "map" and arch.embed_dim % max(1, arch.pool_heads) > 0,
+            f"embed_dim is {arch.embed_dim}; it must be a multiple of pool_heads "
+            f"({arch.pool_heads})",
+        ),
+        (
+            prefix < pooled,
+            f"num_prefix_tokens is {prefix}; a pool of {arch.pool!r} needs at least {pooled}",
+        ),
+        (
+            arch.rope and arch.head_dim % 2 > 0,
+            f"head_dim is {arch.head_dim}; with rope it must be even",
+        ),
+        (arch.rope and arch.relative_bias, "rope and relative_bias are both true"),
+        (
+            arch.pool == "token" and not arch.class_token,
+            "class_token is false; a pool of 'token' needs it",
+        ),
+        (
+            arch.relative_bias and prefix != 1,
+            f"num_prefix_tokens is {prefix}; with relative_bias it must be 1",
+        ),
+    )
+    return next((message for broken, message in rules if broken), None)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -214,17 +256,18 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{str(file)!r} has format version {version!r}; this dfq reads "
             f"{', '.join(map(str, READABLE))}. Install the dfq that wrote it, or quantize again."
         )
-    if version == 5:
-        _say_full_range(config)
-    return config
+    return _with_full_range(config) if version == 5 else config
 
 
-def _say_full_range(config: dict[str, Any]) -> None:
-    """Add ``reduce_range = false``, which format 5 does not have, to its settings."""
+def _with_full_range(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration of format 5, which knew no ``reduce_range``, with that field: its
+    weights take the full range."""
     recipe = config.get("recipe")
     settings = recipe.get("quantization") if isinstance(recipe, dict) else None
-    if isinstance(settings, dict):
-        settings.setdefault("reduce_range", False)
+    if not isinstance(recipe, dict) or not isinstance(settings, dict):
+        return config  # which is refused where the recipe is read
+    recipe = {**recipe, "quantization": {"reduce_range": False, **settings}}
+    return {**config, "recipe": recipe}
 
 
 def load(
@@ -245,7 +288,8 @@ def load(
         SettingError: ``compiled`` without a C++ compiler.
     """
     path, target = Path(path), resolve_device(device)
-    info = read_info(path)
+    config = _read_config(path)
+    info, digest = _info(config, path), _recorded(config, path)
     try:
         with torch.device("meta"):
             model = QuantizedViT(info.arch, info.recipe.quantization, info.preprocessing)
@@ -257,9 +301,8 @@ def load(
     _check_integers(model, state, path / MODEL)
     model.load_state_dict(state, assign=True)
     model.set_normalization()
-    config = _read_config(path)
     _check_ranges(model, config.get("activation_ranges"))
-    _check_digest(path / MODEL, sha256(path / MODEL), info, config.get("sha256"))
+    _check_digest(path / MODEL, sha256(path / MODEL), info, digest)
     model.to(target)
     model.graphs.enabled = True
     if compiled:

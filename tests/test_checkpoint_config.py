@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from saved_checkpoints import change_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfq.checkpoint import load, read_info
+from dfq.checkpoint import load, read_info, verified_digest
 from dfq.errors import CheckpointError
+from dfq.files import read_json
 from dfq.vit import Architecture
 
 LIMIT = 2**20 - 1
@@ -122,6 +124,57 @@ def test_architecture_that_does_not_fit_the_tensors_is_refused(
     change_config(w4a8, lambda c: c["architecture"].update(changes))
     with pytest.raises(CheckpointError):
         load(w4a8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embed_dim": 0}, "embed_dim is 0; it must be at least 1"),
+        ({"depth": 0}, "depth is 0"),
+        ({"depth": 4097}, "depth is 4097; it must be at most 4096"),
+        ({"image_size": [3, 16]}, r"image_size is \[3, 16\], less than a patch_size of"),
+        ({"pool": "map"}, "pool_heads is 0"),
+        ({"pool": "map", "pool_heads": 2}, "pool_hidden is 0"),
+        (
+            {"pool": "map", "pool_heads": 7, "pool_hidden": 4},
+            r"embed_dim is \d+; it must be a multiple of pool_heads \(7\)",
+        ),
+        ({"num_prefix_tokens": 0}, "num_prefix_tokens is 0; a pool of 'token' needs at least 1"),
+        (
+            {"pool": "distilled", "num_prefix_tokens": 1},
+            "num_prefix_tokens is 1; a pool of 'distilled' needs at least 2",
+        ),
+        ({"rope": True, "head_dim": 3}, "head_dim is 3; with rope it must be even"),
+        ({"rope": True, "relative_bias": True}, "rope and relative_bias are both true"),
+        ({"class_token": False}, "class_token is false; a pool of 'token' needs it"),
+        (
+            {"relative_bias": True, "num_prefix_tokens": 2},
+            "num_prefix_tokens is 2; with relative_bias it must be 1",
+        ),
+    ],
+    ids=str,
+)
+def test_a_contradiction_within_the_architecture_names_its_fields(
+    w4a8: Path, changes: dict[str, Any], message: str
+) -> None:
+    change_config(w4a8, lambda c: c["architecture"].update(changes))
+    with pytest.raises(CheckpointError, match=f"architecture: {message}"):
+        read_info(w4a8)
+
+
+@pytest.mark.parametrize("read", [load, verified_digest])
+def test_the_configuration_is_read_once(
+    w4a8: Path, read: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def counted(path: Path) -> Any:
+        seen.append(path)
+        return read_json(path)
+
+    monkeypatch.setattr("dfq.checkpoint.read_json", counted)
+    read(w4a8)
+    assert seen == [w4a8 / "config.json"]
 
 
 @pytest.mark.parametrize(

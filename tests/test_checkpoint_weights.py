@@ -193,10 +193,13 @@ def test_a_flipped_bit_of_a_weight_is_found(w4a8: Path) -> None:
         load(w4a8)
 
 
-@pytest.mark.parametrize("digest", [None, 3, "", "0" * 64])
-def test_weights_of_another_checksum_are_refused(w4a8: Path, digest: object) -> None:
-    change_config(w4a8, lambda c: c.update(sha256=digest))
-    with pytest.raises(CheckpointError, match="SHA-256 is not the one"):
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [*((v, "a field 'sha256' of 64 digits") for v in (None, 3, "")), ("0" * 64, "is not the one")],
+)
+def test_weights_of_another_checksum_are_refused(w4a8: Path, found: object, message: str) -> None:
+    change_config(w4a8, lambda c: c.update(sha256=found))
+    with pytest.raises(CheckpointError, match=message):
         load(w4a8)
 
 

@@ -19,7 +19,8 @@ from dfq.errors import SettingError, UnknownModelError
 from dfq.vit import Architecture
 from dfq.vit.describe import describe
 from dfq.vit.options import matching_pool_keywords
-from dfq.vit.saved import SHAPE_BOUNDS, TIMM_MODULES, building_arguments
+from dfq.vit.saved import TIMM_MODULES, building_arguments
+from dfq.vit.sizes import BOUNDS
 
 SHAPE = {"depth": "depth", "embed_dim": "width", "num_heads": "heads"}
 """Arguments of a student's size: timm's names, and dfq's."""
@@ -66,7 +67,7 @@ def student_arguments(
 
 def _check(shape: Mapping[str, int | None]) -> None:
     for key, value in shape.items():
-        most = int(SHAPE_BOUNDS[key][1])
+        most = int(BOUNDS[key][1])
         if value is not None and not 1 <= value <= most:
             raise SettingError(f"{option(SHAPE[key])} is {value}; a student has from 1 to {most}.")
     width, heads = shape.get("embed_dim"), shape.get("num_heads")

@@ -14,6 +14,9 @@ from dfq.files import read_json
 HEADER_BYTES = 512
 """Bytes at the start of a file that are compared with signatures."""
 
+LARGEST_HEADER = 100_000_000
+"""Largest header of a safetensors file in bytes, which its specification sets."""
+
 PYTORCH = "Give the PyTorch weights"
 
 ONNX_SIGNATURES = tuple(bytes((8, version, 18)) for version in range(1, 20))
@@ -69,6 +72,15 @@ ARCHIVES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("coremldata.bin", "Manifest.json"), "a Core ML model", PYTORCH),
 )
 """Formats that are zip archives, by the ending of a name in the archive."""
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file that starts with these bytes (9 or more) has a header of safetensors: its
+    length in 8 bytes, then a JSON object.
+
+    The length may be the signature of another format, so this is asked first.
+    """
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER
 
 
 def refuse_other_formats(path: Path) -> None:

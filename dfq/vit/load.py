@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import socket
-import textwrap
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Unpack, get_args
+from typing import Any, Unpack
 
-import huggingface_hub
 import timm
 import torch
 from timm.models import get_arch_name, split_model_name_tag
@@ -36,10 +29,13 @@ from dfq.errors import (
     nearest,
 )
 from dfq.failures import explained, first_line
-from dfq.vit.architecture import CropMode, Interpolation, Preprocessing, to_json
+from dfq.vit.architecture import Preprocessing, to_json
 from dfq.vit.convert import convert
 from dfq.vit.describe import describe
+from dfq.vit.description import data_problem
+from dfq.vit.download import create_model
 from dfq.vit.fit import load_into
+from dfq.vit.folders import LOCAL_PREFIX, find_weights, named_folder
 from dfq.vit.formats import read_config
 from dfq.vit.modules import ViT
 from dfq.vit.options import (
@@ -53,10 +49,9 @@ from dfq.vit.options import (
 )
 from dfq.vit.preprocessing import override_preprocessing
 from dfq.vit.saved import is_saved, read_saved
-from dfq.vit.structure import SUPPORTED, unwrapped
-from dfq.vit.timm_folder import PREFIX, check_config
+from dfq.vit.structure import unwrapped
 from dfq.vit.translate import translate
-from dfq.vit.weights import find_weights, read_weights
+from dfq.vit.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -175,15 +170,15 @@ def _load(model: str | nn.Module, weights: str | Path | None, options: ModelOpti
     notes: tuple[str, ...] = ()
     if name == "demo":
         return _demo(weights, options)
-    if weights is None and name.startswith(PREFIX):
-        weights = _weights_of(name)
+    if weights is None and name.startswith(LOCAL_PREFIX):
+        weights = find_weights(named_folder(name))
     if weights is not None:
         timm_model, notes = _from_file(name, Path(weights), options)
     else:
         timm_model = _pretrained(name, options)
     vit = convert(timm_model, name)
     timm_name = _timm_name(name, timm_model, pretrained=weights is None)
-    return LoadedModel(model, timm_name, vit, _preprocessing(timm_model), notes)
+    return LoadedModel(model, timm_name, vit, _preprocessing(timm_model, name), notes)
 
 
 @dataclass(frozen=True)
@@ -223,7 +218,7 @@ def load_structure(
     else:
         if ":" not in model:
             _check_known(model)
-        create = partial(_create_or_download, model, model, False)
+        create = partial(create_model, model)
     if weights is not None:
         built = _with_weights(name, Path(weights), options, create)[0]
     else:
@@ -234,7 +229,7 @@ def load_structure(
     if model == "demo":
         return Structure(built, "demo", Preprocessing(demo.MEAN, demo.STD))
     timm_name = _timm_name(model, built, pretrained=weights is None)
-    return Structure(built, timm_name, _preprocessing(built))
+    return Structure(built, timm_name, _preprocessing(built, name))
 
 
 def _keywords(meta_model: nn.Module, name: str, options: ModelOptions) -> dict[str, Any]:
@@ -250,19 +245,10 @@ def _keywords(meta_model: nn.Module, name: str, options: ModelOptions) -> dict[s
     return keywords
 
 
-def _weights_of(name: str) -> Path:
-    folder = Path(name.removeprefix(PREFIX))
-    if name == PREFIX or not os.path.isdir(folder):
-        raise UnknownModelError(
-            f"{name!r} names no folder. Give the path of one that timm saved after {PREFIX!r}."
-        )
-    return find_weights(folder)
-
-
 def _timm_name(name: str, model: nn.Module, *, pretrained: bool) -> str:
     """Return timm's name of a model, with the tag of its pretrained weights."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    if name.startswith(PREFIX):
+    if name.startswith(LOCAL_PREFIX):
         return str(config.get("architecture", name))
     tag = config.get("tag", "") if pretrained else ""
     return f"{split_model_name_tag(name)[0]}.{tag}" if tag and ":" not in name else name
@@ -280,7 +266,7 @@ def _from_module(
     name = model_name(model)
     vit = convert(model, name)
     options.check_same(vit.arch, "the module in memory")
-    return LoadedModel(name, name, vit, _preprocessing(model))
+    return LoadedModel(name, name, vit, _preprocessing(model, name))
 
 
 def _from_directory(
@@ -334,7 +320,7 @@ def _from_file(name: str, path: Path, options: ModelOptions) -> tuple[nn.Module,
     if ":" not in name:
         _check_known(name)
     arch = name if ":" in name else split_model_name_tag(name)[0]
-    return _with_weights(name, path, options, partial(_create_or_download, name, arch, False))
+    return _with_weights(name, path, options, partial(create_model, arch))
 
 
 def _with_weights(
@@ -360,7 +346,7 @@ def _pretrained(name: str, options: ModelOptions) -> nn.Module:
     if ":" not in name:
         _check_known(name)
     with torch.device("meta"):
-        meta_model: Any = _create_or_download(name, name, False)
+        meta_model: Any = create_model(name)
     arch = describe(meta_model, name)
     if ":" not in name:
         _check_pretrained(name, options)
@@ -382,7 +368,7 @@ def _pretrained(name: str, options: ModelOptions) -> nn.Module:
                 f"cannot be pooled by {options.global_pool!r}.",
                 f"Leave {option('global_pool')} out.",
             )
-    return _create_or_download(name, name, True, **kwargs)
+    return create_model(name, pretrained=True, **kwargs)
 
 
 def _check_pretrained(name: str, options: ModelOptions) -> None:
@@ -401,74 +387,13 @@ def _check_pretrained(name: str, options: ModelOptions) -> None:
         )
 
 
-def _create_or_download(name: str, arch: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    if name.startswith(PREFIX):
-        check_config(name)
-        with explained(partial(_folder_error, name)):
-            return _create(arch, pretrained, **kwargs)
-    try:
-        with _fail_fast_offline():
-            return _create(arch, pretrained, **kwargs)
-    except KeyError as error:
-        if ":" not in name:
-            raise
-        raise UnknownModelError(
-            f"{name!r} has no description of a timm model in its config.json ({error} is missing); "
-            "models of Transformers are not taken. Look for the same model in `dfq models`."
-        ) from error
-    except (OSError, RuntimeError) as error:
-        if "Error(s) in loading state_dict" in str(error):
-            raise _shape_error(name, error) from error
-        if isinstance(error, RuntimeError) and "client" not in str(error):
-            raise
-        raise _download_error(name, error) from error
-    except ValueError as error:
-        raise UnknownModelError(
-            f"{name!r} is not a model of the Hugging Face hub: {error}"
-        ) from error
-
-
-def _folder_error(name: str, error: Exception) -> UnknownModelError:
-    return UnknownModelError(
-        f"{name!r} is no folder that timm saved: timm cannot build its model ({first_line(error)})."
-    )
-
-
-def _shape_error(name: str, error: Exception) -> WeightsError:
-    lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-    return WeightsError(
-        f"The pretrained weights of {name!r} do not fit what was asked for "
-        f"({lines[0] if lines else error!s:.200}). Leave {option('num_classes')}, "
-        f"{option('img_size')} and {option('global_pool')} out."
-    )
-
-
-def _download_error(name: str, error: Exception) -> PretrainedError:
-    reason = textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
-    return PretrainedError(
-        f"The pretrained weights of {name!r} cannot be downloaded and are not in the local "
-        f"Hugging Face cache ({reason}). Connect to the network, or give a file of weights "
-        f"with {option('weights', metavar='FILE')}."
-    )
-
-
-def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise UnsupportedModelError(
-            f"{name!r} does not take {kwargs}: {error}. Supported: {SUPPORTED}."
-        ) from error
-    return model
-
-
 def _check_known(name: str) -> None:
     """Refuse unknown names and tags before anything is downloaded."""
     arch = get_arch_name(name)
     if not timm.is_model(arch):
         if "architecture" in read_config(Path(name)):
             raise UnknownModelError(
-                f"{name!r} is a folder that timm saved. Name it {PREFIX}{name} to load it."
+                f"{name!r} is a folder that timm saved. Name it {LOCAL_PREFIX}{name} to load it."
             )
         known = [*ALIASES, "demo", *timm.list_models("*vit*"), *timm.list_models("*eit*")]
         raise UnknownModelError(
@@ -483,33 +408,21 @@ def _check_known(name: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _fail_fast_offline() -> Iterator[None]:
-    """Skip the hub's retries, which take a minute, if its host name cannot be resolved."""
-    constants = huggingface_hub.constants
-    before = constants.HF_HUB_OFFLINE
-    if not before and not urllib.request.getproxies():
-        try:
-            socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _preprocessing(model: nn.Module) -> Preprocessing:
+def _preprocessing(model: nn.Module, name: str) -> Preprocessing:
     """Return the preprocessing of timm's data config of a model."""
+    given: Any = getattr(model, "pretrained_cfg", None) or {}
+    problem = data_problem(given)
+    if problem is not None:
+        field, value, allowed = problem
+        raise UnsupportedModelError(
+            f"{name!r}: {field} in its pretrained_cfg is {value!r:.80}; it must be {allowed}.",
+            reason=f"its {field}",
+        )
     config = timm.data.resolve_model_data_config(model)
     return Preprocessing(
         mean=tuple(map(float, config["mean"])),
         std=tuple(map(float, config["std"])),
-        interpolation=_known(config["interpolation"], Interpolation, "bicubic"),
+        interpolation=config["interpolation"],
         crop_pct=float(config["crop_pct"]),
-        crop_mode=_known(config.get("crop_mode"), CropMode, "center"),
+        crop_mode=config["crop_mode"],
     )
-
-
-def _known(value: Any, choices: Any, otherwise: str) -> Any:
-    return value if value in get_args(choices) else otherwise

@@ -21,6 +21,10 @@ MAX_MEAN_DISTANCE = 1000.0
 distinguishes the 256 levels."""
 
 
+CROP_SHARES = (0.05, 1)
+"""Bounds of ``crop_pct``."""
+
+
 def override_preprocessing(
     own: Preprocessing,
     channels: int,
@@ -92,8 +96,9 @@ def preprocessing_problem(preprocessing: Preprocessing) -> str | None:
             f"{option('input_range')} is {low:g} to {high:g}; it is the lowest and the "
             "highest value before normalization."
         )
-    if not 0.05 <= preprocessing.crop_pct <= 1:
-        return f"crop_pct is {preprocessing.crop_pct}; it must be from 0.05 to 1."
+    least, most = CROP_SHARES
+    if not least <= preprocessing.crop_pct <= most:
+        return f"crop_pct is {preprocessing.crop_pct}; it must be from {least} to {most}."
     return _normalization_problem(preprocessing)
 
 

@@ -26,6 +26,7 @@ from dfq.vit.architecture import Preprocessing, from_json, to_json
 from dfq.vit.convert import check_finite
 from dfq.vit.options import POOLS
 from dfq.vit.preprocessing import check_preprocessing
+from dfq.vit.sizes import BOUNDS, SIZES, size_problem
 
 FORMAT, FORMAT_VERSION = "dfq-model", 2
 CONFIG, WEIGHTS, REPORT = "model.json", "model.safetensors", "report.json"
@@ -38,19 +39,6 @@ DIRECTORY = DirectoryFormat(
 
 TIMM_MODULES = ("vision_transformer", "deit")
 """Modules of timm whose models can be saved."""
-
-SHAPE_BOUNDS: dict[str, tuple[float, float]] = {
-    "in_chans": (1, 1024),
-    "num_classes": (0, 1 << 20),
-    "embed_dim": (1, 1 << 14),
-    "depth": (1, 1 << 10),
-    "num_heads": (1, 1 << 10),
-    "mlp_ratio": (0.01, 64),
-}
-"""Accepted keywords besides the model's name and sizes in pixels, with their bounds."""
-
-SIZES = ("img_size", "patch_size")
-MAX_SIDE = 1 << 14
 
 
 def check_output(path: Path) -> None:
@@ -95,17 +83,12 @@ def check_arguments(arguments: Any) -> None:
     if not isinstance(name, str) or not is_model_in_modules(name, TIMM_MODULES):
         raise ValueError(f"model_name is {name!r:.80}, no vision transformer of timm's")
     for key, value in arguments.items():
-        if key in SHAPE_BOUNDS:
-            low, high = SHAPE_BOUNDS[key]
-            kinds = (int, float) if key == "mlp_ratio" else (int,)
-            valid = type(value) in kinds and low <= value <= high
-        elif key == "global_pool":
+        if key == "global_pool":
             valid = value in POOLS
         elif key == "fc_norm":
             valid = type(value) is bool
-        elif key in SIZES:
-            sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-            valid = all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
+        elif key in BOUNDS or key in SIZES:
+            valid = size_problem(key, value) is None
         else:
             valid = key == "model_name"
         if not valid:

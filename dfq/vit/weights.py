@@ -1,11 +1,9 @@
-"""Reading of weights files: safetensors, JAX's archives, and torch files without running code."""
+"""Reading of weights files: whole or sharded, and the state dict in what they hold."""
 
 from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dfq.argument_names import option
 from dfq.errors import WeightsError
-from dfq.failures import explained, first_line
 from dfq.files import read_json, utf8_path
 from dfq.vit.convert import check_finite
-from dfq.vit.formats import folder_error, names_in_zip, refuse_other_formats
+from dfq.vit.formats import folder_error, is_safetensors, names_in_zip, refuse_other_formats
 from dfq.vit.jax_weights import read_jax
 from dfq.vit.names import rename
+from dfq.vit.torch_files import read_torch
 
 STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")
 """Keys of the state dict within training checkpoints, in timm's order of preference."""
@@ -32,84 +29,6 @@ MIN_FLOAT_BITS = 16
 
 SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.(safetensors|bin)$")
 """Ending of the name of one of several shards."""
-
-NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.pth",
-    "model.pth",
-)
-"""Names of weights files in a model folder, in order of preference."""
-
-SUFFIXES = ("*.safetensors", "*.pth", "*.bin")
-
-
-class Placeholder:
-    """Substitute for an object stored beside the weights; accepts any arguments, keeps nothing."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __new__(cls, *_: Any, **__: Any) -> Placeholder:
-        return super().__new__(cls)
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-class PlaceholderDict:
-    """Substitute for a subclass of dict; constructing it gives an empty ``OrderedDict``."""
-
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        return OrderedDict()
-
-
-IGNORED = (
-    "argparse.Namespace",
-    "builtins.bool",
-    "builtins.dict",
-    "builtins.float",
-    "builtins.int",
-    "builtins.list",
-    "builtins.str",
-    "datetime.date",
-    "datetime.datetime",
-    "datetime.timedelta",
-    "easydict.EasyDict",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.PurePath",
-    "pathlib.PurePosixPath",
-    "pathlib.PureWindowsPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.Path",
-    "pathlib._local.PosixPath",
-    "pathlib._local.PurePath",
-    "pathlib._local.PurePosixPath",
-    "pathlib._local.PureWindowsPath",
-    "pathlib._local.WindowsPath",
-    "types.SimpleNamespace",
-    "uuid.UUID",
-)
-"""Classes and functions that training scripts pickle beside weights.  :class:`Placeholder` is
-constructed instead; none of them is imported or called."""
-
-IGNORED_DICTS = (
-    "collections.defaultdict",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "lightning.fabric.utilities.data.AttributeDict",
-    "ml_collections.config_dict.config_dict.ConfigDict",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "yacs.config.CfgNode",
-)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -149,14 +68,15 @@ def _check_readable(path: Path) -> None:
 
 
 def _read_file(path: Path) -> Any:
+    """Read a file by its content; its name and suffix do not matter."""
     with path.open("rb") as file:
-        start = file.read(2)
-    if start == b"PK" and any(name.endswith(".npy") for name in names_in_zip(path)):
+        start = file.read(9)
+    if is_safetensors(start):
+        return _read_safetensors(path)
+    if start.startswith(b"PK") and any(name.endswith(".npy") for name in names_in_zip(path)):
         return read_jax(path)
     refuse_other_formats(path)
-    return (
-        _read_torch(path) if start in (b"PK", b"\x80\x02", b"\x80\x04") else _read_safetensors(path)
-    )
+    return read_torch(path) if start.startswith((b"PK", b"\x80")) else _read_safetensors(path)
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -250,45 +170,3 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             f"{str(path)!r} is not a whole safetensors or torch file ({error}). "
             "Check that the download is complete."
         ) from error
-
-
-def _read_torch(path: Path) -> Any:
-    def explain(error: Exception) -> WeightsError:
-        if "Weights only load failed" in str(error):
-            return WeightsError(
-                f"{str(path)!r} holds more than weights{_blocked(error)}, which is never "
-                "unpickled. Save model.state_dict(), or use safetensors."
-            )
-        return WeightsError(
-            f"{str(path)!r} is not a whole torch file ({first_line(error)}). Check that the "
-            "download is complete."
-        )
-
-    allowed: list[Any] = [(Placeholder, name) for name in IGNORED]
-    allowed += [(PlaceholderDict, name) for name in IGNORED_DICTS]
-    trusted = torch.serialization.safe_globals(allowed)
-    with explained(explain), trusted, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _blocked(error: Exception) -> str:
-    _, marker, rest = str(error).partition("GLOBAL ")
-    return f" ({rest.split()[0]:.100})" if marker and rest.split() else ""
-
-
-def find_weights(folder: Path) -> Path:
-    """Return the weights file in a model folder, by timm's names and then by suffix.
-
-    Raises:
-        WeightsError: there is none.
-    """
-    named = (folder / name for name in NAMES)
-    other = (file for suffix in SUFFIXES for file in sorted(folder.glob(suffix)))
-    weights = next((file for file in (*named, *other) if os.path.isfile(file)), None)
-    if weights is None:
-        raise WeightsError(
-            f"The folder {str(folder)!r} has no file of weights ({', '.join(NAMES)}). Give one "
-            f"with {option('weights')}."
-        )
-    return weights
