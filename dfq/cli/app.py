@@ -369,7 +369,7 @@ def export(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a checkpoint as ONNX, OpenVINO IR or a torch.export program."""
+    """Write a checkpoint as ONNX, for TensorRT too, OpenVINO IR or a torch.export program."""
     export_checkpoint = dfq.export
     raise_once()
     result = export_checkpoint(checkpoint, format=format, out=out, weights=weights)

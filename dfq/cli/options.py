@@ -380,7 +380,14 @@ ExportOut = Annotated[
 ]
 ExportFormat = Annotated[
     str,
-    _choice(OUTPUT, ("onnx", "openvino", "torch"), "Format of the file.", "--format", default=True),
+    _choice(
+        OUTPUT,
+        ("onnx", "openvino", "torch", "tensorrt"),
+        "Format of the file, or the runtime that it is for.",
+        "--format",
+        "--target",
+        default=True,
+    ),
 ]
 ExportWeights = Annotated[
     str | None,

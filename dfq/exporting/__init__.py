@@ -1,1 +1,1 @@
-"""Checkpoints as files that other runtimes execute: ONNX, OpenVINO, ``torch.export``."""
+"""Checkpoints as files that other runtimes execute: ONNX, TensorRT, OpenVINO, ``torch.export``."""

@@ -19,14 +19,16 @@ from dfq.extras import require
 from dfq.files import explain
 from dfq.ownership import FileFormat, check_file_place, move_files, write_file
 from dfq.quantization.model import QuantizedViT
-from dfq.quantization.scheme import Scheme
+from dfq.quantization.scheme import Scheme, layers
 from dfq.results.values import ExportResult
 from dfq.runtime import onednn
 
-Format = Literal["onnx", "openvino", "torch"]
+Format = Literal["onnx", "openvino", "torch", "tensorrt"]
 FORMATS: tuple[str, ...] = get_args(Format)
 WEIGHTS = ("int8", "int4")
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "tensorrt": ".onnx"}
+RUNTIMES = {"tensorrt": "TensorRT"}
+"""Names of the runtimes whose formats take some schemes only."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def export(
     Args:
         checkpoint: a checkpoint directory.
         format: ``onnx`` (QuantizeLinear and DequantizeLinear around every product),
-            ``openvino`` (an .xml and a .bin of the same) or ``torch`` (a ``torch.export``
-            program of the reference arithmetic).
+            ``openvino`` (an .xml and a .bin of the same), ``torch`` (a ``torch.export``
+            program of the reference arithmetic) or ``tensorrt`` (ONNX by TensorRT's rules,
+            of checkpoints with symmetric activations).
         out: the file; by default the checkpoint's name with the format's suffix, in the
             working directory.
         weights: of layers of 4 bits in ONNX: ``int8``, widened without loss, or ``int4``.
@@ -70,6 +73,7 @@ def export(
         raise SettingError(f"{option('format')} is {format!r}; it is one of {', '.join(FORMATS)}.")
     info = checkpoints.read_info(checkpoint)
     settings = info.recipe.quantization
+    _check_scheme(format, Scheme(settings), layers(info.arch))
     chosen = _weights(weights, format, layer_bits(info))
     suffix = SUFFIXES[format]
     path = Path(f"{Path(checkpoint).resolve().name}{suffix}") if out is None else Path(out)
@@ -78,7 +82,8 @@ def export(
     file_format = _file_format(format)
     check_file_place(path, file_format)
     model = checkpoints.load(checkpoint)
-    job = _Job(model, facts(info, chosen), chosen, path)
+    target = {"target": format} if format in RUNTIMES else {}
+    job = _Job(model, {**facts(info, chosen), **target}, chosen, path)
     products, integer_products = _WRITERS[format](job)
     return ExportResult(
         checkpoint=str(checkpoint),
@@ -91,8 +96,35 @@ def export(
         bytes=sum(file.stat().st_size for file in file_format.members(path)),
         products=products,
         integer_products=integer_products,
-        warnings=[] if format == "torch" else _saturation_warnings(model),
+        warnings=_saturation_warnings(model) if format in ("onnx", "openvino") else [],
     )
+
+
+def _check_scheme(format: str, scheme: Scheme, names: list[str]) -> None:
+    """Raise :class:`SettingError` if a format's runtime cannot multiply the scheme's integers.
+
+    ``names`` are the model's linear layers.
+    """
+    if format not in RUNTIMES:
+        return
+    runtime = RUNTIMES[format]
+    if format == "tensorrt" and not scheme.symmetric_activations:
+        raise SettingError(
+            f"{runtime} takes inputs of layers as int8 with zero point 0 alone; those of this "
+            "checkpoint have zero points. Quantize again with "
+            f"{option('activations', 'symmetric')}."
+        )
+    if scheme.integer_attention:
+        raise SettingError(
+            f"{runtime} has no attention on 8-bit integers whose softmax has a scale a row. "
+            f"Quantize again with {option('attention', 'float')}."
+        )
+    narrow = [name for name in names if scheme.for_layer(name).input.bits < 8]
+    if narrow:
+        raise SettingError(
+            f"{runtime} knows 8-bit inputs of layers alone; that of {narrow[0]!r} has "
+            f"{scheme.for_layer(narrow[0]).input.bits} bits. Quantize again with input_bits = 8."
+        )
 
 
 def _saturation_warnings(model: QuantizedViT) -> list[str]:
@@ -144,7 +176,7 @@ def _file_format(format: str) -> FileFormat:
 
 
 def _require_onnx(format: str) -> None:
-    require("onnx", format)
+    require("onnx", "openvino" if format == "openvino" else "onnx")
 
 
 Counts = tuple[int | None, int | None]
@@ -155,6 +187,7 @@ def _onnx(job: _Job, format: str = "onnx") -> tuple[bytes, list[str]]:
     _require_onnx(format)
     from dfq.exporting.onnx_model import onnx_bytes
     from dfq.exporting.products import QuantizedProducts, integer_products
+    from dfq.exporting.tensorrt import TensorRTProducts
     from dfq.exporting.weights import SMALLEST_BLOCK, four_bit_block
 
     blocks = map(four_bit_block, integer_layers(job.model).values())
@@ -164,13 +197,20 @@ def _onnx(job: _Job, format: str = "onnx") -> tuple[bytes, list[str]]:
             f"{SMALLEST_BLOCK} or more with one scale; this checkpoint has none. Leave it out, or "
             "quantize with group = 32."
         )
-    products = QuantizedProducts(job.model, job.weights)
+    write = TensorRTProducts if format == "tensorrt" else QuantizedProducts
+    products = write(job.model, job.weights)
     return onnx_bytes(job.model, products, job.facts), integer_products(job.model)
 
 
 def _write_onnx(job: _Job) -> Counts:
     content, products = _onnx(job)
     write_file(job.path, content, _file_format("onnx"))
+    return len(products), None
+
+
+def _write_tensorrt(job: _Job) -> Counts:
+    content, products = _onnx(job, "tensorrt")
+    write_bytes(job.path, content)
     return len(products), None
 
 
@@ -203,4 +243,5 @@ _WRITERS: dict[str, Callable[[_Job], Counts]] = {
     "onnx": _write_onnx,
     "openvino": _write_openvino,
     "torch": _write_torch,
+    "tensorrt": _write_tensorrt,
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dfq.exporting.forms import integer_layers
 from dfq.exporting.graph import Graph
@@ -53,10 +56,12 @@ def write_attention(
     k: str,
     v: str,
     bias: str | None,
-    scale: float,
+    scale: float | None,
     qparams: list[QParams] | None = None,
 ) -> str:
     """Write both products of attention, in floating point or with the qparams of q, k and v.
+
+    ``scale`` multiplies the scores; None if queries are scaled already.
 
     As :func:`dfq.runtime.reference.attention`, each row of the quantized softmax has 255 as its
     largest integer and is divided by its sum after the second product.  The exponentials are
@@ -64,8 +69,10 @@ def write_attention(
     OpenVINO 2026.4 computes a difference, its exponential and a quantizer in a row wrongly.
     """
     with graph.part("scores"):
-        q = graph.op("Mul", q, graph.scalar("scale", scale))
+        if scale is not None:
+            q = graph.op("Mul", q, graph.scalar("scale", scale))
         if qparams:
+            assert scale is not None
             scaled = QParams(qparams[0].scale * scale, 0, INT8)
             q, k = fake_quantize(graph, q, scaled, "q"), fake_quantize(graph, k, qparams[1], "k")
         scores = graph.op("MatMul", q, k)
@@ -90,13 +97,21 @@ def fake_quantize(graph: Graph, x: str, qparams: QParams, name: str = "input") -
     floating point, as -127..128 does not fit.
     """
     qtype, lowest = qparams.qtype, qparams.qtype.qmin
-    constants = (
-        graph.scalar(f"{name}_scale", qparams.scale),
-        graph.constant(f"{name}_zero_point", np.array(qparams.zero_point - lowest, np.uint8)),
-    )
     if qtype.qmax - lowest < UINT8.qmax:
         ends = zip(("low", "high"), qparams.range, strict=True)
         x = graph.op("Clip", x, *(graph.scalar(f"{name}_{end}", v) for end, v in ends))
+    zero_point = np.array(qparams.zero_point - lowest, np.uint8)
+    return write_quantizers(graph, x, qparams.scale, zero_point, name)
+
+
+def write_quantizers(
+    graph: Graph, x: str, scale: float, zero_point: NDArray[Any], name: str = "input"
+) -> str:
+    """Write QuantizeLinear and DequantizeLinear of ``x``; ``zero_point`` has the integers' type."""
+    constants = (
+        graph.scalar(f"{name}_scale", scale),
+        graph.constant(f"{name}_zero_point", zero_point),
+    )
     x = graph.op("QuantizeLinear", x, *constants)
     return graph.op("DequantizeLinear", x, *constants)
 
@@ -116,6 +131,11 @@ class QuantizedProducts(FloatProducts):
 
     def images(self, graph: Graph, x: str) -> str:
         """Write the conversion of normalized images to pixels / 255, rounded to 256 levels."""
+        x = self.denormalized(graph, x)
+        return fake_quantize(graph, x, self.layers["patch_embed"].input_qparams)
+
+    def denormalized(self, graph: Graph, x: str, shift: float = 0.0) -> str:
+        """Write the conversion of normalized images to pixels / 255, plus ``shift``."""
         layer = self.layers["patch_embed"]
         assert isinstance(layer, IntegerPatchEmbed)
         grid = self.vit.arch.grid
@@ -123,15 +143,20 @@ class QuantizedProducts(FloatProducts):
         step = grid.patch_size[0] * grid.patch_size[1]
         std, mean = (c[::step].reshape(by_channel) for c in (layer.std, layer.mean))
         x = graph.op("Mul", x, graph.constant("std", std))
-        x = graph.op("Add", x, graph.constant("mean", mean))
-        return fake_quantize(graph, x, layer.input_qparams)
+        return graph.op("Add", x, graph.constant("mean", mean + shift))
+
+    def quantized_input(self, graph: Graph, name: str, x: str) -> str:
+        """Write the quantizers of a layer's input, if it has not passed them in :meth:`images`."""
+        return x if name == "patch_embed" else fake_quantize(graph, x, self.qparams[name])
+
+    def bias(self, name: str) -> torch.Tensor:
+        """Return a layer's bias, float32 ``[out]``."""
+        return self.layers[name].bias
 
     def linear(self, graph: Graph, name: str, x: str) -> str:
-        layer = self.layers[name]
-        if not isinstance(layer, IntegerPatchEmbed):
-            x = fake_quantize(graph, x, layer.input_qparams)
-        y = graph.op("MatMul", x, write_weight(graph, layer, self.weights))
-        return graph.op("Add", y, graph.constant("bias", layer.bias))
+        x = self.quantized_input(graph, name, x)
+        y = graph.op("MatMul", x, write_weight(graph, self.layers[name], self.weights))
+        return graph.op("Add", y, graph.constant("bias", self.bias(name)))
 
     def attention(
         self, graph: Graph, name: str, q: str, k: str, v: str, bias: str | None, scale: float
