@@ -9,7 +9,7 @@ import torch
 
 from calibration_bench.core import registry
 from calibration_bench.core.runner import run
-from calibration_bench.core.tables import gpu_tables
+from calibration_bench.core.tables import GPU_PARTS, gpu_tables
 from calibration_bench.experiments.gpu_check import experiment as gpu_check
 from calibration_bench.experiments.gpu_check.experiment import Options
 from calibration_bench.measure import gpu
@@ -44,6 +44,12 @@ def test_a_rehearsal_measures_every_part(tmp_path: Path) -> None:
     for row in by_part["quantize"]:
         assert 0 < row["quantize"] < row["without_loading"] < row["total"]
     assert len(found["tables"]) == 4
+    for part, columns in GPU_PARTS.items():
+        computed = {name for name in columns if name.startswith("against_")}
+        measured = {*by_part[part][0], *computed, "error"}
+        assert columns.keys() <= measured, part
+    assert by_part["gptq"][0]["equal_scales"] == 1
+    assert "equal_scales" in GPU_PARTS["gptq"]
 
 
 def gpu_check_parts() -> list[str]:
