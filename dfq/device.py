@@ -33,9 +33,9 @@ def resolve_device(name: str | torch.device) -> torch.device:
         DeviceError: the name is unknown, or the device is not available.
     """
     try:
+        if str(name).partition(":")[0] not in TYPES:
+            raise RuntimeError(f"dfq runs on {' and '.join(TYPES)}")
         device = torch.device(name)
-        if device.type not in TYPES:
-            raise RuntimeError(f"dfq runs on {', '.join(TYPES)}")
         if device.type == "cuda" and device.index is None and "TORCHELASTIC_RUN_ID" in os.environ:
             rank = int(os.environ.get("LOCAL_RANK", "0"))
             device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dfq.argument_names import option
 from dfq.device import cpu_has, int8_is_exact, multiplies_bfloat16
 from dfq.errors import ExtraError, SettingError, nearest
 from dfq.extras import installed, require
@@ -174,7 +175,7 @@ def check_runtime(runtime: str) -> None:
     """Raise :class:`SettingError` unless it is a value of ``runtime``."""
     if runtime not in RUNTIMES:
         raise SettingError(
-            f"runtime is {runtime!r}; it is one of {', '.join(RUNTIMES)}."
+            f"{option('runtime')} is {runtime!r}; it is one of {', '.join(RUNTIMES)}."
             f"{nearest(runtime, RUNTIMES)}"
         )
 

@@ -210,7 +210,7 @@ def _write_onnx(job: _Job) -> Counts:
 
 def _write_tensorrt(job: _Job) -> Counts:
     content, products = _onnx(job, "tensorrt")
-    write_bytes(job.path, content)
+    write_file(job.path, content, _file_format("tensorrt"))
     return len(products), None
 
 

@@ -54,10 +54,15 @@ def field_table(values: dict[str, Any]) -> Table:
     """Table of fields and their values; empty fields are left out."""
     table = _two_columns()
     for key, value in values.items():
-        if value is not None and value != () and value != {}:
+        if not _is_empty(value):
             title = "time" if key == "seconds" else key.replace("_", " ")
             table.add_row(escape(title), _text(key, value))
     return table
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a field holds nothing that a table could show; 0 and False are something."""
+    return value is None or (isinstance(value, list | tuple | dict) and not value)
 
 
 def layers_of(facts: dict[str, Any], path: str | Path) -> list[dict[str, Any]]:
@@ -119,7 +124,9 @@ def _text(key: str, value: Any) -> str:
         return _kernels(value)
     if isinstance(value, dict):
         inner = {
-            k: _text("bytes" if key == "bytes" else k, v) for k, v in value.items() if v is not None
+            k: _text("bytes" if key == "bytes" else k, v)
+            for k, v in value.items()
+            if not _is_empty(v)
         }
         lists = {k for k in inner if isinstance(value[k], list | tuple)}
         return ", ".join(f"{escape(k)} {f'({v})' if k in lists else v}" for k, v in inner.items())

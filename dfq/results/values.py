@@ -273,12 +273,12 @@ class DistillResult(Result, table=distill_table):
     parameters: int
     data: CalibrationSource
     path: str
-    losses: list[Share]
+    losses: list[float]
     accuracy: TeacherStudent | None
     agreement: Share | None
     images: int | None
-    seconds: Share
-    training_seconds: Share
+    seconds: float
+    training_seconds: float
     agreement_on: AgreementOn | None = None
     class_order: str | None = None
     warnings: list[str] = field(default_factory=list)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dfq.argument_names import option
 from dfq.errors import SettingError, nearest
 from dfq.runtime import float_gemm, int_mm, onednn, reference
 from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
@@ -76,15 +77,17 @@ ANY_WEIGHT = KernelRequirements()
 _backends: list[Backend] = [onednn, int_mm, float_gemm, reference]
 
 
-def register(backend: Backend) -> None:
-    """Register a backend in front of the others.
+def register(backend: Backend, *, preferred: bool = False) -> None:
+    """Register a backend, which then runs where it is asked for by name.
+
+    ``preferred``: whether it comes before the others, and so runs wherever it is exact.
 
     Raises:
         SettingError: a backend of that name is registered already.
     """
     if backend.NAME in (each.NAME for each in _backends):
         raise SettingError(f"A backend {backend.NAME!r} is registered already.")
-    _backends.insert(0, backend)
+    _backends.insert(0 if preferred else len(_backends), backend)
 
 
 def backends() -> list[str]:
@@ -102,7 +105,8 @@ def get(name: str) -> Backend:
         if name == backend.NAME:
             return backend
     raise SettingError(
-        f"Unknown backend {name!r}; there are {sorted(backends())}.{nearest(name, backends())}"
+        f"{option('backend')} is {name!r}; it is one of {', '.join(backends())}."
+        f"{nearest(name, backends())}"
     )
 
 

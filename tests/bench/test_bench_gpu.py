@@ -9,7 +9,7 @@ import torch
 
 from calibration_bench.core import registry
 from calibration_bench.core.runner import run
-from calibration_bench.core.tables import gpu_tables
+from calibration_bench.core.tables import GPU_PARTS, gpu_tables
 from calibration_bench.experiments.gpu_check import experiment as gpu_check
 from calibration_bench.experiments.gpu_check.experiment import Options
 from calibration_bench.measure import gpu
@@ -48,6 +48,12 @@ def test_a_rehearsal_measures_every_part(tmp_path: Path) -> None:
         assert row["absent"] == []
         assert row["over_bf16"] == row["dfq"] / row["torch_bf16"]
     assert len(outcome["tables"]) == 5
+    for part, columns in GPU_PARTS.items():
+        computed = {n for n in columns if n.startswith("against_") or n.endswith("_compiled")}
+        measured = {*by_part[part][0], *computed, "error"}
+        assert columns.keys() <= measured, part
+    assert by_part["gptq"][0]["equal_scales"] == 1
+    assert "equal_scales" in GPU_PARTS["gptq"]
 
 
 def gpu_check_parts() -> list[str]:

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dfq
+from dfq import runtime
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,8 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
     "calibration": (quantize_with("--calibration", "pry"), "'pry'", "pri, smi, dmi, noise"),
     "method": (invert_with("--method", "prr"), "--method is 'prr'", "pri, smi, dmi, noise"),
     "typo in a method": (invert_with("--method", "nois"), "'nois'", "Did you mean 'noise'"),
-    "device": (quantize_with("--device", "tpu"), "'tpu'", "available: cpu"),
+    "device": (quantize_with("--device", "tpu"),
+               "'tpu' cannot be used (dfq runs on cpu and cuda)", "available: cpu"),
     "device that needs a plugin": (quantize_with("--device", "hpu"), "'hpu'", "available: cpu"),
     "device number": (invert_with("--device", "cuda:99"), "'cuda:99'", "available: cpu"),
     "meta device": (quantize_with("--device", "meta"), "'meta'", "available: cpu"),
@@ -228,8 +230,10 @@ MISTAKES: dict[str, tuple[Callable[[Places], Args], str, str]] = {
                            "none' is not a dfq checkpoint", "dfq quantize MODEL --out DIR"),
     "missing data of evaluate": (evaluate_with("--data", "none.npz"),
                                  "'none.npz' does not exist", "give an image folder"),
-    "backend": (evaluate_with("--backend", "cublas"), "'cublas'",
-                "['float', 'onednn', 'reference']"),
+    "backend": (evaluate_with("--backend", "cublas"), "--backend is 'cublas'",
+                ", ".join(runtime.backends())),
+    "engine": (evaluate_with("--runtime", "tvm"), "--runtime is 'tvm'",
+               "auto, torch, openvino, onnxruntime"),
     "agreement without a model": (evaluate_with("--min-agreement", "0.5"),
                                   "--min-agreement", "--float MODEL"),
     "weights without a model": (evaluate_with("--weights", "w.pth"), "--weights", "--float MODEL"),

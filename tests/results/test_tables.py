@@ -53,6 +53,16 @@ def test_json_stays_in_seconds() -> None:
     assert dataclasses.asdict(INVERTED)["seconds"] == 75.2
 
 
+def test_empty_fields_are_left_out() -> None:
+    shown = text_of(
+        {"warnings": [], "facts": {}, "names": (), "none": None, "count": 0, "on": False}
+    )
+    assert not any(name in shown for name in ("warnings", "facts", "names", "none"))
+    assert "count" in shown
+    assert "on" in shown
+    assert "layers" not in text_of({"recipe": {"bits": 4, "layers": [], "distillation": None}})
+
+
 def test_sizes_by_name_have_units() -> None:
     shown = text_of({"bytes": {"float": 346_000_000, "w8a8": 1500}})
     assert "float 346.0 MB, w8a8 1.5 kB" in shown

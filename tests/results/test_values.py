@@ -11,6 +11,7 @@ import pytest
 from api_calls import quantize
 from timm.models.vision_transformer import VisionTransformer
 
+from dfq.results import values
 from dfq.results.values import (
     AgreementOn,
     Bytes,
@@ -33,6 +34,14 @@ RESULTS = [
     FloatQuantized,
     AgreementOn,
 ]
+
+
+def test_shares_are_those_that_cannot_exceed_one() -> None:
+    classes = [kind for kind in vars(values).values() if dataclasses.is_dataclass(kind)]
+    fields = [field for kind in classes for field in dataclasses.fields(kind)]
+    shares = {field.name for field in fields if "Share" in str(field.type)}
+    assert shares <= {"float", "quantized", "teacher", "student", "agreement", "interval"}
+    assert "quantized" in shares
 
 
 @pytest.mark.parametrize("kind", RESULTS)

@@ -18,7 +18,7 @@ from torch import Tensor
 from dfq import device, runtime
 from dfq.errors import SettingError
 from dfq.quantization.layers import IntegerLinear
-from dfq.runtime import elementwise, float_gemm, int_mm, onednn, reference, registry
+from dfq.runtime import elementwise, float_gemm, onednn, reference, registry
 from dfq.runtime.params import KernelRequirements, LinearParams, OutputFormat
 from dfq.runtime.qtype import QParams, QType
 from dfq.runtime.weights import StoredWeight
@@ -34,16 +34,11 @@ needs_onednn = pytest.mark.skipif(
 every_backend = pytest.mark.parametrize(
     "kernels",
     [
-        pytest.param(onednn, id="onednn", marks=needs_onednn),
-        pytest.param(
-            int_mm,
-            id="int_mm",
-            marks=pytest.mark.skipif(
-                int_mm.unsupported_reason(CPU, KernelRequirements()) is not None,
-                reason="8-bit products are not exact here",
-            ),
-        ),
-        pytest.param(float_gemm, id="float"),
+        pytest.param(kernels, id=name, marks=pytest.mark.skipif(bool(reason), reason=reason or ""))
+        for name in runtime.backends()
+        for kernels in [runtime.get(name)]
+        for reason in [kernels.unsupported_reason(CPU, WITHOUT_VNNI)]
+        if kernels is not reference
     ],
 )
 """Every backend that is compared with the reference."""
@@ -343,7 +338,7 @@ def test_int8_outputs_with_a_scale_each_agree_within_one_level(
 
 
 def test_unknown_backends_are_named() -> None:
-    with pytest.raises(SettingError, match=r"'fast'.*onednn.*reference"):
+    with pytest.raises(SettingError, match=r"backend is 'fast'; it is one of onednn, .*reference"):
         runtime.select("cpu", "fast")
 
 
@@ -417,7 +412,7 @@ def test_outputs_of_fewer_bits_end_at_their_largest_integer(
     assert int((fast.int() - exact.int()).abs().max()) <= 1
 
 
-def test_a_backend_that_is_registered_is_preferred_where_it_is_exact(
+def test_a_registered_backend_runs_where_it_is_asked_for_or_preferred(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Narrow:
@@ -434,6 +429,11 @@ def test_a_backend_that_is_registered_is_preferred_where_it_is_exact(
     with monkeypatch.context() as patch:
         patch.setattr(registry, "_backends", [onednn, float_gemm, reference])
         runtime.register(Narrow())  # type: ignore[arg-type]
+        assert runtime.backends() == ["onednn", "float", "reference", "narrow"]
+        assert runtime.select("cpu", needs=KernelRequirements(8)).NAME != "narrow"
+        assert runtime.select("cpu", "narrow", KernelRequirements(8)).NAME == "narrow"
+        patch.setattr(registry, "_backends", [onednn, float_gemm, reference])
+        runtime.register(Narrow(), preferred=True)  # type: ignore[arg-type]
         assert runtime.backends()[0] == "narrow"
         assert runtime.select("cpu", needs=KernelRequirements(8)).NAME == "narrow"
         assert runtime.select("cpu", needs=KernelRequirements(9)).NAME != "narrow"
