@@ -76,6 +76,8 @@ def can_run(program: str) -> bool:
         return False
     if "onnx" in program and not installed("onnx"):
         return False
+    if '"cuda"' in program and not torch.cuda.is_available():
+        return False
     return "compiled=True" not in program or opaque.compiler() is not None
 
 

@@ -395,7 +395,7 @@ def test_pixels_from_0_to_255_are_pixels(tiny: VisionTransformer, tmp_path: Path
 BAD_VALUES: dict[str, tuple[Any, str]] = {
     "above": (np.full((1, 16, 16, 3), 3090.0), r"3090 to 3090.*range is -1024 to 3071"),
     "below": (np.full((1, 16, 16, 3), -1100.0), "-1100"),
-    "normalized": (np.full((1, 16, 16, 3), np.nan), "nan"),
+    "normalized": (np.full((1, 16, 16, 3), np.nan), "768 values that are NaN"),
     "infinite": (np.full((1, 16, 16, 3), np.inf), "inf"),
     "another size": (np.zeros((1, 8, 8, 3)), r"\[1, 8, 8, 3\].*\[N, 16, 16, 3\]"),
     "one channel": (np.zeros((1, 16, 16)), r"\[N, 16, 16, 3\]"),
