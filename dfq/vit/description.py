@@ -55,7 +55,7 @@ _FIELDS: dict[str, Check] = {
         lambda value: type(value) in (int, float) and CROP_SHARES[0] <= value <= CROP_SHARES[1],
         f"a number from {CROP_SHARES[0]} to {CROP_SHARES[1]}",
     ),
-    "interpolation": _one_of(get_args(Interpolation)),
+    "interpolation": _one_of((*get_args(Interpolation), "random")),
     "crop_mode": _one_of(get_args(CropMode)),
     "input_size": _INPUT_SIZE,
     "test_input_size": _INPUT_SIZE,

@@ -419,10 +419,11 @@ def _preprocessing(model: nn.Module, name: str) -> Preprocessing:
             reason=f"its {field}",
         )
     config = timm.data.resolve_model_data_config(model)
+    interpolation = config["interpolation"]
     return Preprocessing(
         mean=tuple(map(float, config["mean"])),
         std=tuple(map(float, config["std"])),
-        interpolation=config["interpolation"],
+        interpolation="bicubic" if interpolation == "random" else interpolation,
         crop_pct=float(config["crop_pct"]),
         crop_mode=config["crop_mode"],
     )

@@ -257,10 +257,10 @@ def test_the_longer_side_is_cropped() -> None:
     assert np.array_equal(cropped(Image.fromarray(x), 16, 16, 1.0), x[:, 8:24])
 
 
-def test_an_interpolation_that_is_none_of_pillows_is_bicubic() -> None:
+def test_an_interpolation_that_timm_draws_at_random_is_bicubic() -> None:
     import timm
 
-    overlay = {"interpolation": "random", "crop_mode": "tiled"}
+    overlay = {"interpolation": "random"}
     model = timm.create_model("test_vit", img_size=32, pretrained_cfg_overlay=overlay)
     preprocessing = load_model(model).preprocessing
     assert (preprocessing.interpolation, preprocessing.crop_mode) == ("bicubic", "center")
