@@ -25,7 +25,7 @@ def cache_directory(path: str | Path | None = None) -> Path:
     return base / "dfq"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CacheEntry:
     """Dataset in the cache, the files of engines for a checkpoint, or the speeds of a GPU's
     kernels; ``kind`` is ``dataset``, ``engines`` or ``kernels``.
@@ -33,18 +33,17 @@ class CacheEntry:
     ``model``: name of the model, or of the GPU.  ``method`` and ``images``: of a dataset.
     ``checkpoint``: path that a checkpoint had when its files were written; ``contents``: the
     engines that have files and the batch sizes, or the shapes of layers, that speeds are recorded
-    for.  ``problem``: why it
-    cannot be used, or None.
+    for.  ``problem``: why it cannot be used, or None.
     """
 
     kind: str
     name: str
     path: str
     model: str
-    method: str | None
-    images: int | None
-    checkpoint: str | None
-    contents: tuple[str, ...]
+    method: str | None = None
+    images: int | None = None
+    checkpoint: str | None = None
+    contents: tuple[str, ...] = ()
     bytes: int
     problem: str | None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,11 @@ def shared() -> Path:
     if not (path / "models").is_dir():
         pytest.skip("real models are not here; name their directory with $DFQ_SHARED")
     return path
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """A umask that is neither the default nor that of temporary files."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)

@@ -7,35 +7,18 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
+from failing_files import NO_SPACE, failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trees import tree
 
 from dfq.errors import OutputError
 from dfq.files import TEMPORARY, host_name, make_directory, write_bytes, write_json
-
-
-def failing(error: BaseException) -> Callable[..., NoReturn]:
-    def fail(*_: Any, **__: Any) -> NoReturn:
-        raise error
-
-    return fail
-
-
-NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.fixture
-def umask() -> Iterator[None]:
-    """A umask that is neither the default nor that of temporary files."""
-    before = os.umask(0o027)
-    yield
-    os.umask(before)
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)

@@ -8,11 +8,12 @@ import os
 import platform
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
+from failing_files import NO_SPACE, failing
 from trees import tree
 
 import dfq
@@ -35,24 +36,6 @@ TEXT = FileFormat("a text", lambda path: path.read_bytes().startswith(b"mine"))
 PAIR = FileFormat("a pair", lambda path: path.read_bytes().startswith(b"mine"), (".bin",))
 NOBODY = 2**22 + 1
 """Number above all that Linux gives to processes."""
-
-
-def failing(error: BaseException) -> Callable[..., NoReturn]:
-    def fail(*_: Any, **__: Any) -> NoReturn:
-        raise error
-
-    return fail
-
-
-NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.fixture
-def umask() -> Iterator[None]:
-    """A umask that is neither the default nor that of temporary files."""
-    before = os.umask(0o027)
-    yield
-    os.umask(before)
 
 
 def test_replaced_directory_appears_with_its_parents(tmp_path: Path) -> None:

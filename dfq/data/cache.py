@@ -67,8 +67,6 @@ def _entry(path: Path, verify: bool) -> CacheEntry:
         model=model,
         method=method,
         images=images,
-        checkpoint=None,
-        contents=(),
         bytes=size_of(path),
         problem=problem,
     )

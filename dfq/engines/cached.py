@@ -83,8 +83,6 @@ def _entry(path: Path, verify: bool) -> CacheEntry:
         name=path.name,
         path=str(path),
         model=_first(known, "model") or "?",
-        method=None,
-        images=None,
         checkpoint=_first(known, "checkpoint"),
         contents=tuple(contents),
         bytes=size_of(path),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from dfq.device import multiplies_bfloat16
 from dfq.extras import require
+from dfq.files import sha256
 
 INTEGERS = ("i8", "u8")
 MULTIPLYING = ("FullyConnected", "MatMul", "Subgraph")
@@ -54,13 +54,8 @@ def save_ir(content: bytes, facts: dict[str, str], path: Path) -> None:
     for name, value in facts.items():
         model.set_rt_info(value, [FACTS, name])
     openvino.save_model(model, path, compress_to_fp16=False)
-    model.set_rt_info(_sha256(path.with_suffix(BESIDE)), [FACTS, "weights_sha256"])
+    model.set_rt_info(sha256(path.with_suffix(BESIDE)).hexdigest(), [FACTS, "weights_sha256"])
     openvino.save_model(model, path, compress_to_fp16=False)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def integers_in(compiled: Any, products: Sequence[str]) -> list[str]:
@@ -87,6 +82,6 @@ def is_export(path: Path) -> bool:
         digest, beside = WEIGHTS_DIGEST.search(tail), path.with_suffix(BESIDE)
         if f"<{FACTS}>".encode() not in tail or digest is None:
             return False
-        return not beside.exists() or _sha256(beside).encode() == digest[1]
+        return not beside.exists() or sha256(beside).hexdigest().encode() == digest[1]
     except OSError:
         return False

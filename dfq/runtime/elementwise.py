@@ -48,6 +48,11 @@ def quantize_norm(x: Tensor, packed: object) -> Tensor:
     return to_uint8(F.layer_norm(x, *arguments), largest)
 
 
+def integer_dtype(device: torch.device) -> torch.dtype:  # noqa: ARG001 (the interface)
+    """Return int8, which kernels for integers multiply in on every device."""
+    return torch.int8
+
+
 def attention_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which :func:`attention` multiplies integers: bfloat16 where that is
     native, else float32."""

@@ -56,8 +56,8 @@ def slow_reason(device: torch.device, needs: KernelRequirements) -> str | None:
         float_gemm.NAME: speeds.Kernels(float_gemm.prepack, float_gemm.linear),
         NAME: speeds.Kernels(prepack, linear),
     }
-    found = speeds.seconds(device, needs.inputs, needs.outputs, candidates)
-    own, other = found.get(NAME), found.get(float_gemm.NAME)
+    times = speeds.seconds(device, needs.inputs, needs.outputs, candidates)
+    own, other = times.get(NAME), times.get(float_gemm.NAME)
     if own is None or other is None:
         return "this GPU or its driver refuses products of this shape."
     if own * MARGIN <= other:
@@ -65,11 +65,7 @@ def slow_reason(device: torch.device, needs: KernelRequirements) -> str | None:
     return f"measured {own * 1e6:.0f} us for this shape, 'float' {other * 1e6:.0f} us."
 
 
-def linear_dtype(device: torch.device) -> torch.dtype:  # noqa: ARG001 (the interface)
-    """Return int8."""
-    return torch.int8
-
-
+linear_dtype = elementwise.integer_dtype
 attention_dtype = elementwise.attention_dtype
 max_tile_scores = reference.max_tile_scores
 quantize = elementwise.quantize

@@ -33,12 +33,8 @@ def unsupported_reason(device: torch.device, needs: KernelRequirements) -> str |
     return "its 8-bit products are exact only on x86 processors with VNNI or AVX2."
 
 
-def linear_dtype(device: torch.device) -> torch.dtype:  # noqa: ARG001 (the interface)
-    """Return int8."""
-    return torch.int8
-
-
 slow_reason = reference.slow_reason
+linear_dtype = elementwise.integer_dtype
 attention_dtype = elementwise.attention_dtype
 max_tile_scores = reference.max_tile_scores
 quantize = elementwise.quantize
